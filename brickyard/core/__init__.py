@@ -1,0 +1,1 @@
+"""The small shared machinery on which every family stands."""

@@ -1,0 +1,60 @@
+"""What a method file declares: its record, its claims, and the shapes of the plug points. Imports no torch.
+
+Records are read from the source by `ast` (see `registry`), so every value in them is a literal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FAMILIES = (
+    "tune", "optim", "private", "objective", "data", "merge", "route", "grow", "shrink", "audit", "serve", "distribute",
+)  # fmt: skip
+TASKS = ("text-classification", "pair-classification", "regression", "image-classification")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One inequality of a method's paper, re-measured by `brickyard check`.
+
+    Either `inequality` between the scores of `arms` (`"mos >= lora + 1.0"`, in points of the metric; the names are the
+    keys of `arms`), or `measure`, the name of a function in `brickyard/checks/NAME.py`.
+    """
+
+    text: str
+    inequality: str = ""
+    arms: dict[str, str] = field(default_factory=dict)
+    control: dict[str, str] = field(default_factory=dict)  # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
+    gate: str = ""  # inequality that must hold for the set-up to be valid
+    data: str = "embedded:stdlib-topics"
+    base: str = "embedded:minilm"
+    measure: str = ""
+    kind: Literal["counted", "measured", "emulated", "predicted"] = "measured"
+    epochs: float = 3
+    seeds: int = 3
+    lrs: tuple[float, ...] = ()  # searched on validation with seed 0 by every arm alike; empty: each arm's own default
+    train_rows: int = 0  # 0: all
+    full: dict[str, Any] = field(default_factory=dict)  # fields replaced under --full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What `brickyard methods` and `show` print of a method.
+
+    `needs` lists the tasks it works on; `slot` says which place of an arm it fills; `search` maps an option (or lr) to
+    the values that a search tries; `presets` maps a preset to the options that it sets.
+    """
+
+    name: str
+    family: str
+    title: str
+    paper: str = ""
+    needs: tuple[str, ...] = TASKS
+    slot: Literal["tuner", "head", "step", "objective", "data", ""] = ""
+    status: Literal["stable", "trial"] = "stable"
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)  # defaults of lr, wd, epochs, batch for this method
+    claims: tuple[Claim, ...] = ()
+    ancestry: Literal["same base", "independent"] = "same base"
