@@ -186,9 +186,9 @@ def read_tensors(
         digest.update(file.read(min((info.start for info in known.values()), default=-1)))
         for name, info in known.items():
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
-            if file.readinto(memoryview(raw.numpy())) != len(raw):
+            if file.readinto(_view(raw)) != len(raw):
                 raise UnsafeFile(f"{path}: cut short while it was read; fetch or write it again")
-            digest.update(memoryview(raw.numpy()))
+            digest.update(_view(raw))
             tensors[name] = raw.view(dtypes[info.dtype]).reshape(info.shape)
     if expect_sha256 is not None:
         _compare(path, digest.hexdigest(), expect_sha256)
@@ -225,7 +225,13 @@ def _chunks(start: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]
     yield start
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield _view(flat.view(torch.uint8))
+
+
+def _view(flat: Tensor) -> memoryview:
+    """The bytes of a one-dimensional uint8 tensor, not copied."""
+    array: Any = flat.numpy()
+    return memoryview(array)
 
 
 def _plain(value: Any) -> Any:
@@ -244,7 +250,7 @@ def _not_finite(value: Any, at: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _not_finite(inner, f"{at}[{index}]")
-    elif hasattr(value, "item") or isinstance(value, float):
-        number = value.item() if hasattr(value, "item") else value
+    else:
+        number = _plain(value) if hasattr(value, "item") else value
         if isinstance(number, float) and not math.isfinite(number):
             yield at or "the top"

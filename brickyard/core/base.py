@@ -1,0 +1,296 @@
+"""Open a pre-trained base safely, know it by its content, and build models on it.
+
+A base is a folder with config.json, safetensors, and a tokenizer or image processor; a hub id; or `embedded:NAME`.
+Models compute in float32 (half-precision weights are widened, which is exact).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+
+from brickyard.core import base_files
+from brickyard.core.base_config import (
+    architecture,
+    build_config,
+    check_counts,
+    first_line,
+    input_of,
+    quiet,
+    read_config,
+    width_of,
+)
+from brickyard.core.errors import BadBase, NotFinite, Refused, UnsafeFile, UsageError
+from brickyard.core.files import TensorInfo, read_tensors
+from brickyard.core.headed import HeadedModel
+from brickyard.core.roles import WEIGHTED, blocks, match, own_head, roles
+from brickyard.core.task import Task
+
+__all__ = ["Base", "HeadedModel", "blocks", "match", "open_base", "own_head", "roles"]
+
+# Buffers of older releases that checkpoints still carry; they follow from the configuration.
+_OLD_BUFFERS = frozenset({"position_ids", "masked_bias", "inv_freq", "relative_position_index"})
+_NO_LIMIT = 10**9  # tokenizers without a limit say 10^30
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A pre-trained base. `input` is "text" or "image"; `width` the size of its last token states.
+
+    `weights` maps each stored tensor to its file and place; nothing of them is read before a model is built.
+    """
+
+    spec: str
+    folder: Path
+    config: PretrainedConfig = field(repr=False)
+    input: Literal["text", "image"]
+    width: int
+    weights: dict[str, tuple[Path, TensorInfo]] = field(repr=False)
+    trust_remote_code: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the tensors and of what of the architecture they cannot show."""
+        return base_files.fingerprint(self.weights, architecture(self.config))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; pads on the right with the token that the model takes for padding.
+
+        A decoder without one gets its end-of-text token for it. Raises BadBase where there is none, or it is damaged.
+        """
+        if self.input != "text":
+            raise BadBase(f"base {self.spec} reads images; it has no tokenizer.")
+        tokenizer = self._side(AutoTokenizer, "tokenizer", "tokenizer.json (or its vocabulary)")
+        padding = getattr(self.config, "pad_token_id", None)
+        if padding is not None and 0 <= padding < len(tokenizer):
+            # The model finds the last token of a row, or its positions, by this number.
+            if tokenizer.pad_token_id != padding:
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+        elif tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise BadBase(
+                f"the tokenizer of base {self.spec} has no token that could pad a batch; give it a pad_token."
+            )
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    @cached_property
+    def processor(self) -> Any:
+        """The base's image processor. Raises BadBase where there is none."""
+        if self.input != "image":
+            raise BadBase(f"base {self.spec} reads text; it has no image processor.")
+        return self._side(AutoImageProcessor, "image processor", "preprocessor_config.json")
+
+    @cached_property
+    def context(self) -> int | None:
+        """The most tokens that a row may have; None for images and for models without a limit."""
+        if self.input != "text":
+            return None
+        limits = [getattr(self.config, name, None) for name in ("max_position_embeddings", "max_sequence_length")]
+        limits.append(self.tokenizer.model_max_length)
+        with torch.device("meta"), quiet():
+            skeleton = AutoModel.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        for name, module in skeleton.named_modules():
+            if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+                # Where a padding index exists, positions are counted from behind it.
+                limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+        known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT]
+        return min(known, default=None)
+
+    def model(self, task: Task, *, seed: int, attention: str = "sdpa") -> nn.Module:
+        """Return the base with `task.width` outputs, in float32 and evaluation mode.
+
+        The output layer is always new, drawn from `seed`; so is whatever else of the head the checkpoint lacks. The
+        global random state stays as it was. `attention` falls back to eager where the architecture has no other.
+        Raises Refused where the base does not fit the task, BadBase or NotFinite where its weights are not what its
+        configuration says.
+        """
+        wanted = "image" if task.input == "image" else "text"
+        if wanted != self.input:
+            raise Refused(f"base {self.spec} reads {self.input}, the task is about {task.input}; give another --base.")
+        mapping, auto = _FORMS[self.input]
+        if type(self.config) not in mapping and not self.trust_remote_code:
+            raise Refused(
+                f"transformers has no {self.input} classifier for {self.config.model_type}; "
+                "use a head on its token states (such as + linear-probe), or another base."
+            )
+        config = copy.deepcopy(self.config)
+        labels = task.labels if task.labels is not None and len(task.labels) == task.width else range(task.width)
+        config.id2label = {i: str(label) for i, label in enumerate(labels)}
+        config.label2id = {name: i for i, name in config.id2label.items()}
+        regression = task.kind == "regression"
+        config.problem_type = "regression" if regression else "single_label_classification" if task.width > 1 else None
+        if self.input == "text" and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        return self._load(auto, config, seed, attention)
+
+    def backbone(self, attention: str = "sdpa") -> nn.Module:
+        """Return the base without any head, in float32 and evaluation mode."""
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise Refused(
+                f"base {self.spec} is an encoder-decoder; a head on token states needs one or the other alone."
+            )
+        return self._load(AutoModel, copy.deepcopy(self.config), 0, attention)
+
+    def headed(self, head: nn.Module, attention: str = "sdpa") -> HeadedModel:
+        """Return the base with `head` on its last token states."""
+        return HeadedModel(self.backbone(attention), head)
+
+    def _side(self, auto: Any, what: str, files: str) -> Any:
+        """Load the tokenizer or image processor from its own files alone."""
+        trusted = self.trust_remote_code
+        try:
+            with quiet(), contextlib.ExitStack() as stack:
+                folder = self.folder if trusted else stack.enter_context(base_files.staged(self.folder))
+                made = auto.from_pretrained(
+                    str(folder), config=copy.deepcopy(self.config), local_files_only=True, trust_remote_code=trusted
+                )
+        except (BadBase, UnsafeFile):
+            raise
+        except Exception as error:  # whatever a damaged file makes of the parsers
+            raise BadBase(
+                f"{self.folder}: no usable {what} ({type(error).__name__}: {first_line(error)}); expected {files} "
+                f"beside {base_files.CONFIG}."
+            ) from error
+        if hasattr(made, "name_or_path"):
+            made.name_or_path = str(self.folder)
+        return made
+
+    def _load(self, auto: Any, config: PretrainedConfig, seed: int, attention: str) -> nn.Module:
+        if "/" in attention or ":" in attention:
+            raise UsageError(
+                f"attention {attention!r} names code on the hub; expected sdpa, eager or another local name."
+            )
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # keys and values are of no use without generation, and cost memory
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            with torch.device("meta"):
+                skeleton = auto.from_config(config, trust_remote_code=self.trust_remote_code)
+            self._plausible(skeleton)
+            if attention == "sdpa" and not getattr(skeleton, "_supports_sdpa", False):
+                attention = "eager"
+            state = self._stored()
+            for name in _output_layer(skeleton):
+                state.pop(name, None)
+            try:
+                model, report = type(skeleton).from_pretrained(
+                    None, config=config, state_dict=state, dtype=torch.float32, attn_implementation=attention,
+                    output_loading_info=True, ignore_mismatched_sizes=True,
+                )  # fmt: skip
+            except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+                raise BadBase(f"{self.folder}: transformers cannot load it: {first_line(error)}") from error
+        # A folder, so that nobody (PEFT does) asks the hub about it later.
+        model.config.name_or_path = str(self.folder)
+        model.new_modules = self._verified(model, report)
+        return model.eval()
+
+    def _stored(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for path in sorted({path for path, _ in self.weights.values()}):
+            tensors |= read_tensors(path, mapped=True)
+        return tensors
+
+    def _plausible(self, skeleton: nn.Module) -> None:
+        """Refuse a configuration that describes a far larger network than the file holds, before memory is taken."""
+        stored = sum(info.elements for _, info in self.weights.values())
+        described = sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
+        if described > 4 * stored + 2**26:
+            raise BadBase(
+                f"{self.folder}: its configuration describes {described:,} numbers, its weights hold {stored:,}; "
+                "the two do not belong together."
+            )
+
+    def _verified(self, model: nn.Module, report: dict[str, Any]) -> tuple[str, ...]:
+        """Check that every weight of the backbone came from the file; return the modules that are new inside it."""
+        heads = tuple(f"{name}." for name in own_head(model))
+        prefix = getattr(model, "base_model_prefix", "")
+        backbone = getattr(model, prefix, model) if prefix else model
+        parts = {name for name, _ in backbone.named_children()}
+        fresh, missing = set(), []
+        for name in sorted(report["missing_keys"]):
+            pieces = name.split(".")
+            if "pooler" in pieces:
+                fresh.add(".".join(pieces[: pieces.index("pooler") + 1]))
+            elif not name.startswith(heads or ("\0",)):
+                missing.append(name)
+        extra = []
+        for name in sorted(report["unexpected_keys"]):
+            first = name.removeprefix(f"{prefix}.").split(".")[0]
+            if first in parts and first != "pooler" and name.rpartition(".")[2] not in _OLD_BUFFERS:
+                extra.append(name)
+        wrong = [f"{name} ({list(found)} stored, {list(expected)} expected)" for name, found, expected in
+                 sorted(report["mismatched_keys"])]  # fmt: skip
+        for names, what in ((missing, "are missing"), (extra, "have no place"), (wrong, "have another size")):
+            if names:
+                raise BadBase(
+                    f"{self.folder}: {len(names)} tensors {what} in a {type(model).__name__} of this configuration, "
+                    f"such as {names[0]}; weights and {base_files.CONFIG} do not belong together."
+                )
+        if report["error_msgs"]:
+            raise BadBase(f"{self.folder}: transformers cannot load it: {report['error_msgs'][0]}")
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+                raise NotFinite(f"base {self.spec}: tensor {name} holds NaN or infinity; fetch the base again.")
+        return tuple(
+            sorted(name for name in fresh if not name.startswith(heads or ("\0",)) and f"{name}." not in heads)
+        )
+
+
+_FORMS: dict[str, tuple[Any, Any]] = {
+    "text": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
+    "image": (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
+}
+
+
+def open_base(spec: str, *, trust_remote_code: bool = False) -> Base:
+    """Open the base that `spec` names: a folder, a hub id (`org/name[@revision]`), or `embedded:NAME`.
+
+    Nothing in the folder runs, reaches the network or leads out of it; `trust_remote_code` (the argument, never a
+    file's value) allows the Python files in the folder itself. Only a hub id is looked up on the network.
+
+    Raises BadBase where it is missing, incomplete or of an unknown architecture, UnsafeFile where a file is malformed,
+    leads out of the folder or is a pickle.
+    """
+    folder = base_files.locate(spec, trust_remote_code=trust_remote_code)
+    known = read_config(folder, trust_remote_code=trust_remote_code)
+    weights = base_files.weight_files(folder)
+    check_counts(known, folder, len(weights))
+    config = build_config(known, folder, trust_remote_code)
+    return Base(spec, folder, config, input_of(config, folder), width_of(config, folder), weights, trust_remote_code)
+
+
+def _output_layer(skeleton: nn.Module) -> list[str]:
+    """The parameters of the last layer of a model's own head, whose size is the task's."""
+    modules = dict(skeleton.named_modules())
+    leaves = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, WEIGHTED) and any(name == h or name.startswith(f"{h}.") for h in own_head(skeleton))
+    ]
+    return [f"{leaves[-1]}.{name}" for name, _ in modules[leaves[-1]].named_parameters()] if leaves else []
+
+
+def _finite(tensor: Tensor) -> bool:
+    low, high = tensor.detach().aminmax()  # NaN comes through both; nothing of the tensor's size is allocated
+    return math.isfinite(low) and math.isfinite(high)
