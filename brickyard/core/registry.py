@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from brickyard.core.errors import UnknownName, UsageError
 from brickyard.core.method import FAMILIES, Claim, Record
@@ -75,7 +76,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
 
 def config(name: str, options: dict[str, Any]) -> Any:
     """Build the method's Config from literal options; types are strict, `preset=NAME` sets the preset's options first."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+    from pydantic import ConfigDict, ValidationError, create_model
 
     check_options(name, options)
     record, given = find(name).record, dict(options)
@@ -86,12 +87,15 @@ def config(name: str, options: dict[str, Any]) -> Any:
         given = {**record.presets[preset], **given}
     cls = load(name).Config
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    hints = get_type_hints(cls)
+    fields = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    model = create_model(cls.__name__, __config__=ConfigDict(strict=True), **fields)  # type: ignore[call-overload]
     try:
-        return TypeAdapter(with_config(ConfigDict(strict=True))(cls)).validate_python(given)
+        checked = model.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its options"
-        raise UsageError(f"{name}: {where}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}.") from None
+        raise UsageError(f"{name}: {first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
+    return cls(**{key: getattr(checked, key) for key in given})
 
 
 @cache

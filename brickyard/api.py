@@ -1,0 +1,331 @@
+"""The Python interface; each function is the command of the same name.
+
+    import brickyard
+    result = brickyard.compare(data="my-data", methods=["linear-probe", "lora", "mos:r=7,e=2"])
+    brick = brickyard.tune("lora:r=16", data="my-data", out="runs/mine")
+    model = brickyard.load("runs/mine/brick").apply().model
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from brickyard.compare.plan import Request, code_digest, key_of
+from brickyard.compare.run import Listener
+from brickyard.compare.run import compare as run_compare
+from brickyard.core import brick as bricks
+from brickyard.core import measure, trial
+from brickyard.core.arm import parse
+from brickyard.core.base import Base, open_base
+from brickyard.core.batches import Encoded, encode
+from brickyard.core.brick import Brick
+from brickyard.core.build import build, resolve
+from brickyard.core.data import read_data
+from brickyard.core.errors import BadBase, BadBrick, UsageError
+from brickyard.core.files import Lock
+from brickyard.core.loop import predict as logits_of
+from brickyard.core.measure import cpu_bfloat16_is_fast, environment
+from brickyard.core.retention import inner
+from brickyard.core.scale import scaled, sweep_points
+from brickyard.core.stats import interval
+from brickyard.core.task import Task, task_of
+from brickyard.core.trial import Setting
+from brickyard.core.verify import verify
+
+__all__ = ["check", "compare", "evaluate", "load", "precision", "predict", "tune", "verify"]
+
+
+def precision(dtype: str = "auto", device: str | None = None) -> str:
+    """Return the compute type of training: bfloat16 where this machine multiplies it faster than float32."""
+    if dtype != "auto":
+        return dtype
+    if device != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if cpu_bfloat16_is_fast() else "float32"
+
+
+def load(folder: str | Path) -> Brick:
+    """Open a brick; `brick.apply().model` is the adapted model."""
+    return bricks.load(folder)
+
+
+def compare(
+    *,
+    out: str | Path | None = None,
+    dtype: str = "auto",
+    training: dict[str, Any] | None = None,
+    listen: Listener = lambda event: None,
+    allow_change: Sequence[str] = (),
+    command: str = "",
+    **request: Any,
+) -> dict[str, Any]:
+    """Run several arms side by side; see `compare.plan.Request` for the keywords. Returns result.json as a dictionary.
+
+    The folder (`out`, or one named after the request) also gets report.html, plan.json, the ledger and the bricks.
+    """
+    from brickyard.compare.report import render
+
+    if "methods" in request:
+        request["methods"] = tuple(request["methods"])
+    unknown = sorted(request.keys() - Request.__dataclass_fields__.keys())
+    if unknown:
+        from brickyard.core.errors import UnknownName
+
+        raise UnknownName.among("keyword of compare", unknown[0], Request.__dataclass_fields__)
+    training = {"precision": precision(dtype, request.get("device")), **(training or {})}
+    asked = Request(training=training, **request)
+    result, folder = run_compare(asked, Path(out) if out else None, listen=listen, allow_change=allow_change, command=command)
+    render(result, folder / "report.html")
+    return result | {"folder": str(folder)}
+
+
+def tune(
+    arm: str,
+    *,
+    base: str = "embedded:minilm",
+    data: Any,
+    out: str | Path | None = None,
+    seed: int = 0,
+    minutes: float | None = None,
+    dtype: str = "auto",
+    training: dict[str, Any] | None = None,
+    threads: int | None = None,
+    checkpoint_every: int = 200,
+    callbacks: Sequence[Any] = (),
+    allow_change: Sequence[str] = (),
+    **setting: Any,
+) -> tuple[Brick, dict[str, Any]]:
+    """Train one arm; return its brick and the result (scores on validation and, where there is one, test).
+
+    An interrupted run that is called again with the same `out` goes on where it stopped.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    training = {"precision": precision(dtype, setting.get("device")), **(training or {})}
+    asked = Setting(arm=str(parse(arm)), base=base, data=data, seed=seed, training=training, **setting)
+    known = read_data(data, task=asked.task, metric=asked.metric, need=("train",), allow_overlap=asked.allow_overlap)
+    tested = "test" in known.splits
+    splits = ("train", "validation", "test") if tested else ("train", "validation")
+    ready = trial.prepare(asked, splits)
+    folder = Path(out) if out else Path("runs") / key_of({**asdict(asked), "data": known.fingerprint})
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / "run.lock"):
+        if minutes is not None:
+            ready.training = replace(ready.training, steps=_steps_for(minutes, asked, folder))
+        result = trial.tune(
+            ready, folder, evaluate="test" if tested else None, code=code_digest(), callbacks=callbacks,
+            allow_change=allow_change, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+    return load(folder / "brick"), result
+
+
+def _steps_for(minutes: float, setting: Setting, folder: Path) -> int:
+    """Turn minutes into steps once; a resumed run reads the number, never the clock."""
+    path = folder / "steps.txt"
+    if path.is_file():
+        return int(path.read_text())
+    probe = trial.probe({"setting": asdict(setting), "repeats": 3})
+    steps = max(1, int(60_000 * minutes / max(probe["step_ms"], 1e-3)))
+    path.write_text(str(steps))
+    return steps
+
+
+def evaluate(
+    *,
+    base: str | None = None,
+    brick: str | Path | None = None,
+    data: Any,
+    scale: str | None = None,
+    predictions: str | Path | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+    device: str | None = None,
+    max_length: int | None = None,
+    task: str | None = None,
+    metric: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Score a base (with its own trained head) or a brick on the test rows of `data`.
+
+    Returns {"score": {"metric", "mean", "low", "high"}, "examples", "environment"}; with `scale` ("0:2:0.25") also
+    {"scale": [{"scale", "mean", "low", "high"}, ...]} for the strength of the brick's change.
+    """
+    opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
+    model, opened, known, made = _model(opened, brick, force, device)
+    rows = read_data(data, task=task or (known.kind if known else None), metric=metric or (known.metric if known else None), need=("test",))
+    wanted = _same_task(task_of(rows, kind=task or (known.kind if known else None), metric=metric), known, metric)
+    encoded = encode(rows.splits["test"], opened, wanted, max_length=max_length or (made.manifest.get("max_length") if made else None))
+    encoded.labels = _in_order(encoded, rows, known)
+    labels, kind = encoded.labels.numpy(), precision(dtype, device)
+
+    def scored() -> tuple[np.ndarray, dict[str, Any]]:
+        logits = logits_of(model, encoded, precision=kind)
+        found = interval(labels, wanted.predict(logits)[None], wanted.metric)
+        return logits, {"metric": wanted.metric, "mean": found.mean, "low": found.low, "high": found.high}
+
+    logits, score = scored()
+    if predictions is not None:
+        trial.write_answers(Path(predictions), wanted, logits, labels)
+    out: dict[str, Any] = {"score": score, "examples": len(labels), "encoding": encoded.report, "environment": environment()}
+    if scale is not None:
+        if brick is None:
+            raise UsageError("--scale sweeps the strength of a brick; give one with --brick.")
+        out["scale"] = []
+        for s in sweep_points(scale):
+            with scaled(model, opened, made, s):
+                out["scale"].append({"scale": s, **scored()[1]})
+    return out
+
+
+def _model(base: Base | None, brick: str | Path | None, force: bool, device: str | None) -> tuple[Any, Base, Task | None, Brick | None]:
+    if brick is None:
+        base = base or open_base("embedded:minilm")
+        return _own(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, None, None
+    made = load(brick)
+    base = base or open_base(made.manifest["base"]["spec"])
+    model = made.apply(base, force=force).model
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, made.task, made
+
+
+def _own(base: Base) -> Any:
+    """Open a base with the classification head that its checkpoint holds; BadBase when it holds none."""
+    labels = int(getattr(base.config, "num_labels", 0) or 0)
+    architecture = (base.config.architectures or [""])[0]
+    if "Classification" not in architecture:
+        raise BadBase(f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first.")
+    names = tuple(str(base.config.id2label[i]) for i in range(labels)) if labels > 1 else None
+    kind = "image-classification" if base.input == "image" else ("text-classification" if names else "regression")
+    return base.model(Task(kind=kind, metric="accuracy" if names else "spearman", labels=names, width=labels, input=base.input), seed=0)
+
+
+def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
+    if known is None:
+        return found
+    if found.input != known.input or (found.labels is None) != (known.labels is None):
+        raise UsageError(f"the brick was trained for {known.kind}; the data is for {found.kind}.")
+    extra = sorted(set(found.labels or ()) - set(known.labels or ()))
+    if extra:
+        raise UsageError(f"the data has labels that the brick never saw: {extra[:5]}; it knows {list(known.labels or ())[:20]}.")
+    return replace(known, metric=metric or known.metric)
+
+
+def _in_order(encoded: Encoded, rows: Any, known: Task | None) -> torch.Tensor:
+    """Number the labels as the brick does, whatever classes this data happens to hold."""
+    if known is None or known.labels is None or rows.labels == known.labels:
+        return encoded.labels
+    place = torch.tensor([known.labels.index(name) for name in rows.labels])
+    return place[encoded.labels]
+
+
+def predict(
+    *,
+    out: str | Path,
+    base: str | None = None,
+    brick: str | Path | None = None,
+    data: Any,
+    dtype: str = "auto",
+    force: bool = False,
+    device: str | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write predictions for rows that need no labels: index, prediction (the class's name, or a number), logits."""
+    opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
+    model, opened, task, made = _model(opened, brick, force, device)
+    if task is None:
+        names = tuple(str(v) for v in model.config.id2label.values())
+        task = Task(kind="image-classification" if opened.input == "image" else "text-classification", metric="accuracy", labels=names, width=len(names), input=opened.input)
+    rows = read_data(data, need=("test",), labelled=False)
+    if rows.input != task.input:
+        raise UsageError(f"the brick reads {task.input}; the data holds {rows.input}.")
+    encoded = encode(rows.splits["test"], opened, task, max_length=max_length or (made.manifest.get("max_length") if made else None))
+    logits = logits_of(model, encoded, precision=precision(dtype, device))
+    answers = task.predict(logits)
+    columns: dict[str, Any] = {
+        "index": np.arange(len(answers)),
+        "prediction": [task.labels[int(a)] for a in answers] if task.labels is not None else answers,
+    }
+    if task.labels is not None:
+        columns["logits"] = pa.array(list(logits))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), out)
+    return {"rows": len(answers), "out": str(out), "encoding": encoded.report}
+
+
+def plan(
+    *, base: str = "embedded:minilm", data: Any, methods: Sequence[str], dtype: str = "auto", threads: int = 1, training: dict[str, Any] | None = None, **setting: Any
+) -> list[dict[str, Any]]:
+    """Estimate memory and time of arms from a short probe on the longest batch; nothing is trained."""
+    from brickyard.core.jobs import Job, Local
+
+    training = {"precision": precision(dtype, setting.get("device")), **(training or {})}
+    out = []
+    jobs = []
+    for text in methods:
+        resolve(parse(text))
+        asked = Setting(arm=str(parse(text)), base=base, data=data, training=training, **setting)
+        jobs.append(Job(key=text, function="brickyard.core.trial:probe", argument={"setting": asdict(asked)}, threads=threads, alone=True))
+    for outcome in Local(1).run(jobs):
+        row: dict[str, Any] = {"arm": outcome.key, "status": outcome.status, "reason": outcome.reason}
+        if outcome.status == "done":
+            p = outcome.value
+            known = p["training"]
+            steps = known["steps"] or math.ceil(known["epochs"] * math.ceil(p["rows"] / p["batch"]))
+            row |= {k: p[k] for k in ("trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step_ms", "longest", "batch")}
+            states = p["states_ms_per_row"] * p["rows"] / 1000
+            row |= {"steps": steps, "train_seconds": states + steps * p["mean_step_ms"] / 1000}
+        out.append(row)
+    return out
+
+
+def check(names: Sequence[str], **options: Any) -> list[dict[str, Any]]:
+    """Re-measure the claims of methods; see `brickyard.checks.run.check`."""
+    from brickyard.checks.run import check as run_check
+
+    return [run_check(name, **options) for name in names]
+
+
+def apply(brick: str | Path, base: str | None = None) -> Any:
+    """Return the adapted model of a brick, in evaluation mode."""
+    return load(brick).apply(open_base(base) if base else None).model
+
+
+def backbone(model: Any) -> Any:
+    """Return the backbone inside an adapted model, adapters included."""
+    return inner(model)
+
+
+def fingerprint(base: str) -> str:
+    """Return the fingerprint of a base."""
+    return open_base(base).fingerprint
+
+
+def build_arm(arm: str, base: str, task: Task, seed: int = 0) -> Any:
+    """Attach an arm to a base without training it; for those who bring their own loop."""
+    return build(resolve(parse(arm), task), open_base(base), task, seed=seed)
+
+
+def bricks_in(folder: str | Path, base: str) -> list[dict[str, Any]]:
+    """List the bricks under `folder` that were made for `base`: their arm, bytes, scores and place."""
+    wanted, out = open_base(base).fingerprint, []
+    for path in sorted(Path(folder).rglob(bricks.MANIFEST)):
+        try:
+            found = load(path.parent)
+        except BadBrick:
+            continue
+        if found.manifest["base"]["fingerprint"] == wanted:
+            out.append({
+                "folder": str(path.parent), "arm": found.manifest["arm"], "bytes": found.bytes,
+                "task": found.manifest["task"]["kind"], "data": found.manifest.get("data", {}).get("name"),
+                "scores": found.manifest.get("scores", {}), "measured": measure.folder_bytes(path.parent),
+            })  # fmt: skip
+    return out

@@ -1,0 +1,242 @@
+"""The verbs that load models: they turn parsed options into calls of the Python interface and print what it returns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from brickyard import api
+from brickyard.console import Live
+from brickyard.core.errors import UsageError
+
+DONE, FAILED, DOUBTFUL = 0, 1, 3
+EXAMPLE = "e.g. --data my-folder (train/validation/test files), or --data embedded:stdlib-topics"
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _data(args: argparse.Namespace, default: str | None = None) -> str:
+    if args.data is None and default is None:
+        raise UsageError(f"--data is missing; {EXAMPLE}.")
+    return args.data or default
+
+
+def _shared(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "task": args.task, "metric": args.metric, "max_length": args.max_length, "batch": args.batch_size,
+        "device": args.device, "cache": not args.no_cache, "allow_overlap": args.allow_overlap,
+        "trust_remote_code": args.trust_remote_code, "train_rows": args.train_rows or 0,
+    }  # fmt: skip
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    if args.epochs and args.steps:
+        raise UsageError("--epochs and --steps both say how long to train; give one.")
+    return {k: v for k, v in {"epochs": args.epochs, "steps": args.steps}.items() if v is not None}
+
+
+def compare(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run a comparison with live progress, then print its table, its verdict and where the report is."""
+    from brickyard.compare.table import show
+
+    console = Console(stderr=args.json)
+    request = {
+        **_shared(args), "base": args.base, "data": _data(args, "embedded:stdlib-topics"), "minutes": args.minutes,
+        "memory": args.memory, "seeds": args.seeds, "trials": args.trials, "search": args.search, "retain": args.retain,
+        "engine": args.engine, "threads": args.threads or 1, "workers": args.workers, "baselines": not args.no_baselines,
+    }  # fmt: skip
+    if args.methods:
+        request["methods"] = args.methods
+    with Live(console) as live:
+        result = api.compare(
+            **request, out=args.out, dtype=args.dtype, training=_given(args), listen=live, allow_change=args.allow_change,
+            command="brickyard " + shlex.join(argv),
+        )  # fmt: skip
+    if args.json:
+        _print_json(result)
+    else:
+        show(result, console)
+        console.print(f"report: {escape(str(Path(result['folder']) / 'report.html'))}", soft_wrap=True, highlight=False)
+    rows = [row for row in result["methods"] if not row["trivial"]]
+    if not any(row["status"] == "done" for row in rows):
+        return FAILED
+    return DOUBTFUL if any("changed nothing" in row["reason"] or "no trainable tensor" in row["reason"] for row in rows) else DONE
+
+
+class _Curve:
+    """Prints one line an evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def evaluated(self, state: Any) -> None:
+        """Show the last point of the learning curve."""
+        point = state.history[-1]
+        self.console.print(
+            f"  step {point['step']:>6}/{state.total}  train loss {point['train_loss']:.4f}  "
+            f"validation {state.task.metric} {point['validation_score']:.4f}",
+            highlight=False,
+        )
+
+
+def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Train one arm and say where its brick is."""
+    console = Console(stderr=args.json)
+    if args.minutes and (args.epochs or args.steps):
+        raise UsageError("--minutes stands in place of --epochs and --steps; give one of them.")
+    brick, result = api.tune(
+        args.arm, base=args.base, data=_data(args), out=args.out, seed=args.seed, minutes=args.minutes, dtype=args.dtype,
+        training=_given(args), threads=args.threads, checkpoint_every=args.checkpoint_every, callbacks=(_Curve(console),),
+        allow_change=args.allow_change, **_shared(args),
+    )  # fmt: skip
+    if args.json:
+        _print_json({**result, "brick": str(brick.folder)})
+        return DONE
+    proof, cost = result["receipt"], result["cost"]
+    console.print(
+        f"{len(proof['moved'])} tensors moved, {cost['trainable_parameters']:,} parameters trained in "
+        f"{cost['train_seconds']:.1f} s; logits on the probe batch changed by {proof['logits']['mean']:.3f} on average.",
+        highlight=False,
+    )
+    for name, report in result["encoding"].items():
+        if report.get("truncated"):
+            console.print(f"{name}: {report['truncated']} of {report['rows']} rows were truncated to {report['max_length']} tokens.")
+    if "score" in result:
+        console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
+    console.print(f"brick: {escape(str(brick.folder))} ({brick.bytes:,} bytes)", soft_wrap=True, highlight=False)
+    return DONE
+
+
+def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Score a base or a brick."""
+    result = api.evaluate(
+        base=None if args.brick and args.base == "embedded:minilm" else args.base, brick=args.brick, data=_data(args),
+        scale=args.scale, predictions=args.predictions, dtype=args.dtype, force=args.force, device=args.device,
+        max_length=args.max_length, task=args.task, metric=args.metric, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    if args.json:
+        _print_json(result)
+        return DONE
+    score, console = result["score"], Console()
+    console.print(
+        f"{score['metric']} {score['mean']:.4f} (95 % interval {score['low']:.4f} to {score['high']:.4f}) "
+        f"on {result['examples']:,} examples",
+        highlight=False,
+    )
+    for point in result.get("scale", []):
+        console.print(f"  strength {point['scale']:5.2f}: {point['mean']:.4f} ({point['low']:.4f} to {point['high']:.4f})", highlight=False)
+    return DONE
+
+
+def predict(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Write predictions for unlabelled rows."""
+    result = api.predict(
+        base=None if args.brick and args.base == "embedded:minilm" else args.base, brick=args.brick, data=_data(args),
+        out=args.out, dtype=args.dtype, force=args.force, device=args.device, max_length=args.max_length,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    sys.stdout.write(f"{result['rows']} predictions in {result['out']}\n")
+    return DONE
+
+
+def verify(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Check an adapter, and a merged model, for silent failures."""
+    result = api.verify(args.base, args.adapter, merged=args.merged, data=args.data)
+    if args.json:
+        _print_json(result)
+    else:
+        console = Console()
+        for finding in result["findings"]:
+            mark = {True: "[green]ok[/]", False: "[red]NOT OK[/]"}.get(finding["ok"], "[yellow]unknown[/]")
+            console.print(f"{mark:>6}  {escape(finding['check'])}: {escape(str(finding['detail']))}", soft_wrap=True, highlight=False)
+        console.print("[bold green]everything holds[/]" if result["holds"] else "[bold red]this adapter does not do what it should[/]")
+    return DONE if result["holds"] else DOUBTFUL
+
+
+def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Estimate memory and time."""
+    from rich.table import Table
+
+    rows = api.plan(
+        base=args.base, data=_data(args, "embedded:stdlib-topics"), methods=args.methods or ["linear-probe", "lora", "full"],
+        dtype=args.dtype, threads=args.threads or 1, training=_given(args), **_shared(args),
+    )  # fmt: skip
+    if args.json:
+        _print_json(rows)
+        return DONE
+    table = Table(title="estimates from a short probe (counted: parameters, saved bytes; predicted: the rest)")
+    for name in ("arm", "trainable", "saved for backward", "peak", "step", "steps", "training"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        if row["status"] != "done":
+            table.add_row(escape(row["arm"]), f"[red]{row['status']}[/]: {escape(row['reason'])}")
+            continue
+        table.add_row(
+            escape(row["arm"]), f"{row['trainable_parameters']:,}", f"{row['saved_for_backward_bytes'] / 2**20:,.1f} MiB",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['step_ms']:,.1f} ms", f"{row['steps']:,}", f"{row['train_seconds']:,.0f} s",
+        )  # fmt: skip
+    Console().print(table)
+    return DONE if any(row["status"] == "done" for row in rows) else FAILED
+
+
+def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Re-measure claims; exit code 3 when one does not hold."""
+    console, results = Console(stderr=args.json), []
+    for name in args.methods:
+        with Live(console) as live:
+            results += api.check([name], base=args.base, data=args.data, full=args.full, out=args.out, listen=live)
+        for claim in results[-1]["claims"]:
+            holds = {True: "[green]holds[/]", False: "[red]does not hold[/]"}.get(claim["holds"], f"[yellow]{claim['holds']}[/]")
+            console.print(f"[bold]{name}[/] {holds}: {escape(claim['text'])}", highlight=False)
+            console.print(f"  {escape(claim['inequality'])}; {escape(claim['detail'])}", highlight=False)
+    if args.json:
+        _print_json(results if len(results) > 1 else results[0])
+    return DONE if all(claim["holds"] is True for result in results for claim in result["claims"]) else DOUBTFUL
+
+
+def report(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Write report.html again from result.json, and rebuild the ledger's index."""
+    from brickyard.compare.ledger import Ledger
+    from brickyard.compare.report import render
+    from brickyard.core.files import read_json
+
+    folder = Path(args.folder)
+    if not (folder / "result.json").is_file():
+        raise UsageError(f"{folder} holds no result.json; give the folder of a finished comparison.")
+    Ledger(folder)
+    sys.stdout.write(f"{render(read_json(folder / 'result.json'), folder / 'report.html')}\n")
+    return DONE
+
+
+def export(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Turn a brick into a plain PEFT adapter or a merged model, and prove that it behaves the same."""
+    from brickyard.core.export import export as run_export
+
+    result = run_export(args.brick, args.to, Path(args.out), base=args.base, rank=args.rank, max_rank=args.max_rank)
+    sys.stdout.write(f"{result['sentence']}\n{args.out}\n")
+    return DONE
+
+
+def bricks(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """List bricks made for a base."""
+    rows = api.bricks_in(args.folder, args.base)
+    if args.json:
+        _print_json(rows)
+        return DONE
+    for row in rows:
+        score = row["scores"].get("score")
+        said = f"{score['metric']} {score['mean']:.3f}" if score else "no test score"
+        sys.stdout.write(f"{row['folder']}: {row['arm']}, {row['bytes']:,} bytes, {row['data']}, {said}\n")
+    if not rows:
+        sys.stdout.write(f"no brick for {args.base} under {args.folder}\n")
+    return DONE

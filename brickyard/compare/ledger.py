@@ -1,0 +1,88 @@
+"""The ledger of a run folder: one JSON a finished trial is the truth, SQLite (WAL) is an index that can be rebuilt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from brickyard.core.errors import BadBrick
+from brickyard.core.files import write_json
+
+_TABLE = """create table if not exists trials (
+  key text primary key, name text, role text, seed integer, arm text, status text, reason text, score real,
+  validation real, seconds real, finished text)"""
+
+
+class Ledger:
+    """The finished trials of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        self.database = folder / "ledger.sqlite"
+        try:
+            self.rebuild()
+        except sqlite3.DatabaseError:
+            for suffix in ("", "-wal", "-shm"):
+                self.database.with_name(self.database.name + suffix).unlink(missing_ok=True)
+            self.rebuild()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.database, timeout=30)
+        connection.execute("pragma journal_mode=wal")
+        connection.execute(_TABLE)
+        return connection
+
+    def trial(self, key: str) -> Path:
+        """Return the folder of a trial."""
+        return self.folder / "trials" / key
+
+    def finished(self, key: str) -> dict[str, Any] | None:
+        """Return the result of a finished trial, or None."""
+        path = self.trial(key) / "result.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadBrick(f"{path} is damaged ({error}); delete it, and the same command repeats that trial.") from None
+
+    def write(self, key: str, row: dict[str, Any]) -> None:
+        """Store a finished trial: first its JSON, then its row in the index."""
+        write_json(self.trial(key) / "result.json", row)
+        connection = self._open()
+        with connection:
+            self._insert(connection, key, row)
+        connection.close()
+
+    def rebuild(self) -> int:
+        """Fill the index from the folder; return how many trials there are."""
+        connection = self._open()
+        paths = sorted((self.folder / "trials").glob("*/result.json"))
+        with connection:
+            connection.execute("delete from trials")
+            for path in paths:
+                row = self.finished(path.parent.name)
+                if row is not None:
+                    self._insert(connection, path.parent.name, row)
+        connection.close()
+        return len(paths)
+
+    @staticmethod
+    def _insert(connection: sqlite3.Connection, key: str, row: dict[str, Any]) -> None:
+        value = row.get("value") or {}
+        connection.execute(
+            "insert or replace into trials values (?,?,?,?,?,?,?,?,?,?,?)",
+            (
+                key, row["name"], row["role"], row["seed"], row["arm"], row["status"], row["reason"],
+                (value.get("score") or {}).get("mean"), value.get("validation"), row["seconds"], row["finished"],
+            ),  # fmt: skip
+        )
+
+    def forget_brick(self, key: str) -> None:
+        """Delete the brick and the checkpoints of a trial whose numbers are kept."""
+        for name in ("brick", "checkpoints"):
+            shutil.rmtree(self.trial(key) / name, ignore_errors=True)

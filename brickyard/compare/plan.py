@@ -1,0 +1,225 @@
+"""Turn a request into a plan that is fixed before the first trial: arms, settings, steps, seeds, workers.
+
+`--minutes` is read here once and never again; what follows only reads plan.json, so a resumed run cannot differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brickyard.core import registry
+from brickyard.core.arm import TRAINING, Arm, Piece, parse
+from brickyard.core.errors import UsageError
+from brickyard.core.method import Record
+from brickyard.core.trial import Setting
+
+SIDE_BY_SIDE = 1.25  # a trial beside others runs this much slower than in its exclusive probe (memory bandwidth)
+START = 3.0  # seconds to start a trial, open the base and read the data
+RUNGS = (1 / 8, 1 / 4)  # shares of the full training that successive halving spends
+KEEP = 3  # of a rung, one in KEEP goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `brickyard compare` was asked for."""
+
+    methods: tuple[str, ...] = ("linear-probe", "moment-probing", "lora")
+    base: str = "embedded:minilm"
+    data: Any = "embedded:stdlib-topics"
+    minutes: float | None = None
+    memory: int | None = None
+    seeds: int = 3
+    trials: int = 1
+    search: str = "random"
+    retain: Any = None
+    engine: str = "local"
+    threads: int = 1
+    workers: int | None = None
+    task: str | None = None
+    metric: str | None = None
+    max_length: int | None = None
+    batch: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    train_rows: int = 0
+    device: str | None = None
+    cache: bool = True
+    allow_overlap: bool = False
+    trust_remote_code: bool = False
+    baselines: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "trials", "threads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: at least 1 was expected.")
+        if self.search not in ("random", "halving"):
+            raise UsageError(f"--search {self.search}: random or halving was expected.")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"--minutes {self.minutes}: a positive number was expected.")
+        if not self.methods:
+            raise UsageError("no arm was given; name at least one, e.g. --methods lora linear-probe.")
+
+    def setting(self, arm: str, seed: int, **changes: Any) -> dict[str, Any]:
+        """Return the JSON-like setting of one run."""
+        known = {
+            "arm": arm, "base": self.base, "data": self.data, "seed": seed, "task": self.task, "metric": self.metric,
+            "max_length": self.max_length, "batch": self.batch, "training": self.training, "device": self.device,
+            "train_rows": self.train_rows, "cache": self.cache, "allow_overlap": self.allow_overlap,
+            "trust_remote_code": self.trust_remote_code, "retain": self.retain,
+        }  # fmt: skip
+        return asdict(Setting(**{**known, **changes}))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of the comparison: its name in the table, its arm, the settings to try, its seeds, and what differs."""
+
+    name: str
+    arm: str
+    settings: tuple[dict[str, Any], ...]
+    seeds: tuple[int, ...]
+    trivial: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)  # of the setting, e.g. {"shuffle_labels": True} in a control
+
+
+def contestants(request: Request) -> list[Contestant]:
+    """Return the arms of a request with their settings; the linear probe joins as a baseline where it is missing."""
+    out: list[Contestant] = []
+    seen: dict[str, int] = {}
+    arms = [parse(text) for text in request.methods]
+    for arm in arms:
+        for piece in arm.pieces:
+            registry.check_options(piece.name, piece.options)
+    for arm in arms:
+        text = str(arm)
+        copy = seen[text] = seen.get(text, 0) + 1
+        # The same arm twice is an A/A comparison: its copies must not share their seeds.
+        seeds = tuple(1000 * (copy - 1) + s for s in range(1, request.seeds + 1))
+        name = text if copy == 1 else f"{text} ({copy})"
+        out.append(Contestant(name, text, tuple(settings(arm, request.trials)), seeds))
+    if request.baselines and not any(arm.pieces[0].name == "linear-probe" and len(arm.pieces) == 1 for arm in arms):
+        probe = parse("linear-probe")
+        out.append(
+            Contestant("linear-probe", "linear-probe", tuple(settings(probe, request.trials)), tuple(range(1, request.seeds + 1)), True)
+        )
+    return out
+
+
+def settings(arm: Arm, trials: int) -> list[dict[str, Any]]:
+    """Return up to `trials` settings {option or training key: value}: the default first, the rest drawn from the grid.
+
+    What the arm fixes is not searched. The draw is the same every time (seed 0).
+    """
+    axes: list[tuple[str, str, tuple[Any, ...]]] = []
+    lr_axis: tuple[Any, ...] = ()
+    for piece in arm.pieces:
+        record = registry.find(piece.name).record
+        for key, values in sorted(record.search.items()):
+            if key in TRAINING:
+                # One learning rate serves the arm; the tuner's grid rules, as its default does.
+                if key not in arm.training and (not lr_axis or record.slot == "tuner"):
+                    lr_axis = values
+            elif key not in piece.options:
+                axes.append((piece.name, key, values))
+    if lr_axis:
+        axes.insert(0, ("", "lr", lr_axis))
+    grid = [dict(zip([(n, k) for n, k, _ in axes], point, strict=True)) for point in itertools.product(*(v for _, _, v in axes))]
+    default = default_point(arm, [(n, k) for n, k, _ in axes])
+    rest = [point for point in grid if point != default]
+    chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rest))[: trials - 1]
+    return [{f"{n}.{k}" if n else k: v for (n, k), v in point.items()} for point in [default, *(rest[i] for i in sorted(chosen))]]
+
+
+def default_point(arm: Arm, axes: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+    """Return the point of the search space at which the methods' own defaults stand."""
+    records = {piece.name: registry.find(piece.name) for piece in arm.pieces}
+    order = sorted(records.values(), key=lambda entry: entry.record.slot == "tuner")
+    lr = next((e.record.training["lr"] for e in reversed(order) if "lr" in e.record.training), 1e-3)
+    return {(n, k): lr if not n else records[n].options[k].default for n, k in axes}
+
+
+def with_setting(arm: str, point: Mapping[str, Any]) -> str:
+    """Write a search point into an arm."""
+    parsed = parse(arm)
+    training = {**parsed.training, **{k: v for k, v in point.items() if "." not in k}}
+    pieces = tuple(
+        Piece(p.name, {**p.options, **{k.split(".", 1)[1]: v for k, v in point.items() if k.startswith(p.name + ".")}})
+        for p in parsed.pieces
+    )
+    return str(Arm(pieces, training))
+
+
+def record_of(arm: str) -> Record:
+    """Return the record of an arm's first piece."""
+    return registry.find(parse(arm).pieces[0].name).record
+
+
+def predict_seconds(probe: Mapping[str, Any], share: float, workers: int, seeds: int, trials: int, search: str) -> float:
+    """Predict the seconds of all runs of one arm at `share` of its full training, divided over the workers."""
+    training = probe["training"]
+    per_epoch = math.ceil(probe["rows"] / probe["batch"])
+    steps = training["steps"] or training["epochs"] * per_epoch
+    slow = SIDE_BY_SIDE if workers > 1 else 1.0
+    once = slow * steps * share * probe["mean_step_ms"] / 1000
+    # Validation and test rows pass forward only: about a third of a step each, some three times over a run.
+    evaluating = slow * per_epoch * probe["mean_step_ms"] / 1000 / 3
+    states = probe["states_ms_per_row"] * probe["rows"] * 1.4 / 1000
+    searching = (trials if search == "random" else trials * RUNGS[0] + math.ceil(trials / KEEP) * RUNGS[1]) if trials > 1 else 0
+    return states + (seeds + searching) * (START + once + evaluating) / workers
+
+
+def shorten(request: Request, probes: Mapping[str, Mapping[str, Any]], workers: int) -> tuple[float, int, str]:
+    """Return (share of the full training, trials, a sentence) that fit `request.minutes`.
+
+    Trials go first, then the length of training, down to a tenth; below that the request is refused.
+    """
+    def total(share: float, trials: int) -> float:
+        return sum(predict_seconds(p, share, workers, request.seeds, trials, request.search) for p in probes.values())
+
+    assert request.minutes is not None
+    limit = 60 * request.minutes
+    trials = max((k for k in range(1, request.trials + 1) if total(1.0, k) <= limit), default=1)
+    share = next((s for s in np.linspace(1.0, 0.1, 19) if total(float(s), trials) <= limit), None)
+    if share is None:
+        need = total(0.1, 1) / 60
+        raise UsageError(
+            f"--minutes {request.minutes:g} is too short: a tenth of the training with one setting and {request.seeds} seeds "
+            f"takes about {need:.1f} minutes here. Give more minutes, fewer methods or fewer seeds."
+        )
+    said = f"{request.minutes:g} minutes: {100 * share:.0f} % of the full training, {trials} of {request.trials} settings an arm"
+    return float(share), trials, f"{said}, about {total(float(share), trials) / 60:.1f} minutes predicted."
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the package's source, so that a resumed run knows whether the code changed."""
+    digest = hashlib.sha256()
+    for path in sorted(registry.ROOT.rglob("*.py")):
+        digest.update(str(path.relative_to(registry.ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def key_of(value: Any) -> str:
+    """Return a short stable name for a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def workers_of(request: Request) -> int:
+    """Return how many trials run side by side."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return request.workers or max(1, cores // request.threads)
+
+
+def default_folder(request: Request, fingerprint: str) -> Path:
+    """Return runs/<hash of the resolved command and data>, so that the same command finds its run again."""
+    return Path("runs") / key_of({**asdict(request), "data": fingerprint})

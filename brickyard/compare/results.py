@@ -1,0 +1,153 @@
+"""From finished trials to result.json: scores with intervals, pairs, the verdict, costs, curves, confusion."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from brickyard.compare.plan import with_setting
+from brickyard.compare.verdict import pairs_table, verdict
+from brickyard.core.arm import parse
+from brickyard.core.base import Base
+from brickyard.core.data import Data
+from brickyard.core.stats import interval
+from brickyard.core.task import Task
+
+COSTS = ("trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step_ms", "forward_flops")
+
+
+def assemble(
+    entries: Sequence[dict[str, Any]], plan: dict[str, Any], data: Data, base: Base, task: Task, command: str
+) -> dict[str, Any]:
+    """Build result.json. `entries` are the rows of one run (see `run._Run.rows`), with answers where they are done."""
+    labels = next((e["answers"][0]["label"] for e in entries if e["status"] == "done"), np.empty(0))
+    answers = {e["name"]: np.stack([a["prediction"] for a in e["answers"]]) for e in entries if e["status"] == "done"}
+    methods = [_method(e, answers, labels, task) for e in entries]
+    if task.labels is not None and len(labels) and not any(e["name"] == "majority" for e in entries):
+        methods.append(_majority(data, labels, task, answers))
+    pairs = pairs_table(labels, answers, task.metric)
+    judged = verdict(methods, pairs, metric=task.metric)
+    best = judged.get("recommended")
+    return {
+        "methods": methods,
+        "pairs": pairs,
+        "verdict": judged,
+        "without_overlap": _without_overlap(methods, answers, labels, data, task),
+        "environment": plan["environment"],
+        "budget": {
+            "sentence": plan["sentence"], "share": plan["share"], "seeds": plan["seeds"], "trials": plan["trials"],
+            "search": plan["search"], "threads": plan["threads"], "workers": plan["workers"],
+            "predicted_seconds": sum(plan["predicted_seconds"].values()),
+            "search_seconds": None, "allowed_changes": plan.get("allowed_changes", []),
+        },
+        "data": {
+            "name": data.name, "fingerprint": data.fingerprint, "rows": {k: len(v) for k, v in data.splits.items()},
+            "labels": list(task.labels) if task.labels is not None else None, "report": data.report,
+            "encoding": next((t["value"]["encoding"] for e in entries for t in e["trials"] if t["status"] == "done"), {}),
+        },
+        "base": {"spec": base.spec, "fingerprint": base.fingerprint},
+        "task": {"kind": task.kind, "metric": task.metric},
+        "command": command,
+        "curves": {e["name"]: [_curve(t) for t in e["trials"] if t["status"] == "done"] for e in entries if e["trials"]},
+        "confusion": _confusion(best, answers, labels, task),
+    }  # fmt: skip
+
+
+def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.ndarray, task: Task) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "arm": entry["name"], "status": entry["status"], "reason": entry["reason"], "trivial": entry["trivial"],
+        "setting": entry.get("setting", {}), "setting_arm": with_setting(entry["arm"], entry.get("setting", {})),
+        "tried": entry.get("tried", {}), "score": None, "retained": None, "receipt": None, "cost": {},
+    }  # fmt: skip
+    if "probe" in entry:
+        row["cost"] = {k: entry["probe"][k] for k in COSTS}
+    if entry["status"] != "done":
+        return row
+    found = interval(labels, answers[entry["name"]], task.metric)
+    row["score"] = {
+        "metric": task.metric, "mean": found.mean, "low": found.low, "high": found.high, "per_seed": list(found.per_seed),
+        "note": found.note,
+    }  # fmt: skip
+    values = [t["value"] for t in entry["trials"]]
+    middle = lambda key: float(np.median([v["cost"][key] for v in values]))  # noqa: E731
+    row["cost"] |= {
+        "train_seconds": middle("train_seconds"), "brick_bytes": int(middle("brick_bytes")),
+        "states_seconds": float(np.median([v["cost"].get("states_seconds", 0.0) for v in values])),
+        "peak_resident_bytes": int(np.median([t["peak_resident_bytes"] for t in entry["trials"]])),
+    }  # fmt: skip
+    row["training"] = values[0]["training"]
+    row["receipt"] = values[0]["receipt"]
+    row["retained"] = _retained([v["retained"] for v in values])
+    row["seeds"] = [t["seed"] for t in entry["trials"]]
+    row["answers"] = "answers/" + slug(entry["name"], entry["arm"])
+    return row
+
+
+def slug(name: str, arm: str) -> str:
+    """Return the folder name of a contestant; the copies of an A/A comparison are numbered."""
+    copy = re.fullmatch(re.escape(arm) + r"(?: \((\d+)\))?", name)
+    if copy is None:
+        return name
+    return parse(arm).slug + (f"-{copy[1]}" if copy[1] else "")
+
+
+def _retained(rows: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    known = [row for row in rows if row]
+    if not known:
+        return None
+    out = dict(known[0])
+    for key in ("before", "after", "drift"):
+        if key in out:
+            out[key] = float(np.mean([row[key] for row in known]))
+    return out
+
+
+def _majority(data: Data, labels: np.ndarray, task: Task, answers: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The class that train holds most often, as an arm that costs nothing; it joins `answers` for the pairs."""
+    seeds = max((len(a) for a in answers.values()), default=1)
+    most = int(np.bincount(np.asarray(data.splits["train"]["label"], dtype=int)).argmax())
+    answers["majority"] = np.full((seeds, len(labels)), most)
+    found = interval(labels, answers["majority"], task.metric)
+    return {
+        "arm": "majority", "status": "done", "reason": "", "trivial": True, "setting": {}, "setting_arm": "majority", "tried": {},
+        "score": {"metric": task.metric, "mean": found.mean, "low": found.low, "high": found.high, "per_seed": list(found.per_seed), "note": ""},
+        "retained": None, "receipt": None,
+        "cost": {**dict.fromkeys(COSTS, 0), "train_seconds": 0.0, "brick_bytes": 0},
+    }  # fmt: skip
+
+
+def _curve(trial: dict[str, Any]) -> dict[str, Any]:
+    return {"seed": trial["seed"], "points": trial["value"]["history"]}
+
+
+def _without_overlap(
+    methods: Sequence[dict[str, Any]], answers: dict[str, np.ndarray], labels: np.ndarray, data: Data, task: Task
+) -> dict[str, Any] | None:
+    """Judge once more without the test rows that also stand in train."""
+    if not len(data.test_overlap) or not data.test_overlap.any() or not len(labels):
+        return None
+    keep = ~data.test_overlap
+    left = {name: a[:, keep] for name, a in answers.items()}
+    rows = []
+    for method in methods:
+        row = dict(method)
+        if row["status"] == "done":
+            found = interval(labels[keep], left[row["arm"]], task.metric)
+            row["score"] = {**row["score"], "mean": found.mean, "low": found.low, "high": found.high, "per_seed": list(found.per_seed)}
+        rows.append(row)
+    pairs = pairs_table(labels[keep], left, task.metric)
+    return {"rows": int(keep.sum()), "removed": int((~keep).sum()), "verdict": verdict(rows, pairs, metric=task.metric), "pairs": pairs}
+
+
+def _confusion(best: str | None, answers: dict[str, np.ndarray], labels: np.ndarray, task: Task) -> dict[str, Any] | None:
+    """Count labels (rows) against predictions (columns) of the recommended arm, all seeds together."""
+    if best is None or task.labels is None or best not in answers:
+        return None
+    k = len(task.labels)
+    counts = np.zeros((k, k), dtype=int)
+    for predictions in answers[best]:
+        np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
+    return {"arm": best, "labels": list(task.labels), "matrix": counts.tolist()}

@@ -1,0 +1,330 @@
+"""The comparison itself: probe every arm, fix the plan, search, retrain with several seeds, judge, write the results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from brickyard.compare import plan as planning
+from brickyard.compare.ledger import Ledger
+from brickyard.compare.plan import Contestant, Request
+from brickyard.compare.results import assemble, slug
+from brickyard.core import measure
+from brickyard.core.arm import parse
+from brickyard.core.base import open_base
+from brickyard.core.build import resolve
+from brickyard.core.checkpoint import same_or_refuse
+from brickyard.core.data import read_data
+from brickyard.core.errors import Refused
+from brickyard.core.files import Lock, write_json
+from brickyard.core.jobs import Engine, Job, Outcome, engine
+from brickyard.core.task import task_of
+
+LIMIT = 15.0  # a trial may take this many times its predicted seconds
+FLOOR = 900.0  # seconds; no trial's limit is below
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+def compare(
+    request: Request,
+    out: Path | None = None,
+    *,
+    arms: list[Contestant] | None = None,
+    listen: Listener = lambda event: None,
+    allow_change: Sequence[str] = (),
+    command: str = "",
+) -> tuple[dict[str, Any], Path]:
+    """Run or resume a comparison; return its result and the folder that holds it.
+
+    `arms` stands in place of the contestants that the request's methods would give (claims bring their own).
+    `listen` gets events {"event": "plan"|"start"|"trial"|"done", ...} for a progress display. Raises Changed when the
+    folder was made with another request, data or code, and Locked when another process is using it.
+    """
+    arms = planning.contestants(request) if arms is None else arms
+    data = read_data(
+        request.data, task=request.task, metric=request.metric, need=("train", "test"), allow_overlap=request.allow_overlap
+    )
+    task = task_of(data, kind=request.task, metric=request.metric)
+    base = open_base(request.base, trust_remote_code=request.trust_remote_code)
+    folder = out or planning.default_folder(request, data.fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / "run.lock"):
+        identity = {
+            "request": json.loads(json.dumps(asdict(request))), "data": data.fingerprint, "base": base.fingerprint,
+            "code": planning.code_digest(), "versions": _versions(),
+        }  # fmt: skip
+        run = _Run(request, arms, folder, listen)
+        run.refuse(task)
+        plan = run.fix_plan(identity, allow_change)
+        listen({"event": "plan", "plan": plan, "folder": str(folder), "data": data, "base": base, "task": task})
+        run.search(plan)
+        run.final(plan)
+        result = assemble(run.rows(plan), plan, data, base, task, command)
+        run.keep_best(result)
+        write_json(folder / "result.json", result)
+        listen({"event": "done", "result": result})
+    return result, folder
+
+
+def _versions() -> dict[str, Any]:
+    return {k: v for k, v in measure.environment().items() if k in ("python", "torch", "transformers", "peft", "numpy")}
+
+
+class _Run:
+    """One run folder while it is being filled."""
+
+    def __init__(self, request: Request, arms: list[Contestant], folder: Path, listen: Listener) -> None:
+        self.request, self.arms, self.folder, self.listen = request, arms, folder, listen
+        self.ledger = Ledger(folder)
+        self.refused: dict[str, str] = {}
+        self.workers = planning.workers_of(request)
+        self.engine: Engine = engine(request.engine, self.workers)
+
+    def refuse(self, task: Any) -> None:
+        """Find out, before anything runs, which arms do not fit the task or themselves."""
+        for arm in self.arms:
+            try:
+                resolve(parse(arm.arm), task)
+            except Refused as error:
+                self.refused[arm.name] = str(error)
+
+    def _jobs_alone(self) -> Iterator[Job]:
+        for arm in self.arms:
+            if arm.name not in self.refused:
+                argument = {"setting": self.request.setting(arm.arm, 0, **arm.changes)}
+                yield Job(
+                    key=arm.name, function="brickyard.core.trial:probe", argument=argument, threads=self.request.threads,
+                    seconds=600, memory=self.request.memory, log=str(self.folder / "probe.log"), alone=True,
+                )  # fmt: skip
+
+    def fix_plan(self, identity: dict[str, Any], allow_change: Sequence[str]) -> dict[str, Any]:
+        """Return the stored plan if there is one (refusing other requests), else probe, decide and store it."""
+        path = self.folder / "plan.json"
+        if path.is_file():
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            allowed = same_or_refuse(plan["identity"], identity, allow_change, str(path))
+            if allowed:
+                plan.setdefault("allowed_changes", []).append({"at": _now(), "changes": allowed})
+                write_json(path, plan)
+            return plan
+        probes: dict[str, Any] = {}
+        failed: dict[str, dict[str, str]] = {}
+        same: dict[str, str] = {}
+        wanted = []
+        for job in self._jobs_alone():
+            # The copy in an A/A comparison costs what its twin costs.
+            twin = same.setdefault(json.dumps(job.argument, sort_keys=True), job.key)
+            if twin == job.key:
+                wanted.append(job)
+        self.listen({"event": "probe", "arms": len(wanted)})
+        for outcome in self.engine.run(wanted):
+            if outcome.status == "done":
+                probes[outcome.key] = outcome.value
+            else:
+                failed[outcome.key] = {"status": outcome.status, "reason": outcome.reason}
+        for arm in self.arms:
+            if arm.name not in probes and arm.name not in failed and arm.name not in self.refused:
+                twin = next(a.name for a in self.arms if a.arm == arm.arm)
+                source = probes if twin in probes else failed
+                source[arm.name] = source[twin]
+        share, trials = 1.0, self.request.trials
+        sentence = f"full training, up to {trials} settings an arm"
+        if self.request.minutes is not None and probes:
+            share, trials, sentence = planning.shorten(self.request, probes, self.workers)
+        seconds = {
+            name: planning.predict_seconds(p, share, self.workers, self.request.seeds, trials, self.request.search)
+            for name, p in probes.items()
+        }
+        plan = {
+            "identity": identity, "created": _now(), "share": share, "trials": trials, "search": self.request.search,
+            "seeds": self.request.seeds, "threads": self.request.threads, "workers": self.workers, "sentence": sentence,
+            "predicted_seconds": seconds, "probes": probes, "failed": failed, "refused": self.refused,
+            "environment": measure.environment(),
+            "arms": [
+                {
+                    "name": a.name, "arm": a.arm, "settings": a.settings[:trials], "seeds": a.seeds, "trivial": a.trivial,
+                    "changes": a.changes,
+                }  # fmt: skip
+                for a in self.arms
+            ],
+        }  # fmt: skip
+        write_json(path, plan)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _argument(self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, share: float) -> dict[str, Any]:
+        text = planning.with_setting(arm["arm"], point)
+        known = plan["probes"][arm["name"]]
+        setting = self.request.setting(text, seed, **arm["changes"])
+        if share < 1.0:
+            training = known["training"]
+            per_epoch = -(-known["rows"] // known["batch"])
+            steps = training["steps"] or training["epochs"] * per_epoch
+            setting["training"] = {**setting["training"], "steps": max(1, round(steps * share))}
+        return {"setting": setting, "role": role}
+
+    def _go(self, plan: dict[str, Any], wanted: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """Run the jobs among `wanted` (arm, argument) that are not finished yet; return key -> ledger row for all."""
+        rows: dict[str, dict[str, Any]] = {}
+        jobs: list[Job] = []
+        about: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for arm, argument in wanted:
+            key = planning.key_of({"argument": argument, "name": arm["name"]})
+            about[key] = (arm, argument)
+            done = self.ledger.finished(key)
+            if done is not None:
+                rows[key] = done
+                continue
+            shutil.rmtree(self.ledger.trial(key), ignore_errors=True)
+            self.ledger.trial(key).mkdir(parents=True)
+            predicted = plan["predicted_seconds"][arm["name"]]
+            jobs.append(
+                Job(
+                    key=key, function="brickyard.core.trial:run", threads=plan["threads"], memory=self.request.memory,
+                    argument={**argument, "folder": str(self.ledger.trial(key)), "code": plan["identity"]["code"]},
+                    seconds=max(FLOOR, LIMIT * predicted), log=str(self.ledger.trial(key) / "log.txt"),
+                )  # fmt: skip
+            )
+        self.listen({"event": "start", "jobs": len(jobs), "finished": len(rows)})
+        for outcome in self.engine.run(jobs):
+            arm, argument = about[outcome.key]
+            row = self._row(outcome, arm, argument)
+            self.ledger.write(outcome.key, row)
+            rows[outcome.key] = row
+            self.listen({"event": "trial", "row": row})
+        return rows
+
+    @staticmethod
+    def _row(outcome: Outcome, arm: dict[str, Any], argument: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "name": arm["name"], "role": argument["role"], "seed": argument["setting"]["seed"],
+            "arm": argument["setting"]["arm"], "status": outcome.status, "reason": outcome.reason,
+            "seconds": outcome.seconds, "peak_resident_bytes": outcome.peak, "finished": _now(), "value": outcome.value,
+        }  # fmt: skip
+
+    def _able(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
+        return [arm for arm in plan["arms"] if arm["name"] in plan["probes"]]
+
+    def search(self, plan: dict[str, Any]) -> None:
+        """Choose a setting for each arm on validation with seed 0; write choices.json."""
+        path = self.folder / "choices.json"
+        if path.is_file():
+            return
+        shares = planning.RUNGS if plan["search"] == "halving" else (1.0,)
+        alive = {arm["name"]: list(range(len(arm["settings"]))) for arm in self._able(plan)}
+        scores: dict[str, dict[str, Any]] = {name: {} for name in alive}
+        for share in shares:
+            wanted, places = [], []
+            for arm in self._able(plan):
+                if len(alive[arm["name"]]) > 1:
+                    for i in alive[arm["name"]]:
+                        wanted.append((arm, self._argument(plan, arm, arm["settings"][i], 0, "search", plan["share"] * share)))
+                        places.append((arm["name"], i))
+            rows = self._go(plan, wanted)
+            for (name, i), (arm, argument) in zip(places, wanted, strict=True):
+                row = rows[planning.key_of({"argument": argument, "name": arm["name"]})]
+                value = row["value"]["validation"] if row["status"] == "done" else None
+                scores[name][str(i)] = {"share": share, "validation": value, "status": row["status"], "reason": row["reason"]}
+            for name, left in alive.items():
+                if len(left) > 1:
+                    # A stable sort, so that equal scores keep the earlier setting: the default stands first.
+                    best = sorted(left, key=lambda i, n=name: -_or_low(scores[n][str(i)]["validation"]))
+                    alive[name] = best[: max(1, -(-len(best) // planning.KEEP))] if share != shares[-1] else best[:1]
+        chosen = {
+            arm["name"]: {"setting": arm["settings"][alive[arm["name"]][0]], "tried": scores[arm["name"]]} for arm in self._able(plan)
+        }
+        write_json(path, chosen)
+
+    def choices(self) -> dict[str, Any]:
+        """Return what the search chose."""
+        return json.loads((self.folder / "choices.json").read_text(encoding="utf-8"))
+
+    def _finals(self, plan: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        chosen = self.choices()
+        # Seeds outermost, so that every arm has its first seed early and a failing arm is known soon.
+        able = self._able(plan)
+        most = max((len(arm["seeds"]) for arm in able), default=0)
+        return [
+            (arm, self._argument(plan, arm, chosen[arm["name"]]["setting"], arm["seeds"][k], "final", plan["share"]))
+            for k in range(most)
+            for arm in able
+            if k < len(arm["seeds"])
+        ]
+
+    def final(self, plan: dict[str, Any]) -> None:
+        """Retrain every arm's chosen setting with all its seeds."""
+        self._go(plan, self._finals(plan))
+
+    def rows(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return one entry per contestant: its status, its final trials in the order of the seeds, and their answers."""
+        chosen, out = self.choices(), []
+        finals: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for arm, argument in self._finals(plan):
+            key = planning.key_of({"argument": argument, "name": arm["name"]})
+            row = self.ledger.finished(key)
+            assert row is not None
+            finals.setdefault(arm["name"], []).append((key, row))
+        for arm in plan["arms"]:
+            name = arm["name"]
+            entry: dict[str, Any] = {"name": name, "arm": arm["arm"], "trivial": arm["trivial"], "trials": [], "status": "done", "reason": ""}
+            if name in plan["refused"]:
+                entry |= {"status": "refused", "reason": plan["refused"][name]}
+            elif name in plan["failed"]:
+                entry |= plan["failed"][name]
+            else:
+                entry["setting"], entry["tried"] = chosen[name]["setting"], chosen[name]["tried"]
+                entry["keys"] = [key for key, _ in finals[name]]
+                entry["trials"] = [row for _, row in finals[name]]
+                bad = next((row for row in entry["trials"] if row["status"] != "done"), None)
+                if bad is not None:
+                    entry |= {"status": bad["status"], "reason": f"seed {bad['seed']}: {bad['reason']}"}
+                else:
+                    entry["answers"] = [_answers(self.ledger.trial(key) / "answers.parquet") for key, _ in finals[name]]
+                entry["probe"] = plan["probes"][name]
+            out.append(entry)
+        return out
+
+    def keep_best(self, result: dict[str, Any]) -> None:
+        """Move the best seed's brick (by validation) of each arm to bricks/, and drop the others."""
+        plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        kept = {row["arm"]: row for row in result["methods"]}
+        for entry in self.rows(plan):
+            if entry["status"] != "done":
+                continue
+            best = max(range(len(entry["keys"])), key=lambda i, e=entry: _or_low(e["trials"][i]["value"]["validation"]))
+            target = self.folder / "bricks" / slug(entry["name"], entry["arm"])
+            source = self.ledger.trial(entry["keys"][best]) / "brick"
+            if source.is_dir():
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                source.replace(target)
+            kept[entry["name"]]["brick"] = str(target.relative_to(self.folder))
+            answers = self.folder / "answers" / target.name
+            answers.mkdir(parents=True, exist_ok=True)
+            for key, row in zip(entry["keys"], entry["trials"], strict=True):
+                shutil.copyfile(self.ledger.trial(key) / "answers.parquet", answers / f"seed{row['seed']}.parquet")
+                self.ledger.forget_brick(key)
+
+
+def _answers(path: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(path, columns=["label", "prediction"])
+    return {name: table[name].to_numpy() for name in ("label", "prediction")}
+
+
+def _or_low(value: float | None) -> float:
+    return -np.inf if value is None else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+

@@ -1,0 +1,97 @@
+"""What a person sees while a comparison runs: what is being done, how far it is, how long it will still take."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Live:
+    """Listens to a comparison's events and keeps one progress line, with an estimate of the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} runs"),
+            TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=console, transient=True,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+        self.plan: dict[str, Any] = {}
+        self.started = time.monotonic()
+        self.seconds: dict[str, list[float]] = {}
+        self.ahead: list[str] = []
+
+    def __enter__(self) -> Live:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event of `compare.run`."""
+        getattr(self, f"_{event['event']}")(event)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def _probe(self, event: dict[str, Any]) -> None:
+        self._say(f"measuring {event['arms']} arms, one at a time ...")
+
+    def _plan(self, event: dict[str, Any]) -> None:
+        self.plan, data, base = event["plan"], event["data"], event["base"]
+        rows = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
+        self._say(f"[bold]{escape(str(data.name))}[/]: {rows}; {event['task'].kind}, {event['task'].metric}")
+        self._say(f"[bold]{escape(base.spec)}[/]; {escape(self.plan['sentence'])}; results in {escape(event['folder'])}")
+        for name, reason in self.plan["refused"].items():
+            self._say(f"  [yellow]{escape(name)} refused:[/] {escape(reason)}")
+        for name, failed in self.plan["failed"].items():
+            self._say(f"  [red]{escape(name)} {failed['status']}:[/] {escape(failed['reason'])}")
+
+    def _start(self, event: dict[str, Any]) -> None:
+        if event["finished"]:
+            self._say(f"{event['finished']} runs were already finished; they are not repeated.")
+        if not event["jobs"]:
+            return
+        if self.task is None:
+            self.task = self.progress.add_task("", total=0, left="")
+        total = (self.progress.tasks[0].total or 0) + event["jobs"]
+        self.progress.update(self.task, total=total, description="training", left=self._left(total))
+
+    def _trial(self, event: dict[str, Any]) -> None:
+        row = event["row"]
+        self.seconds.setdefault(row["name"], []).append(row["seconds"])
+        assert self.task is not None
+        self.progress.advance(self.task)
+        self.progress.update(self.task, left=self._left(self.progress.tasks[0].total or 0))
+        name, seed = escape(row["name"]), row["seed"]
+        if row["status"] != "done":
+            self._say(f"  [red]{name} seed {seed} {row['status']}:[/] {escape(row['reason'])}")
+        elif row["role"] == "search":
+            self._say(f"  [dim]{escape(row['arm'])}: validation {row['value']['validation']:.3f} ({row['seconds']:.0f} s)[/]")
+        else:
+            score = row["value"]["score"]
+            self._say(f"  {name} seed {seed}: {score['metric']} {score['mean']:.3f} ({row['seconds']:.0f} s)")
+
+    def _done(self, event: dict[str, Any]) -> None:
+        self.progress.stop()
+
+    def _left(self, total: float) -> str:
+        """Estimate from what the finished runs took against what was predicted for them."""
+        predicted = self.plan["predicted_seconds"]
+        runs = {name: self.plan["seeds"] for name in predicted}
+        each = {name: predicted[name] * self.plan["workers"] / max(1, runs[name]) for name in predicted}
+        done = sum(each.get(n, 0.0) * len(s) for n, s in self.seconds.items())
+        taken = sum(sum(s) for s in self.seconds.values())
+        pace = taken / done if done else 1.0
+        finished = sum(len(s) for s in self.seconds.values())
+        if finished >= total:
+            return ""
+        mean = sum(each.values()) / max(1, len(each))
+        waiting = sum(each[n] * max(0, runs[n] - len(self.seconds.get(n, []))) for n in each) or mean * (total - finished)
+        seconds = pace * waiting / self.plan["workers"]
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"

@@ -1,0 +1,139 @@
+"""A brick: what one run produced, as a folder with `brick.json` and safetensors only.
+
+For a weight-delta tuner the folder is at the same time a PEFT adapter, so `PeftModel.from_pretrained` opens it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from brickyard.core.arm import parse
+from brickyard.core.attached import Attached
+from brickyard.core.base import Base, open_base
+from brickyard.core.build import Plan, build, resolve
+from brickyard.core.errors import BadBrick, NotFinite, WrongBase
+from brickyard.core.files import complete_folder, plain_file, read_tensors, sha256, write_json, write_tensors
+from brickyard.core.task import Task
+
+SCHEMA = 1
+MANIFEST = "brick.json"
+_REQUIRED = ("schema", "arm", "base", "task", "seed", "weights", "files")
+
+
+@dataclass(frozen=True)
+class Brick:
+    """One stored brick. `manifest` is `brick.json`; nothing of the tensors is read before `tensors()` or `apply()`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def task(self) -> Task:
+        """The task that the brick was trained for."""
+        known = self.manifest["task"]
+        return Task(**{**known, "labels": tuple(known["labels"]) if known["labels"] is not None else None})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors on disk."""
+        return sum((self.folder / name).stat().st_size for name in self.manifest["files"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read and check its tensors."""
+        name = self.manifest["weights"]
+        return read_tensors(plain_file(self.folder, name), expect_sha256=self.manifest["files"][name])
+
+    def apply(self, base: Base | None = None, *, force: bool = False, attention: str = "sdpa") -> Applied:
+        """Build the arm on `base` (by default the brick's own) and load the brick into it.
+
+        Raises WrongBase when the base's fingerprint is not the one that the brick was made for, unless `force`.
+        """
+        base = base or open_base(self.manifest["base"]["spec"])
+        made_for = self.manifest["base"]["fingerprint"]
+        if base.fingerprint != made_for and not force:
+            raise WrongBase(
+                f"brick {self.folder} was made for base {self.manifest['base']['spec']} (fingerprint {made_for[:12]}), "
+                f"the base given is {base.spec} ({base.fingerprint[:12]}). Give the right --base, or --force."
+            )
+        attached = build(resolve(parse(self.manifest["arm"])), base, self.task, seed=self.manifest["seed"], attention=attention)
+        attached.load(self.tensors())
+        attached.model.eval()
+        return Applied(attached)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A base with a brick on it. `undo` gives the model as it was before, bit for bit."""
+
+    attached: Attached
+
+    @property
+    def model(self) -> nn.Module:
+        return self.attached.model
+
+    def undo(self) -> nn.Module:
+        """Take the brick off again."""
+        return self.attached.detach()
+
+
+def save(
+    folder: Path, attached: Attached, plan: Plan, base: Base, task: Task, *, seed: int, about: dict[str, Any]
+) -> Brick:
+    """Write a brick, complete or not at all; NotFinite names the first tensor that holds NaN or infinity.
+
+    `about` (data, training, environment, receipt, scores) goes into the manifest as it is.
+    """
+    tensors = attached.tensors()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NotFinite(f"tensor {name} of the brick holds NaN or infinity; nothing was saved in {folder}.")
+    weights = "adapter_model.safetensors" if attached.peft else "weights.safetensors"
+    with complete_folder(folder) as temporary:
+        write_tensors(temporary / weights, tensors)
+        files = {weights: sha256(temporary / weights)}
+        if attached.peft:
+            _write_adapter_config(temporary, attached, base)
+        manifest = {
+            "schema": SCHEMA,
+            "arm": str(plan.arm),
+            "method": plan.method,
+            "config": {name: asdict(config) for name, config in plan.configs.items()},
+            "base": {"spec": base.spec, "fingerprint": base.fingerprint},
+            "task": asdict(task),
+            "seed": seed,
+            "weights": weights,
+            "files": files,
+            **about,
+        }
+        write_json(temporary / MANIFEST, manifest)
+    return load(folder)
+
+
+def _write_adapter_config(folder: Path, attached: Attached, base: Base) -> None:
+    config = next(iter(attached.model.peft_config.values()))  # type: ignore[union-attr]
+    before, config.inference_mode = config.inference_mode, True
+    config.base_model_name_or_path = base.spec
+    config.save_pretrained(str(folder))
+    config.inference_mode, config.base_model_name_or_path = before, None
+
+
+def load(folder: str | Path) -> Brick:
+    """Open a brick's manifest; BadBrick when it is missing, incomplete or of a later schema."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise BadBrick(f"{folder} is not a brick: it has no {MANIFEST}. Give a folder written by `brickyard tune --out`.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadBrick(f"{folder / MANIFEST} is damaged: {error}.") from None
+    missing = [key for key in _REQUIRED if key not in manifest]
+    if missing:
+        raise BadBrick(f"{folder / MANIFEST} lacks {', '.join(missing)}.")
+    if manifest["schema"] > SCHEMA:
+        raise BadBrick(f"{folder} has schema {manifest['schema']}; this release reads up to {SCHEMA}. Update Brickyard.")
+    return Brick(folder, manifest)

@@ -1,0 +1,88 @@
+"""From an arm to a model ready to train: resolve its pieces, check that they fit, attach them in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from brickyard.core import registry
+from brickyard.core.arm import Arm
+from brickyard.core.attached import Attached, attach_in_place
+from brickyard.core.base import Base, HeadedModel
+from brickyard.core.errors import Refused, UsageError
+from brickyard.core.loop import Training
+from brickyard.core.task import Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An arm whose methods and options were found and checked, before anything is loaded."""
+
+    arm: Arm
+    tuner: str | None
+    head: str | None
+    configs: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The piece that gives the arm its name: the tuner, else the head."""
+        return self.tuner or self.head or ""
+
+
+def resolve(arm: Arm, task: Task | None = None) -> Plan:
+    """Check an arm against the registry; Refused when its pieces do not fit each other or the task."""
+    slots: dict[str, str] = {}
+    configs: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for piece in arm.pieces:
+        record = registry.find(piece.name).record
+        if record.slot not in ("tuner", "head"):
+            raise UsageError(f"{piece.name} is a {record.family} method; an arm is made of tuners and heads for now.")
+        if record.slot in slots:
+            raise Refused(f"{slots[record.slot]} and {piece.name} are both a {record.slot}; an arm takes one of each.")
+        if task is not None and task.kind not in record.needs:
+            raise Refused(f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}.")
+        slots[record.slot] = piece.name
+        configs[piece.name] = registry.config(piece.name, piece.options)
+    # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
+    for slot in ("head", "tuner"):
+        if slot in slots:
+            training.update(registry.find(slots[slot]).record.training)
+    training.update(arm.training)
+    return Plan(arm, slots.get("tuner"), slots.get("head"), configs, training)
+
+
+def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:
+    """Merge: the defaults, then what the methods prefer, then what the command says, then what the arm fixes."""
+    return replace(defaults, **{**plan.training, **{k: v for k, v in given.items() if v is not None}, **plan.arm.training})
+
+
+def build(plan: Plan, base: Base, task: Task, *, seed: int, attention: str = "sdpa") -> Attached:
+    """Open the base for the task and attach the arm's head and tuner; everything random is drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if plan.head is None:
+            model: nn.Module = base.model(task, seed=seed, attention=attention)
+        else:
+            head = registry.load(plan.head).head(plan.configs[plan.head], task, base.width)
+            model = base.headed(head, attention=attention)
+        torch.manual_seed(seed)
+        if plan.tuner is not None:
+            return registry.load(plan.tuner).attach(model, plan.configs[plan.tuner], task)
+        return _head_only(plan, model, task)
+
+
+def _head_only(plan: Plan, model: nn.Module, task: Task) -> Attached:
+    assert plan.head is not None and isinstance(model, HeadedModel)
+    module, config = registry.load(plan.head), plan.configs[plan.head]
+    # A head may bring modules that sit inside the frozen backbone (moment-probing's recalibration).
+    if getattr(config, "plus", False):
+        return module.attach(model, config, task)
+    names = [name for name, _ in model.named_parameters() if name.startswith("head.")]
+    attached = attach_in_place(model, names, matched={"head": names})
+    attached.frozen_states = True
+    return attached

@@ -1,0 +1,135 @@
+"""Hand a brick over: as a plain PEFT adapter or as a merged model, with the proof that it behaves the same."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.adalora.layer import AdaLoraLayer
+from torch import Tensor
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from brickyard.core import brick as bricks
+from brickyard.core.base import Base, HeadedModel, open_base
+from brickyard.core.brick import Brick
+from brickyard.core.errors import Refused, UsageError
+from brickyard.core.files import complete_folder, write_json, write_tensors
+from brickyard.core.inject_export import to_lora
+from brickyard.core.inject_layer import BrickyardLinear
+from brickyard.core.receipt import assert_parity, parity
+from brickyard.core.retention import TEXTS
+from brickyard.core.wrap import ADAPTER
+
+
+def export(
+    folder: str | Path, to: str, out: Path, *, base: str | None = None, rank: int | None = None, max_rank: int | None = None
+) -> dict[str, Any]:
+    """Write the brick in `folder` as `to` ("peft" or "merged") into `out`; return {"max_gap", "error", "sentence"}.
+
+    Raises Refused where a brick has no such form, and ParityBroken where the written artefact answers differently.
+    """
+    made = bricks.load(folder)
+    opened = open_base(base or made.manifest["base"]["spec"])
+    if rank is not None:
+        raise UsageError(f"--rank: {made.manifest['method']} was trained for one rank only; leave it out, or use --max-rank.")
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty; give a new folder.")
+    if to == "peft":
+        return _peft(made, opened, out, max_rank)
+    if max_rank is not None:
+        raise UsageError("--max-rank belongs to --to peft; a merged model holds the whole change.")
+    return _merged(made, opened, out)
+
+
+def _peft(made: Brick, base: Base, out: Path, max_rank: int | None) -> dict[str, Any]:
+    model = made.apply(base).model
+    if not isinstance(model, PeftModel):
+        raise Refused(f"{made.manifest['arm']} is no adapter on layers; use --to merged, or load the brick with Brickyard.")
+    error = 0.0
+    if any(isinstance(m, BrickyardLinear) for m in model.modules()):
+        error = to_lora(model, ADAPTER, out, max_rank=max_rank).error
+    elif max_rank is not None:
+        raise Refused(f"--max-rank: {made.manifest['method']} is written as it is; leave the option out.")
+    elif any(isinstance(m, AdaLoraLayer) for m in model.modules()):
+        _fold(model, out)
+    else:
+        with complete_folder(out) as temporary:
+            for name in ("adapter_config.json", made.manifest["weights"]):
+                shutil.copyfile(made.folder / name, temporary / name)
+    head = isinstance(model.get_base_model(), HeadedModel)
+    if head:
+        return {"max_gap": None, "error": error, "sentence": "written; its head is Brickyard's own, so plain PEFT opens the backbone's change only."}
+    with torch.random.fork_rng(devices=[]):
+        fresh = base.model(made.task, seed=made.manifest["seed"] + 1)
+        again = PeftModel.from_pretrained(fresh, str(out)).eval()  # type: ignore[arg-type]
+    proof = parity(model, again, _inputs(base))
+    if not error:
+        assert_parity(proof, "the exported adapter against the brick")
+    gap = proof["max_gap"]
+    kind = "exact" if not error else f"by SVD, relative error {error:.2e}"
+    return {"max_gap": gap, "error": error, "sentence": f"plain PEFT adapter, {kind}; reloaded logits differ by at most {gap:.1e}."}
+
+
+@torch.no_grad()
+def _fold(model: PeftModel, out: Path) -> None:
+    """Write AdaLoRA as LoRA: A' = A * E * alpha / r0, B' = B, with the rank that each layer kept and scaling 1."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaLoraLayer):
+            scaling = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)
+            a_rn = layer.lora_A[ADAPTER] * layer.lora_E[ADAPTER] * scaling
+            if len(a_rn) == 0:
+                continue  # a layer without ranks has no change; LoRA knows no rank 0
+            ranks[name.removeprefix("base_model.model.")] = len(a_rn)
+            tensors[f"{name}.lora_A.weight"] = a_rn.contiguous().cpu()
+            tensors[f"{name}.lora_B.weight"] = layer.lora_B[ADAPTER].contiguous().cpu()
+    config: Any = model.peft_config[ADAPTER]
+    exactly = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    lora = LoraConfig(
+        r=max(ranks.values()), lora_alpha=max(ranks.values()), rank_pattern=exactly, alpha_pattern=dict(exactly),
+        target_modules=sorted(ranks), modules_to_save=config.modules_to_save, inference_mode=True,
+    )  # fmt: skip
+    heads = {k: t.detach().cpu() for k, t in get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items() if ".lora_" not in k}
+    with complete_folder(out) as temporary:
+        write_tensors(temporary / "adapter_model.safetensors", {**tensors, **heads})
+        known = lora.to_dict()
+        known["target_modules"] = sorted(known["target_modules"])
+        write_json(temporary / "adapter_config.json", {k: getattr(v, "value", v) for k, v in known.items()})
+
+
+def _merged(made: Brick, base: Base, out: Path) -> dict[str, Any]:
+    applied = made.apply(base).model
+    plain: Any = made.apply(base).model
+    if isinstance(plain, PeftModel):
+        try:
+            plain = plain.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError) as error:
+            raise Refused(f"{made.manifest['arm']} cannot be merged: {error}") from error
+    if isinstance(plain, HeadedModel):
+        raise Refused(
+            f"the head of {made.manifest['arm']} is Brickyard's own, which no transformers class can hold; load the brick instead."
+        )
+    if made.task.labels is not None:
+        plain.config.id2label = dict(enumerate(made.task.labels))
+        plain.config.label2id = {name: i for i, name in enumerate(made.task.labels)}
+    with complete_folder(out) as temporary:
+        plain.save_pretrained(temporary, safe_serialization=True)
+        (base.tokenizer if base.input == "text" else base.processor).save_pretrained(temporary)
+    opener = AutoModelForSequenceClassification if base.input == "text" else AutoModelForImageClassification
+    again = opener.from_pretrained(out).eval()
+    proof = parity(applied, again, _inputs(base))
+    assert_parity(proof, "the merged model against base + brick")
+    gap = proof["max_gap"]
+    return {"max_gap": gap, "error": 0.0, "sentence": f"merged model; reloaded logits differ by at most {gap:.1e} from base + brick."}
+
+
+def _inputs(base: Base) -> dict[str, Tensor]:
+    if base.input == "text":
+        return dict(base.tokenizer(list(TEXTS), return_tensors="pt", padding=True))
+    size = int(base.config.image_size)
+    return {"pixel_values": torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))}

@@ -1,0 +1,358 @@
+"""The one training loop, on accelerate: step strategies, accumulation, schedules, exact checkpoint and resume, callbacks.
+
+Everything that decides an update is a pure function of (seed, step) or lies in the checkpoint, so an interrupted run
+that is resumed gives the same bits as one that was not (same machine, same thread count).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from brickyard.core.attached import Attached
+from brickyard.core.batches import Order
+from brickyard.core.checkpoint import Checkpoints
+from brickyard.core.errors import NotFinite, UsageError
+from brickyard.core.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train. `steps` > 0 overrides `epochs`; `warmup` is a fraction of the steps; `patience` counts evaluations.
+
+    `accumulation` splits each batch of `batch` rows into that many micro-batches: less memory, the same update.
+    """
+
+    lr: float = 1e-3
+    wd: float = 0.0
+    epochs: float = 3.0
+    steps: int = 0
+    batch: int = 32
+    accumulation: int = 1
+    warmup: float = 0.06
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    clip: float = 1.0
+    seed: int = 0
+    bucket: bool = False
+    patience: int = 0
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "lr": self.lr >= 0, "wd": self.wd >= 0, "epochs": self.epochs > 0 or self.steps > 0, "steps": self.steps >= 0,
+            "batch": self.batch >= 1, "accumulation": 1 <= self.accumulation <= self.batch, "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip >= 0, "patience": self.patience >= 0, "evaluate_every": self.evaluate_every >= 0,
+        }  # fmt: skip
+        for name, ok in checks.items():
+            if not ok:
+                raise UsageError(f"training {name}={getattr(self, name)!r} is out of range.")
+        if not math.isfinite(self.lr) or not math.isfinite(self.epochs):
+            raise UsageError(f"training lr={self.lr} and epochs={self.epochs} must be finite.")
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps for a training set of `rows` rows."""
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.batch)))
+
+    def factor(self, step: int, total: int) -> float:
+        """Learning-rate factor of optimiser step `step` (0-based) out of `total`; transformers' schedules."""
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return step / max(1, warm)
+        if self.schedule == "constant":
+            return 1.0
+        left = (total - step) / max(1, total - warm)
+        return max(0.0, left) if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+class Examples(Protocol):
+    """What the loop trains on: `batches.Encoded` or cached `states.States`."""
+
+    labels: Tensor
+    lengths: np.ndarray
+    digest: str
+
+    def __len__(self) -> int: ...
+    def collate(self, index: np.ndarray) -> dict[str, Any]: ...
+
+
+@dataclass
+class State:
+    """Where a run stands; what callbacks and steps see."""
+
+    attached: Attached
+    task: Task
+    training: Training
+    total: int
+    accelerator: Accelerator
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None  # {"score", "step"}
+    best_tensors: dict[str, Tensor] | None = None
+    waited: int = 0
+    batch_rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    hooks: Hooks | None = None
+
+
+class Hooks:
+    """Calls the callbacks' optional methods in order."""
+
+    def __init__(self, callbacks: Sequence[Any]) -> None:
+        self.callbacks = list(callbacks)
+
+    def __call__(self, event: str, state: State) -> None:
+        for callback in self.callbacks:
+            if (method := getattr(callback, event, None)) is not None:
+                method(state)
+
+    def ready(self, state: State) -> bool:
+        """Whether the present weights may be kept as the best (a method in the middle of a schedule says no)."""
+        return all(callback.ready(state) for callback in self.callbacks if hasattr(callback, "ready"))
+
+
+class Step(Protocol):
+    """One way of updating the parameters from a batch."""
+
+    def sampler(self, lengths: np.ndarray, training: Training) -> Order: ...
+    def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class Backprop:
+    """Backward through the model and AdamW; the hooks stand where `transformers.Trainer` has them."""
+
+    def __init__(self, attached: Attached, training: Training) -> None:
+        groups = [
+            {
+                "params": group["params"],
+                "lr": 0.0,
+                "weight_decay": group.get("weight_decay", training.wd),
+                "lr_scale": group.get("lr_scale", 1.0),
+            }
+            for group in attached.parameter_groups
+        ]
+        if not any(group["params"] for group in groups):
+            raise UsageError("the arm has no trainable parameter; choose a tuner or a head that trains something.")
+        self.optimiser = torch.optim.AdamW(groups, fused=True)
+        names = {id(p): name for name, p in attached.model.named_parameters()}
+        self.named = {names.get(id(p), f"parameter {i}"): p for i, p in enumerate(attached.parameters())}
+        self.training = training
+
+    def sampler(self, lengths: np.ndarray, training: Training) -> Order:
+        return Order(lengths, training.batch, seed=training.seed, bucket=training.bucket)
+
+    def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float:
+        """Return the mean loss of the batch (without the arm's regulariser). `batches` are (weight, micro-batch) pairs."""
+        total = 0.0
+        for weight, inputs in batches:
+            with autocast(state.accelerator, self.training.precision):
+                logits = state.attached.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            loss = state.task.loss(logits.float(), inputs["labels"])
+            total += weight * loss.item()
+            if state.attached.extra_loss is not None:
+                loss = loss + state.attached.extra_loss()
+            state.accelerator.backward(weight * loss)
+        if not math.isfinite(total):
+            raise NotFinite(f"the loss is {total} at step {state.step + 1}, {self._where(state)}; lower lr or check the data.")
+        parameters = list(self.named.values())
+        norm = state.accelerator.clip_grad_norm_(parameters, self.training.clip or math.inf)
+        if not torch.isfinite(norm):
+            bad = next((n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()), "a norm")
+            raise NotFinite(f"the gradient of {bad} is not finite at step {state.step + 1}, {self._where(state)}; lower lr.")
+        factor = self.training.factor(state.step, state.total)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.training.lr * group["lr_scale"] * factor
+        assert state.hooks is not None
+        state.hooks("before_step", state)
+        self.optimiser.step()
+        state.hooks("after_step", state)
+        self.optimiser.zero_grad(set_to_none=True)
+        return total
+
+    @staticmethod
+    def _where(state: State) -> str:
+        return f"rows {state.batch_rows[:8].tolist()}{'...' if len(state.batch_rows) > 8 else ''} of train"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        out = {}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            out.update({f"{i}.{key}": torch.as_tensor(value) for key, value in state.items()})
+        return out
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        packed: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            packed.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict({"state": packed, "param_groups": self.optimiser.state_dict()["param_groups"]})
+
+
+@dataclass
+class Trained:
+    """What a run did: learning curve, seconds (monotonic clock, evaluation apart), and where the best weights were."""
+
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    best_step: int
+    stopped: str
+
+
+def autocast(accelerator: Accelerator, precision: str) -> Any:
+    """Return the autocast context of `precision` on the accelerator's device."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put the model in training mode, but keep the statistics of frozen batch norms frozen."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def train(
+    attached: Attached,
+    examples: Examples,
+    validation: Examples | None,
+    task: Task,
+    training: Training,
+    *,
+    folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    allow_change: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
+    make_step: Callable[[Attached, Training], Step] = Backprop,
+    device: str | None = None,
+) -> Trained:
+    """Train `attached` on `examples`; with `validation` the best evaluated weights are the ones left in the model.
+
+    With `folder`, checkpoints are written there every `training.checkpoint_every` steps and an earlier run is resumed;
+    `identity` (config, data, code) must equal the earlier run's, else Changed. Raises NotFinite at the first NaN.
+    """
+    accelerator = Accelerator(cpu=device == "cpu")
+    attached.model.to(accelerator.device)
+    model = attached.model
+    state = State(attached, task, training, training.total_steps(len(examples)), accelerator)
+    state.hooks = Hooks([*attached.callbacks, *callbacks])
+    torch.manual_seed(training.seed)
+    step = make_step(attached, training)
+    order = step.sampler(examples.lengths, training)
+    saved = Checkpoints(folder, {"training": asdict(training), "data": examples.digest, **(identity or {})}, allow_change)
+    state.hooks("begin", state)
+    saved.resume(state, step)
+    per_epoch = math.ceil(len(examples) / training.batch)
+    every = training.evaluate_every or per_epoch
+    seconds, stopped = 0.0, "done"
+    started = time.monotonic()
+    train_mode(model)
+    for rows in _rows(order, per_epoch, state.step, state.total):
+        state.batch_rows = rows
+        state.losses.append(step(state, list(_micro(examples, rows, training, accelerator))))
+        state.step += 1
+        if validation is not None and (state.step % every == 0 or state.step == state.total):
+            seconds += time.monotonic() - started
+            stop = _evaluate(state, validation)
+            train_mode(model)
+            started = time.monotonic()
+            if stop:
+                stopped = f"no better validation score in {training.patience} evaluations"
+                break
+        elif validation is None and (state.step % every == 0 or state.step == state.total):
+            _point(state, {})
+        if training.checkpoint_every and state.step % training.checkpoint_every == 0 and state.step < state.total:
+            saved.save(state, step)
+    seconds += time.monotonic() - started
+    if state.best_tensors is not None:
+        attached.load(state.best_tensors)
+    state.hooks("end", state)
+    model.eval()
+    best = state.best["step"] if state.best else state.step
+    return Trained(state.history, state.step, seconds, best, stopped)
+
+
+def _rows(order: Order, per_epoch: int, start: int, total: int) -> Iterator[np.ndarray]:
+    step = start
+    while step < total:
+        for rows in order.epoch(step // per_epoch)[step % per_epoch :]:
+            if step == total:
+                return
+            yield rows
+            step += 1
+
+
+def _micro(
+    examples: Examples, rows: np.ndarray, training: Training, accelerator: Accelerator
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    for part in np.array_split(rows, min(training.accumulation, len(rows))):
+        yield len(part) / len(rows), to_device(examples.collate(part), accelerator.device)
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors (and tuples of tensors) of a batch to a device."""
+    move = lambda v: tuple(map(move, v)) if isinstance(v, tuple) else v.to(device)  # noqa: E731
+    return {k: move(v) for k, v in inputs.items()}
+
+
+def _point(state: State, scores: dict[str, float]) -> None:
+    loss = float(np.mean(state.losses))
+    examples = state.step * state.training.batch
+    state.history.append({"step": state.step, "examples": examples, "train_loss": loss, **scores})
+    state.losses = []
+
+
+def _evaluate(state: State, validation: Examples) -> bool:
+    """Evaluate, keep the best tensors, and say whether patience has run out."""
+    logits = predict(state.attached.model, validation, precision=state.training.precision)
+    labels = validation.labels.numpy()
+    score = state.task.score(labels, state.task.predict(logits))
+    loss = float(state.task.losses(torch.from_numpy(logits), validation.labels).mean())
+    _point(state, {"validation_score": score, "validation_loss": loss})
+    assert state.hooks is not None
+    if state.hooks.ready(state) and (state.best is None or (score, -loss) > (state.best["score"], -state.best["loss"])):
+        state.best = {"score": score, "loss": loss, "step": state.step}
+        state.best_tensors = state.attached.tensors()
+        state.waited = 0
+    else:
+        state.waited += 1
+    state.hooks("evaluated", state)
+    return bool(state.training.patience) and state.waited >= state.training.patience
+
+
+@torch.no_grad()
+def predict(model: nn.Module, examples: Examples, *, batch: int = 64, precision: str = "float32") -> np.ndarray:
+    """Return float32 logits [rows, width] in the order of the data; batches are cut by length, so padding is little."""
+    device = next(model.parameters()).device
+    kind = nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=torch.bfloat16)
+    was_training = model.training
+    model.eval()
+    rows = np.argsort(examples.lengths, kind="stable")
+    out: np.ndarray | None = None
+    with kind:
+        for part in np.array_split(rows, math.ceil(len(rows) / batch)):
+            inputs = to_device({k: v for k, v in examples.collate(part).items() if k != "labels"}, device)
+            logits = model(**inputs).logits.float().cpu().numpy()
+            if out is None:
+                out = np.empty((len(rows), *logits.shape[1:]), dtype=np.float32)
+            out[part] = logits
+    model.train(was_training)
+    if out is None:
+        raise UsageError("there is no row to predict.")
+    if not np.isfinite(out).all():
+        raise NotFinite(f"the logits of row {int(np.argwhere(~np.isfinite(out))[0][0])} are not finite.")
+    return out

@@ -1,0 +1,78 @@
+"""Our callbacks inside `transformers.Trainer`: an arm trained there gives the same numbers as in our own loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from brickyard.core.attached import Attached
+from brickyard.core.errors import UsageError
+from brickyard.core.loop import Hooks, Training
+from brickyard.core.task import Task
+
+
+class ArmCallback(TrainerCallback):
+    """Runs an arm's callbacks at Trainer's hook points; `after_step` is `on_optimizer_step`, gradients still present."""
+
+    def __init__(self, attached: Attached, task: Task, training: Training) -> None:
+        self.hooks = Hooks(attached.callbacks)
+        self.state: Any = SimpleNamespace(
+            attached=attached, task=task, training=training, total=0, step=0, history=[], hooks=self.hooks
+        )
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Hand the callbacks the number of optimiser steps."""
+        if state.max_steps <= 0:
+            raise UsageError("Trainer does not know its number of steps; give max_steps or a data set with a length.")
+        self.state.total, self.state.step = state.max_steps, state.global_step
+        self.hooks("begin", self.state)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before the optimiser's step."""
+        self.state.step = state.global_step
+        self.hooks("before_step", self.state)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After the optimiser's step, before gradients are cleared."""
+        self.hooks("after_step", self.state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After training."""
+        self.hooks("end", self.state)
+
+
+class ArmTrainer(Trainer):
+    """`transformers.Trainer` for an attached arm: the task's loss, the arm's regulariser, parameter groups and hooks."""
+
+    def __init__(self, attached: Attached, task: Task, *, args: TrainingArguments, **options: Any) -> None:
+        self.attached, self.task_of_arm = attached, task
+        callback = ArmCallback(attached, task, replace(Training(), seed=args.seed, lr=args.learning_rate))
+        super().__init__(model=attached.model, args=args, callbacks=[*options.pop("callbacks", []), callback], **options)  # type: ignore[arg-type]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        """Return the task's mean loss over the batch, plus the arm's regulariser."""
+        labels = inputs["labels"]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        loss = self.task_of_arm.loss(outputs.logits.float(), labels)
+        if self.attached.extra_loss is not None and model.training:
+            loss = loss + self.attached.extra_loss()
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Use the arm's parameter groups with AdamW, as our loop does."""
+        if self.optimizer is None:
+            groups = [
+                {
+                    "params": g["params"],
+                    "lr": self.args.learning_rate * g.get("lr_scale", 1.0),
+                    "weight_decay": g.get("weight_decay", self.args.weight_decay),
+                }
+                for g in self.attached.parameter_groups
+            ]
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, fused=True)
+        return self.optimizer

@@ -1,0 +1,272 @@
+"""One run of one arm: open base and data, train, evaluate, prove, measure, and leave a brick with its receipt.
+
+These functions take and return plain dictionaries, because `jobs` runs them in processes of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from brickyard.core import brick as bricks
+from brickyard.core import measure
+from brickyard.core.arm import parse
+from brickyard.core.attached import Attached
+from brickyard.core.base import Base, open_base
+from brickyard.core.batches import Encoded, Order, encode
+from brickyard.core.build import Plan, build, resolve, training_of
+from brickyard.core.data import Data, read_data
+from brickyard.core.loop import Backprop, Examples, Training, predict, to_device, train, train_mode
+from brickyard.core.receipt import assert_effect, receipt, snapshot
+from brickyard.core.retention import Drift, Retention
+from brickyard.core.states import States
+from brickyard.core.task import Task, task_of
+
+_PROBE_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Everything that decides a run; JSON-like. `training` holds only what the command fixed."""
+
+    arm: str
+    base: str = "embedded:minilm"
+    data: Any = "embedded:stdlib-topics"
+    seed: int = 0
+    task: str | None = None
+    metric: str | None = None
+    max_length: int | None = None
+    batch: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    train_rows: int = 0
+    attention: str = "sdpa"
+    device: str | None = None
+    cache: bool = True
+    allow_overlap: bool = False
+    trust_remote_code: bool = False
+    retain: Any = None
+    shuffle_labels: bool = False
+
+
+@dataclass
+class Prepared:
+    """What a setting opens to: the base, the data, the task, the arm's plan and the encoded splits."""
+
+    setting: Setting
+    base: Base
+    data: Data
+    task: Task
+    plan: Plan
+    training: Training
+    encoded: dict[str, Encoded]
+
+
+def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "test")) -> Prepared:
+    """Open and check everything that `setting` names; any fault is one clear error before training starts."""
+    need = tuple(split for split in splits if split != "validation")
+    data = read_data(setting.data, task=setting.task, metric=setting.metric, need=need, allow_overlap=setting.allow_overlap)
+    task = task_of(data, kind=setting.task, metric=setting.metric)
+    plan = resolve(parse(setting.arm), task)
+    training = training_of(plan, {**setting.training, "batch": setting.batch, "seed": setting.seed}, Training())
+    base = open_base(setting.base, trust_remote_code=setting.trust_remote_code)
+    encoded = {name: encode(data.splits[name], base, task, max_length=setting.max_length) for name in splits}
+    if setting.train_rows and setting.train_rows < len(encoded["train"]):
+        chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(encoded["train"]))[: setting.train_rows]
+        encoded["train"] = encoded["train"].take(np.sort(chosen))
+    if setting.shuffle_labels:
+        order = np.random.Generator(np.random.PCG64(setting.seed)).permutation(len(encoded["train"]))
+        encoded["train"].labels = encoded["train"].labels[torch.from_numpy(order)]
+    return Prepared(setting, base, data, task, plan, training, encoded)
+
+
+def examples(ready: Prepared, attached: Attached) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Return what the loop reads, and what building it cost: cached states where only a head trains, else the rows."""
+    if not attached.frozen_states:
+        return dict(ready.encoded), {}
+    backbone = attached.model.backbone.to(_device(ready.setting))  # type: ignore[union-attr]
+    made = {
+        name: States.of(backbone, rows, base=ready.base.fingerprint, attention=ready.setting.attention, cache=ready.setting.cache)
+        for name, rows in ready.encoded.items()
+    }
+    known = {
+        "states_seconds": sum(s.seconds for s in made.values()),
+        "states_bytes": sum(s.bytes for s in made.values()),
+        "streamed": [name for name, s in made.items() if s.streamed],
+    }
+    return dict(made), known
+
+
+def _device(setting: Setting) -> torch.device:
+    if setting.device:
+        return torch.device(setting.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(argument: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate one setting in `folder`; see `finish` for the result.
+
+    argument: {"setting": dict of Setting, "folder": path, "role": "search"|"final", "code": digest of the code}.
+    """
+    setting = Setting(**argument["setting"])
+    folder = Path(argument["folder"])
+    final = argument.get("role", "final") == "final"
+    ready = prepare(setting, ("train", "validation", "test") if final else ("train", "validation"))
+    return tune(ready, folder, evaluate="test" if final else None, code=argument.get("code", ""))
+
+
+def tune(
+    ready: Prepared,
+    folder: Path,
+    *,
+    evaluate: str | None = "test",
+    code: str = "",
+    callbacks: Sequence[Any] = (),
+    allow_change: Sequence[str] = (),
+    checkpoint_every: int = 0,
+) -> dict[str, Any]:
+    """Train a prepared setting, prove that it had an effect, evaluate, and write `folder/brick`."""
+    setting, task = ready.setting, ready.task
+    attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
+    attached.model.to(_device(setting))
+    sets, cost = examples(ready, attached)
+    kept = _retention(ready, attached)
+    probe = _inputs(sets["train"].collate(np.arange(min(_PROBE_ROWS, len(sets["train"])))), _device(setting))
+    base_logits = _logits(attached, probe)
+    before = snapshot(attached.model)
+    training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
+    identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
+    trained = train(
+        attached, sets["train"], sets.get("validation"), task, training, folder=folder / "checkpoints",
+        identity=identity, allow_change=allow_change, callbacks=callbacks, device=setting.device,
+    )  # fmt: skip
+    proof = receipt(before, attached.model, attached, probe, base_logits)
+    assert_effect(proof)
+    result: dict[str, Any] = {
+        "arm": str(ready.plan.arm), "seed": setting.seed, "training": asdict(training),
+        "history": trained.history, "steps": trained.steps, "best_step": trained.best_step, "stopped": trained.stopped,
+        "receipt": proof, "retained": kept.after(attached.model) if kept else None,
+        "encoding": {name: rows.report for name, rows in ready.encoded.items()},
+        "validation": _best(trained.history),
+        "cost": {
+            "train_seconds": trained.seconds + cost.get("states_seconds", 0.0),
+            "trainable_parameters": sum(p.numel() for p in attached.parameters()),
+            **cost,
+        },
+    }  # fmt: skip
+    if evaluate is not None:
+        logits = predict(attached.model, sets[evaluate], precision=training.precision)
+        labels = sets[evaluate].labels.numpy()
+        result["score"] = {"metric": task.metric, "mean": task.score(labels, task.predict(logits))}
+        write_answers(folder / "answers.parquet", task, logits, labels)
+    about = {
+        "data": {"name": ready.data.name, "fingerprint": ready.data.fingerprint, "rows": len(sets["train"])},
+        "training": asdict(training), "max_length": setting.max_length, "environment": measure.environment(),
+        "receipt": proof, "scores": {k: result[k] for k in ("score", "validation") if k in result}, "parents": [],
+    }  # fmt: skip
+    made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
+    result["cost"]["brick_bytes"] = made.bytes
+    return result
+
+
+def _best(history: list[dict[str, Any]]) -> float | None:
+    return max((p["validation_score"] for p in history if "validation_score" in p), default=None)
+
+
+def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return to_device({k: v for k, v in batch.items() if k != "labels"}, device)
+
+
+@torch.no_grad()
+def _logits(attached: Attached, inputs: dict[str, Any]) -> torch.Tensor:
+    attached.model.eval()
+    return attached.model(**inputs).logits.float().cpu()
+
+
+def _retention(ready: Prepared, attached: Attached) -> Drift | Retention | None:
+    """Return what will say what the change kept: of `retain` if one is given, else the drift on fixed inputs."""
+    if attached.frozen_states:
+        return None  # the backbone cannot change
+    if ready.setting.retain is None:
+        return Drift.before(attached.model, ready.base)
+    return Retention.before(attached.model, ready.base, ready.setting.retain, max_length=ready.setting.max_length)
+
+
+def write_answers(path: Path, task: Task, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Write one row per example in the order of the data: index, label, prediction, loss and, for classes, logits."""
+    losses = task.losses(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
+    columns: dict[str, Any] = {
+        "index": np.arange(len(labels)), "label": labels, "prediction": task.predict(logits), "loss": losses,
+    }  # fmt: skip
+    if task.labels is not None:
+        columns["logits"] = pa.array(list(logits))
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def probe(argument: dict[str, Any]) -> dict[str, Any]:
+    """Count and measure one training step of a setting on its longest batch, with no other job beside it.
+
+    Returns trainable_parameters, saved_for_backward_bytes and peak_bytes (on the longest batch, dropout off for the
+    former), step_ms and mean_step_ms (median and mean over batches as training draws them, each the median of a few
+    repeats), forward_flops (of such a batch), gradient and optimiser bytes.
+    """
+    setting = Setting(**argument["setting"])
+    ready = prepare(setting, ("train",))
+    attached = build(ready.plan, ready.base, ready.task, seed=setting.seed, attention=setting.attention)
+    device = _device(setting)
+    attached.model.to(device)
+    # A few of the batches that training would draw, and the longest one, tell all; only they need states.
+    encoded, batch = ready.encoded["train"], ready.training.batch
+    drawn = Order(encoded.lengths, batch, seed=setting.seed, bucket=ready.training.bucket).epoch(0)[: argument.get("batches", 5)]
+    longest = np.argsort(encoded.lengths, kind="stable")[-batch:]
+    lengths = encoded.lengths
+    ready.encoded = {"train": encoded.take(np.concatenate([*drawn, longest]))}
+    ready.setting = Setting(**{**argument["setting"], "cache": False})
+    sets, states = examples(ready, attached)
+    ends = np.cumsum([0, *map(len, drawn), len(longest)])
+    *usual, long = (to_device(sets["train"].collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
+    labels = long["labels"]
+    saved = measure.saved_for_backward(attached.model, _inputs(long, device), lambda out: ready.task.loss(out.float(), labels))
+    step = Backprop(attached, ready.training)
+    state = _bare_state(attached, ready, device)
+    train_mode(attached.model)
+    peak = measure.peak_bytes(lambda: step(state, [(1.0, long)]), device)
+    seconds = [measure.step_time(lambda b=b: step(state, [(1.0, b)]), warmup=1, repeats=argument.get("repeats", 3)) for b in usual]
+    flops = measure.forward_flops(attached.model, _inputs(usual[0], device))
+    return {
+        "trainable_parameters": sum(p.numel() for p in attached.parameters()),
+        "saved_for_backward_bytes": saved.bytes,
+        "hidden_saves": [str(h) for h in saved.hidden],
+        "peak_bytes": peak.bytes,
+        "gradient_bytes": 4 * sum(p.numel() for p in attached.parameters()),
+        "optimiser_bytes": measure.optimiser_bytes(step.optimiser),
+        "step_ms": 1000 * float(np.median(seconds)),
+        "mean_step_ms": 1000 * float(np.mean(seconds)),
+        "forward_flops": flops,
+        "states_ms_per_row": 1000 * states["states_seconds"] / int(ends[-1]) if states else 0.0,
+        "rows": len(lengths),
+        "batch": batch,
+        "longest": int(lengths.max()),
+        "training": asdict(ready.training),
+    }
+
+
+def _bare_state(attached: Attached, ready: Prepared, device: torch.device) -> Any:
+    from accelerate import Accelerator
+
+    from brickyard.core.loop import Hooks, State
+
+    # A method's schedule has no meaning in a three-step probe, so its callbacks stay out.
+    state = State(attached, ready.task, ready.training, 1000, Accelerator(cpu=device.type == "cpu"))
+    state.hooks = Hooks([])
+    return state

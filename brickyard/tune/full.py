@@ -1,0 +1,52 @@
+"""Full fine-tuning: every weight of the base and its head trains.
+
+    theta <- AdamW(theta, grad L(theta))        theta: all parameters; a brick stores their new values
+
+Source: the common baseline. Headline claim: none of its own; every other tuner is measured against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from brickyard.core.attached import Attached, attach_in_place
+from brickyard.core.method import Claim, Record
+from brickyard.core.task import Task
+
+RECORD = Record(
+    name="full",
+    family="tune",
+    title="Full fine-tuning: every weight trains",
+    slot="tuner",
+    search={"lr": (5e-5, 1e-4, 2e-4)},
+    training={"lr": 1e-4, "wd": 0.01},
+    claims=(
+        Claim(
+            text="Training the whole base beats a linear probe on its frozen states.",
+            inequality="full >= probe + 1.0",
+            arms={"full": "full", "probe": "linear-probe"},
+            control={
+                "what": "training labels shuffled: there is nothing left to learn",
+                "arm": "full",
+                "labels": "shuffled",
+                "inequality": "full > control + 5.0",
+            },
+            gate="probe > majority + 5.0",
+            train_rows=1200,
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    pass
+
+
+def attach(model: nn.Module, config: Config, task: Task) -> Attached:
+    """Train every parameter; biases and norms without weight decay, as is customary."""
+    names = [name for name, _ in model.named_parameters()]
+    flat = [name for name, p in model.named_parameters() if p.ndim < 2]
+    return attach_in_place(model, names, matched={"all parameters": names}, no_decay=flat)
