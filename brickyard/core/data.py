@@ -1,0 +1,457 @@
+"""Data sets: read, checked, labelled and fingerprinted. Nothing is skipped, cropped or cast in silence.
+
+Row numbers in messages count from 1. String and integer labels are classes (sorted), floating-point labels regression.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+from brickyard.core import readers
+from brickyard.core.errors import BadData, Refused, UnknownName, UsageError
+from brickyard.core.readers import SPLITS, Source
+from brickyard.core.task import metric_of
+
+VALIDATION_SHARE = 0.1
+OVERLAP_LIMIT = 0.05  # of the test rows
+EMPTY_LIMIT = 0.01  # of a split's rows; more blank texts mean a broken column
+ROW_LIMIT = 1_000_000  # bytes of text in one row
+_LANGUAGE = ("prompt", "completion", "chosen", "rejected")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
+_INPUTS = {"text": ("text",), "pair": ("text", "text_pair"), "image": ("image",)}
+_KINDS = {"text": "text-classification", "pair": "pair-classification", "image": "image-classification"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split, column by column.
+
+    Attributes:
+        columns: "text" (and "text_pair") as str or "image" as encoded bytes; "label" as class index (int) or float.
+    """
+
+    columns: dict[str, list]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def __getitem__(self, name: str) -> list:
+        return self.columns[name]
+
+    def take(self, index: Iterable[int]) -> Split:
+        """Return the rows at `index`, in its order."""
+        index = [int(i) for i in index]
+        return Split({name: [values[i] for i in index] for name, values in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set that may be trained on.
+
+    Attributes:
+        name: folder name, hub id or embedded name.
+        kind: one of `method.TASKS`.
+        input: "text", "pair" or "image".
+        splits: "train", "validation", "test", as far as there are any.
+        labels: class names in the order of the indices; None for regression and for unlabelled rows.
+        report: what was found and done (rows, cut, duplicates, overlap, classes, formats, ...), JSON-serialisable.
+        fingerprint: sha256 over all rows in order.
+        test_overlap: [test rows], whether the same input also stands in train (or in the validation cut from it).
+    """
+
+    name: str
+    kind: str
+    input: str
+    splits: dict[str, Split]
+    labels: tuple[str, ...] | None
+    report: dict[str, Any]
+    fingerprint: str
+    test_overlap: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+
+def read_data(
+    spec: Any,
+    *,
+    task: str | None = None,
+    need: Sequence[str] = ("train", "test"),
+    metric: str | None = None,
+    allow_overlap: bool = False,
+    labelled: bool = True,
+    labels: Sequence[str] | None = None,
+    row_limit: int = ROW_LIMIT,
+) -> Data:
+    """Read and check a data set.
+
+    Args:
+        spec: a folder with train, validation and test as .parquet, .jsonl, .csv or .txt; `embedded:NAME`; a hub id; or
+            {"train": {"text": [...], "label": [...]}, ...}. Columns: text[, text_pair], label; or image, label.
+        task: overrides what the labels' type says ("regression" for integers, a classification for whole floats).
+        need: the splits that must be there. Where a needed train comes without validation, 10 % of its distinct
+            inputs are cut from it with seed 0, class by class.
+        metric: only checked here, so that a wrong one stops before any work.
+        allow_overlap: accept more than 5 % of test rows that stand in train.
+        labelled: False reads rows without their labels.
+        labels: class names that the labels must be among, in this order (those of a brick).
+        row_limit: bytes of text that one row may have.
+
+    Raises:
+        BadData: anything about the rows or files, with the place. UnknownName: an unknown embedded set, task or metric.
+        Refused: columns of a task that this version does not train. UsageError: a task or metric that does not fit.
+    """
+    if task is not None:
+        metric_of(task, metric)
+    for split in need:
+        if split not in SPLITS:
+            raise UnknownName.among("split", split, SPLITS)
+    source = readers.read(spec)
+    absent = [split for split in need if split not in source.splits and not (split == "validation" and "train" in need)]
+    if absent:
+        raise BadData(
+            f"{source.name} has no {' and no '.join(absent)} split; found: {', '.join(source.splits) or 'none'}"
+            f"{' (and, not read: ' + ', '.join(source.ignored[:5]) + ')' if source.ignored else ''}."
+        )
+    kind_of_input = _input_of(source, labelled)
+    wanted = _INPUTS[kind_of_input]
+    if task not in (None, "regression", _KINDS[kind_of_input]):
+        fits = _KINDS[kind_of_input]
+        raise UsageError(f"the task {task!r} does not fit the columns {', '.join(wanted)}; expected {fits!r}.")
+    empty = {
+        split: _check_inputs(split, columns, wanted, 2 if labelled else 1, row_limit)
+        for split, columns in source.splits.items()
+    }
+    keys = {split: _keys(split, columns, wanted) for split, columns in source.splits.items()}
+    raw: dict[str, list] = {}
+    names: tuple[str, ...] | None = None
+    kind = task or _KINDS[kind_of_input]
+    if labelled:
+        raw, kind, names = _labels(source, task, kind_of_input, tuple(labels) if labels is not None else None)
+        metric_of(kind, metric)
+    splits = {
+        split: Split({**{name: columns[name] for name in wanted}, **({"label": raw[split]} if labelled else {})})
+        for split, columns in source.splits.items()
+    }
+    mask, overlap = _overlap(keys, allow_overlap)
+    cut = None
+    if "train" in need and "validation" not in splits:
+        cut = _cut(splits, keys, None if names is None else raw["train"])
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    report = {
+        "name": source.name,
+        "origin": source.origin,
+        "format": source.formats,
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "cut": cut,
+        "duplicates": {split: len(values) - len(set(values)) for split, values in keys.items()},
+        "contradictions": {split: _contradictions(keys[split], values) for split, values in raw.items()},
+        "overlap": overlap,
+        "empty_texts": empty,
+        "largest_row_bytes": {split: _largest(rows, wanted) for split, rows in splits.items()},
+        "classes": None if names is None else {split: _counts(rows["label"], names) for split, rows in splits.items()},
+        "label_values": {s: _spread(rows["label"]) for s, rows in splits.items()}
+        if kind == "regression" and raw
+        else None,
+        "ignored_columns": {s: [c for c in found if c not in (*wanted, "label")] for s, found in source.found.items()},
+        "ignored_files": source.ignored,
+    }
+    fingerprint = _fingerprint(kind, names, splits, wanted)
+    return Data(source.name, kind, kind_of_input, splits, names, report, fingerprint, mask)
+
+
+def _input_of(source: Source, labelled: bool) -> str:
+    """Say what the inputs are, once every split is known to have the same columns."""
+    first, found = next(iter(source.found.items()), ("", []))
+    language = [name for name in _LANGUAGE if name in found]
+    if language and not {"text", "image"} & set(found):
+        raise Refused(
+            f"{source.name} holds {', '.join(language)}: instruction tuning and preference pairs are not supported yet "
+            "by this task. Give columns text[, text_pair], label or image, label."
+        )
+    if {"text", "image"} <= set(found):
+        raise BadData(f"split {first!r} has both a text and an image column; expected one kind of input.")
+    kind = "image" if "image" in found else "pair" if "text_pair" in found else "text"
+    plain = all(names == ["text"] for names in source.found.values())
+    if labelled and plain and set(source.formats.values()) <= {"txt", "embedded"}:
+        raise Refused(
+            f"{source.name} is plain text without labels: language models are not supported yet by this task. "
+            "For classification give a column label as .parquet, .jsonl or .csv."
+        )
+    for split, names in source.found.items():
+        for wanted in (*_INPUTS[kind], *(("label",) if labelled else ())):
+            if wanted not in names:
+                near = get_close_matches(wanted, names, n=1, cutoff=0.4)
+                raise BadData(
+                    f"split {split!r} of {source.name} has no column {wanted!r}; found: {', '.join(names) or 'none'}."
+                    f"{f' Rename {near[0]!r} to {wanted!r}?' if near else ''} Expected text[, text_pair], label or "
+                    "image, label."
+                )
+        if kind == "text" and "text_pair" in names:
+            raise BadData(f"split {split!r} has a column text_pair, split {first!r} has none; give it to all or none.")
+    return kind
+
+
+def _check_inputs(split: str, columns: dict[str, list], wanted: Sequence[str], fewest: int, limit: int) -> int:
+    """Stop at what cannot be used; return how many texts are blank, of which a few are kept as they are."""
+    rows = len(columns[wanted[0]])
+    if rows < fewest:
+        raise BadData(f"split {split!r} has {rows or 'no'} row{'s' * (rows != 1)}; expected {fewest} or more.")
+    kind, empty = (bytes if wanted == ("image",) else str), 0
+    for name in wanted:
+        values = columns[name]
+        absent = [row for row, value in enumerate(values, 1) if value is None or value != value or value == b""]
+        blank = [row for row, value in enumerate(values, 1) if isinstance(value, str) and not value.strip()]
+        if absent or len(blank) > EMPTY_LIMIT * rows:
+            rows_shown = _rows(sorted(absent + blank))
+            raise BadData(f"split {split!r}: the column {name!r} is empty in {rows_shown}. Remove or fill them.")
+        empty += len(blank)
+        for row, value in enumerate(values, 1):
+            if not isinstance(value, kind):
+                expected = "text" if kind is str else "the bytes of an image file"
+                raise BadData(f"split {split!r}, row {row}: {name!r} is {type(value).__name__}; expected {expected}.")
+            # A character has four bytes at most, so only suspects are encoded.
+            if isinstance(value, str) and len(value) * 4 > limit and (size := _bytes(value)) > limit:
+                raise BadData(
+                    f"split {split!r}, row {row}: {name!r} has {size:,} bytes, above the limit of {limit:,} for one "
+                    "row. Split it into shorter rows."
+                )
+    return empty
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
+def _keys(split: str, columns: dict[str, list], wanted: Sequence[str]) -> list[bytes]:
+    """Return sha256 over the exact bytes of each row's inputs, each with its length in front."""
+    keys: list[bytes] = []
+    for row, values in enumerate(zip(*(columns[name] for name in wanted), strict=True), 1):
+        digest = hashlib.sha256()
+        for name, value in zip(wanted, values, strict=True):
+            try:
+                part = value.encode() if isinstance(value, str) else value
+            except UnicodeEncodeError as error:
+                raise BadData(
+                    f"split {split!r}, row {row}: {name!r} holds half of a surrogate pair at character {error.start}, "
+                    "which is no valid Unicode text. Write the data again as UTF-8."
+                ) from error
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        keys.append(digest.digest())
+    return keys
+
+
+def _rows(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:5]))
+    return f"row{'s' * (len(rows) > 1)} {shown}{f' and {len(rows) - 5} more' if len(rows) > 5 else ''}"
+
+
+def _labels(
+    source: Source, task: str | None, kind_of_input: str, given: tuple[str, ...] | None
+) -> tuple[dict[str, list], str, tuple[str, ...] | None]:
+    """Return the labels as class indices or floats, the kind of task, and the class names."""
+    raw = {split: columns["label"] for split, columns in source.splits.items()}
+    for split, values in raw.items():
+        empty = [i for i, v in enumerate(values, 1) if v is None or (isinstance(v, str) and not v.strip())]
+        if empty:
+            raise BadData(f"split {split!r}: the label is empty in {_rows(empty)}. Remove or label them.")
+    raw = _spelled(raw, source.textual)
+    types = {split: _type(split, values) for split, values in raw.items()}
+    if str in types.values() and set(types.values()) != {str}:
+        found = ", ".join(f"{split}: {kind.__name__}" for split, kind in types.items())
+        raise BadData(f"labels are of different types ({found}); expected the same in every split.")
+    if task == "regression" or (task is None and float in types.values()):
+        if given is not None:
+            raise BadData(f"the data's labels are numbers; expected the classes {', '.join(given)}.")
+        return {split: _numbers(split, values) for split, values in raw.items()}, "regression", None
+    if float in types.values():
+        raw = {split: _whole(split, values) for split, values in raw.items()}
+    names, position = _classes(raw, source.names, given)
+    indexed = {split: _index(split, values, position, names) for split, values in raw.items()}
+    if "train" in indexed:
+        known = set(indexed["train"])
+        for split in (split for split in indexed if split != "train"):
+            new = sorted({label for label in indexed[split] if label not in known})
+            if new:
+                rows = [i for i, label in enumerate(indexed[split], 1) if label == new[0]]
+                shown = ", ".join(repr(names[label]) for label in new[:5])
+                raise BadData(f"split {split!r} has labels that train never has: {shown} ({_rows(rows)}).")
+        if len(known) < 2:
+            raise BadData(f"train has one class only, {names[next(iter(known))]!r}; expected two or more.")
+    return indexed, _KINDS[kind_of_input], names
+
+
+def _spelled(raw: dict[str, list], textual: set[str]) -> dict[str, list]:
+    """Read the labels of csv splits as numbers where all of them spell numbers."""
+    strings = {value for split in textual for value in raw[split]}
+    if any(isinstance(value, str) for split in raw if split not in textual for value in raw[split]):
+        return raw
+    for pattern, kind in ((_INTEGER, int), (_FLOAT, float)):
+        if strings and all(pattern.fullmatch(value.strip()) for value in strings):
+            return {split: [kind(v) for v in values] if split in textual else values for split, values in raw.items()}
+    return raw
+
+
+def _type(split: str, values: list) -> type:
+    """Return str, int, bool or float (also for int beside float); a mixture with strings is an error."""
+    types = {type(value) for value in values}
+    if types <= {str} or types <= {bool}:
+        return types.pop()
+    if types <= {int, float}:
+        return float if float in types else int
+    first = type(values[0])
+    row = next((i for i, value in enumerate(values, 1) if type(value) is not first), 1)
+    raise BadData(
+        f"split {split!r}, row {row}: the label is {type(values[row - 1]).__name__} {values[row - 1]!r:.80}; expected "
+        f"strings, integers or floats throughout (row 1 is {first.__name__})."
+    )
+
+
+def _numbers(split: str, values: list) -> list[float]:
+    numbers: list[float] = []
+    for row, value in enumerate(values, 1):
+        try:
+            number = float(value)
+        except ValueError as cause:
+            raise BadData(f"split {split!r}, row {row}: the label {value!r:.80} is no number.") from cause
+        if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
+            raise BadData(f"split {split!r}, row {row}: the label {number} is not a finite float32 number.")
+        numbers.append(number)
+    if split == "train" and len(set(numbers)) < 2:
+        raise BadData(f"train has one label value only, {numbers[0]}; expected two or more.")
+    return numbers
+
+
+def _whole(split: str, values: list) -> list[int]:
+    row = next((i for i, value in enumerate(values, 1) if not float(value).is_integer()), None)
+    if row is not None:
+        raise BadData(f"split {split!r}, row {row}: the label {values[row - 1]} is no class; expected whole numbers.")
+    return [int(value) for value in values]
+
+
+def _classes(
+    raw: dict[str, list], names: tuple[str, ...] | None, given: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Return the class names and the index of each label as it stands in the data.
+
+    Indices with the names of a ClassLabel feature keep their order; other labels are sorted, integers by value.
+    """
+    values = {value for labels in raw.values() for value in labels}
+    if names is not None and not any(isinstance(value, str) for value in values):
+        name_of: dict[Any, str] = dict(enumerate(names))
+    else:
+        name_of = {value: str(value).lower() if isinstance(value, bool) else str(value) for value in sorted(values)}
+    classes = tuple(name_of.values()) if given is None else given
+    position = {name: index for index, name in enumerate(classes)}
+    return classes, {value: position[name] for value, name in name_of.items() if name in position}
+
+
+def _index(split: str, values: list, position: dict[Any, int], names: tuple[str, ...]) -> list[int]:
+    wrong = [i for i, value in enumerate(values, 1) if value not in position]
+    if wrong:
+        value = values[wrong[0] - 1]
+        hidden = " A label of -1 marks hidden labels; read such rows as unlabelled." if value == -1 else ""
+        raise BadData(
+            f"split {split!r}: the label {value!r:.80} of {_rows(wrong)} is outside the {len(names)} classes "
+            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}).{hidden}"
+        )
+    return [position[value] for value in values]
+
+
+def _contradictions(keys: Sequence[bytes], labels: Sequence[Any]) -> int:
+    """Count the rows whose input also stands there with another label."""
+    seen: dict[bytes, set] = {}
+    for key, label in zip(keys, labels, strict=True):
+        seen.setdefault(key, set()).add(label)
+    return sum(len(seen[key]) > 1 for key in keys)
+
+
+def _overlap(keys: dict[str, list[bytes]], allow: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    """Find the test rows that stand in train, exactly; too many are refused."""
+    known = {split: set(values) for split, values in keys.items()}
+    test, train = keys.get("test", []), known.get("train", set())
+    mask = np.array([key in train for key in test], dtype=bool)
+    share = float(mask.mean()) if len(mask) else 0.0
+    if share > OVERLAP_LIMIT and not allow:
+        row = int(mask.argmax())
+        raise BadData(
+            f"{int(mask.sum())} of {len(mask)} test rows ({share:.1%}) also stand in train, above the limit of "
+            f"{OVERLAP_LIMIT:.0%}; the first is row {row + 1} of test, row {keys['train'].index(test[row]) + 1} of "
+            "train. Remove them from train, or allow the overlap."
+        )
+    validation = keys.get("validation", [])
+    return mask, {
+        "test_in_train": int(mask.sum()),
+        "test_in_train_share": share,
+        "validation_in_train": sum(key in train for key in validation),
+        "test_in_validation": sum(key in known.get("validation", set()) for key in test),
+    }
+
+
+def _cut(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[int] | None) -> dict[str, Any]:
+    """Move 10 % of the distinct inputs of train, with all their copies, to a new validation split.
+
+    Each class gives its share (largest remainders) and keeps at least one input. The order of the rows stays.
+    """
+    strata: dict[int, list[int]] = {}
+    first: dict[bytes, int] = {}
+    for row, key in enumerate(keys["train"]):
+        if first.setdefault(key, row) == row:
+            strata.setdefault(0 if classes is None else classes[row], []).append(row)
+    draw = np.random.Generator(np.random.PCG64(0))
+    quota = {c: VALIDATION_SHARE * len(rows) for c, rows in sorted(strata.items()) if len(rows) > 1}
+    taken = {c: int(share) for c, share in quota.items()}
+    wanted = max(1, round(VALIDATION_SHARE * len(first)))
+    for c in sorted(quota, key=lambda c: (taken[c] - quota[c], c))[: wanted - sum(taken.values())]:
+        taken[c] += 1
+    if not sum(taken.values()):
+        raise BadData(
+            f"train's {len(first)} distinct rows are too few to cut a validation split from; add rows, or a validation "
+            "file beside train."
+        )
+    chosen: set[bytes] = set()
+    for c, rows in sorted(strata.items()):
+        chosen.update(keys["train"][rows[i]] for i in draw.permutation(len(rows))[: taken.get(c, 0)])
+    moved = np.array([key in chosen for key in keys["train"]])
+    splits["validation"] = splits["train"].take(np.flatnonzero(moved))
+    splits["train"] = splits["train"].take(np.flatnonzero(~moved))
+    return {
+        "split": "validation", "from": "train", "rows": int(moved.sum()), "share": VALIDATION_SHARE, "seed": 0,
+        "stratified": classes is not None,
+    }  # fmt: skip
+
+
+def _largest(rows: Split, wanted: Sequence[str]) -> int:
+    """Return the bytes of the largest row's inputs."""
+    columns = [[_bytes(v) if isinstance(v, str) else len(v) for v in rows[name]] for name in wanted]
+    return max(map(sum, zip(*columns, strict=True)))
+
+
+def _counts(labels: Sequence[int], names: Sequence[str]) -> dict[str, int]:
+    count = Counter(labels)
+    return {name: count[index] for index, name in enumerate(names)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    array = np.asarray(values)
+    spread = {"least": array.min(), "greatest": array.max(), "mean": array.mean(), "deviation": array.std()}
+    return {name: float(value) for name, value in spread.items()}
+
+
+def _fingerprint(kind: str, names: tuple[str, ...] | None, splits: dict[str, Split], wanted: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps([kind, names, list(wanted)]).encode())
+    for split, rows in splits.items():
+        digest.update(json.dumps([split, len(rows)]).encode())
+        for key in _keys(split, rows.columns, wanted):
+            digest.update(key)
+        digest.update(json.dumps(rows.columns.get("label")).encode())
+    return digest.hexdigest()

