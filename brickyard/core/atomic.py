@@ -62,19 +62,20 @@ def complete_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; expected a folder, or a name that is not taken.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
-    sweep(path.parent)
-    temporary, handle = _new_folder(path.parent)
-    try:
-        with _room(path, 0, temporary):
+    temporary = _temporary(path.parent)
+    with _room(path, 0, temporary):
+        recover(path)
+        sweep(path.parent)
+        handle = _new_folder(temporary)
+        try:
             yield temporary
             _same_kind(temporary, path)
             _sync_tree(temporary)
             _swap(temporary, path)
             _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(handle)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(handle)
 
 
 def sweep(folder: Path) -> None:
@@ -111,26 +112,32 @@ def _lock(handle: int) -> bool:
     return True
 
 
+def _temporary(folder: Path) -> Path:
+    return folder / f"{PREFIX}{secrets.token_hex(8)}.tmp"
+
+
 def _new_file(folder: Path) -> tuple[int, Path]:
     """Create and lock a temporary file; again where a sweeper came between the two."""
     while True:
-        path = folder / f"{PREFIX}{secrets.token_hex(8)}.tmp"
+        path = _temporary(folder)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if _lock(handle) and os.fstat(handle).st_nlink:
             return handle, path
         os.close(handle)
 
 
-def _new_folder(folder: Path) -> tuple[Path, int]:
+def _new_folder(path: Path) -> int:
     while True:
-        path = folder / f"{PREFIX}{secrets.token_hex(8)}.tmp"
         os.mkdir(path)
         try:
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
+        except OSError:
+            os.rmdir(path)
+            raise
         if _lock(handle) and path.is_dir():
-            return path, handle
+            return handle
         os.close(handle)
 
 

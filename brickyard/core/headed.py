@@ -58,7 +58,10 @@ class HeadedModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return bool(getattr(self.backbone, "is_gradient_checkpointing", False))
+        # transformers 5.2x renamed it, and warns about the old name.
+        name = "is_activation_checkpointing"
+        renamed = hasattr(type(self.backbone), name)
+        return bool(getattr(self.backbone, name if renamed else "is_gradient_checkpointing", False))
 
     @property
     def device(self) -> torch.device:
