@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ from brickyard.core.base_config import (
     read_config,
     width_of,
 )
-from brickyard.core.errors import BadBase, NotFinite, Refused, UnsafeFile, UsageError
+from brickyard.core.errors import BadBase, BrickyardError, NotFinite, Refused, UnsafeFile, UsageError
 from brickyard.core.files import TensorInfo, read_tensors
 from brickyard.core.headed import HeadedModel
 from brickyard.core.roles import WEIGHTED, blocks, match, own_head, roles
@@ -108,8 +109,8 @@ class Base:
             return None
         limits = [getattr(self.config, name, None) for name in ("max_position_embeddings", "max_sequence_length")]
         limits.append(self.tokenizer.model_max_length)
-        with torch.device("meta"), quiet():
-            skeleton = AutoModel.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        with quiet(), self._explained():
+            skeleton = self._skeleton(AutoModel, self.config)
         for name, module in skeleton.named_modules():
             if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
                 # Where a padding index exists, positions are counted from behind it.
@@ -183,23 +184,18 @@ class Base:
             )
         if hasattr(config, "use_cache"):
             config.use_cache = False  # keys and values are of no use without generation, and cost memory
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), self._explained(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            with torch.device("meta"):
-                skeleton = auto.from_config(config, trust_remote_code=self.trust_remote_code)
-            self._plausible(skeleton)
+            skeleton = self._skeleton(auto, config)
             if attention == "sdpa" and not getattr(skeleton, "_supports_sdpa", False):
                 attention = "eager"
             state = self._stored()
             for name in _output_layer(skeleton):
                 state.pop(name, None)
-            try:
-                model, report = type(skeleton).from_pretrained(
-                    None, config=config, state_dict=state, dtype=torch.float32, attn_implementation=attention,
-                    output_loading_info=True, ignore_mismatched_sizes=True,
-                )  # fmt: skip
-            except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-                raise BadBase(f"{self.folder}: transformers cannot load it: {first_line(error)}") from error
+            model, report = type(skeleton).from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.float32, attn_implementation=attention,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
         # A folder, so that nobody (PEFT does) asks the hub about it later.
         model.config.name_or_path = str(self.folder)
         model.new_modules = self._verified(model, report)
@@ -211,8 +207,27 @@ class Base:
             tensors |= read_tensors(path, mapped=True)
         return tensors
 
-    def _plausible(self, skeleton: nn.Module) -> None:
-        """Refuse a configuration that describes a far larger network than the file holds, before memory is taken."""
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn whatever transformers raises for weights and values that make no sense into BadBase."""
+        try:
+            yield
+        except (BrickyardError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "memory" in str(error) or "bad_alloc" in str(error):  # how torch's CPU allocator says that it ran out
+                raise
+            raise BadBase(
+                f"{self.folder}: transformers cannot build it ({type(error).__name__}): {first_line(error)}"
+            ) from error
+
+    def _skeleton(self, auto: Any, config: PretrainedConfig) -> Any:
+        """Build the network without memory for its weights.
+
+        A configuration that describes a far larger one than the file holds is refused before any memory is taken.
+        """
+        with torch.device("meta"):
+            skeleton = auto.from_config(config, trust_remote_code=self.trust_remote_code)
         stored = sum(info.elements for _, info in self.weights.values())
         described = sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
         if described > 4 * stored + 2**26:
@@ -220,6 +235,7 @@ class Base:
                 f"{self.folder}: its configuration describes {described:,} numbers, its weights hold {stored:,}; "
                 "the two do not belong together."
             )
+        return skeleton
 
     def _verified(self, model: nn.Module, report: dict[str, Any]) -> tuple[str, ...]:
         """Check that every weight of the backbone came from the file; return the modules that are new inside it."""
