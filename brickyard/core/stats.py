@@ -316,7 +316,7 @@ def examples_needed(
     by_examples = _smallest(lambda k: seen(k, 1), MOST / n)
     by_seeds = _smallest(lambda k: seen(1, k), MOST / least) if least > 1 else None
     examples = None if by_examples is None else _round_up(n * (by_examples - 1))
-    seeds = None if by_seeds is None else math.ceil(least * (by_seeds - 1) - 1e-6)
+    seeds = None if by_seeds is None else _round_up(least * (by_seeds - 1))
     if examples is not None:
         instead = f" or {_some(seeds, 'seed')} per arm" if seeds is not None and seeds <= FEW_SEEDS else ""
         limited, sentence = "examples", f"about {_some(examples, 'test example')}{instead} would be needed to tell"
@@ -327,7 +327,7 @@ def examples_needed(
         both = _smallest(lambda k: seen(k, k), MOST / n)
         if both is None:
             return _needed(None, None, "both", "the difference is too small to be seen")
-        limited, examples, seeds = "both", _round_up(n * (both - 1)), math.ceil(least * (both - 1) - 1e-6)
+        limited, examples, seeds = "both", _round_up(n * (both - 1)), _round_up(least * (both - 1))
         more = f"{_some(examples, 'test example')} and {_some(seeds, 'seed')} per arm"
         sentence = f"about {more} together would be needed to tell"
     return _needed(examples, seeds, limited, sentence)
@@ -353,7 +353,7 @@ def _smallest(fits: Callable[[float], bool], most: float) -> float | None:
 def _round_up(value: float) -> int:
     """Round up to two significant digits: an estimate from noise deserves no more."""
     unit = 10 ** max(0, math.floor(math.log10(max(value, 1.0))) - 1)
-    return math.ceil(value / unit - 1e-9) * unit
+    return math.ceil(value / unit - 1e-3) * unit
 
 
 def _some(count: int, what: str) -> str:
