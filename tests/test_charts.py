@@ -38,6 +38,12 @@ def test_a_cost_axis_holds_its_values_in_order_and_is_logarithmic_beyond_a_sprea
         assert axis.at(0.0) < axis.start <= axis.at(min(above)) - 1e-9
 
 
+@pytest.mark.parametrize(("spread", "log"), [(19.9, False), (20.1, True)])
+def test_a_spread_of_20_is_where_an_axis_turns_logarithmic(spread: float, log: bool) -> None:
+    assert scales.cost_axis([3.0, 3.0 * spread], 0, 100).log is log
+    assert scales.cost_axis([0.0, 3.0, 3.0 * spread], 0, 100).log is log
+
+
 @settings(max_examples=60)
 @given(st.lists(positive, min_size=2, max_size=6), st.sampled_from(COSTS))
 def test_ticks_are_few_on_the_axis_and_written_differently(values: list[float], cost: shown.Cost) -> None:

@@ -25,7 +25,7 @@ def heading(lines: list[str]) -> list[str]:
     return lines[0].split()
 
 
-@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 120, 200])
+@pytest.mark.parametrize("width", [24, 30, 40, 60, 80, 100, 120, 200])
 def test_it_fits_and_no_figure_is_broken(width: int) -> None:
     result = made_up()
     lines = written(result, width)
