@@ -184,6 +184,17 @@ def test_mcnemar_is_the_exact_binomial() -> None:
         mcnemar(labels, np.stack([a, b]), b)
 
 
+@pytest.mark.parametrize("only_b", range(1, 13))
+def test_few_differing_answers_are_judged_as_by_the_exact_test(only_b: int) -> None:
+    labels = np.zeros(200, dtype=int)
+    a = np.zeros(200, dtype=int)
+    a[:only_b] = 1
+    exact = mcnemar(labels, a, labels).p
+    p = paired(labels, a, labels, "accuracy").p
+    assert (p < 0.05) == (exact < 0.05)
+    assert p > exact / 3
+
+
 def test_sign_flip_tries_every_sign() -> None:
     d = np.array([0.5, -0.1, 0.4, 0.3, 0.2, 0.0, 0.35])
     signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
