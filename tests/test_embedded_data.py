@@ -69,7 +69,9 @@ def test_topics_are_distinct_and_short(topics: Splits) -> None:
     texts = [text for columns in topics.values() for text in columns["text"]]
     assert len(set(texts)) == len(texts)
     words = [len(text.split()) for text in texts]
-    assert (min(words) >= 8, max(words)) == (True, 60)
+    assert max(words) == 60
+    assert max(map(len, texts)) <= 400
+    assert sum(count < 8 for count in words) <= 5  # cut to 400 characters
 
 
 def test_no_file_stands_on_two_sides(topics: Splits, documented: list[tuple[str, str, str]]) -> None:
@@ -157,13 +159,12 @@ def test_docstrings_are_found_in_every_definition() -> None:
 
 def test_openings() -> None:
     assert stdlib_topics.opening("Return self.") == ""
-    assert (
-        stdlib_topics.opening("Send it.\n\nThen wait for\n    the answer, and")
-        == "Send it. Then wait for the answer, and"
-    )
+    short = "Send it.\n\nThen wait for\n    the answer, and close."
+    assert stdlib_topics.opening(short) == "Send it. Then wait for the answer, and close."
     eight = "one two three four five six seven eight"
     assert stdlib_topics.opening(f"{eight}\n\nnine") == eight
     assert stdlib_topics.opening("word " * 100) == " ".join(["word"] * 60)
+    assert stdlib_topics.opening("nineteencharacterss " * 50) == " ".join(["nineteencharacterss"] * 20)
 
 
 def test_a_text_of_two_topics_is_left_out() -> None:
@@ -171,7 +172,7 @@ def test_a_text_of_two_topics_is_left_out() -> None:
     assert stdlib_topics._unambiguous(iter(rows)) == [("a", "x", "one")]
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.dictionaries(st.text(max_size=5), st.lists(st.just("t"), min_size=1, max_size=30), min_size=1, max_size=30))
 def test_files_are_dealt_whole_and_within_their_shares(files: dict[str, list[str]]) -> None:
     sides = stdlib_topics._by_file(files)
@@ -181,7 +182,7 @@ def test_files_are_dealt_whole_and_within_their_shares(files: dict[str, list[str
     assert len(sides["test"]) <= 0.2 * total
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 400), min_size=4, max_size=9))
 def test_the_cap_holds_and_takes_no_more_than_it_must(sizes: list[int]) -> None:
     topics = {f"t{i}": [f"{i} {j}" for j in range(size)] for i, size in enumerate(sizes)}

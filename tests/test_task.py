@@ -27,7 +27,7 @@ def task(metric: str = "accuracy", classes: int = 5) -> Task:
     return Task("text-classification", metric, tuple(f"c{i}" for i in range(classes)), classes, "text")
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(CLASSES)
 def test_class_metrics_equal_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     labels, predictions = np.array(pairs).T
@@ -38,7 +38,7 @@ def test_class_metrics_equal_scikit_learn(pairs: list[tuple[int, int]]) -> None:
         assert task("matthews").score(labels, predictions) == pytest.approx(sk.matthews_corrcoef(labels, predictions))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(VALUES)
 def test_spearman_equals_scipy(pairs: list[tuple[int, int]]) -> None:
     labels, predictions = np.array(pairs).T / 2
@@ -49,7 +49,7 @@ def test_spearman_equals_scipy(pairs: list[tuple[int, int]]) -> None:
         assert score == pytest.approx(scipy.stats.spearmanr(labels, predictions).statistic, abs=1e-12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(CLASSES, st.integers(0, 2**31))
 def test_many_resamples_at_once_equal_one_by_one(pairs: list[tuple[int, int]], seed: int) -> None:
     labels, predictions = np.array(pairs).T

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from brickyard.core.errors import BadData, DiskFull, UnsafeFile
 from brickyard.core.files import cache_folder, read_json, write_json
 
 WORDS = 60  # of a text at most: a batch has about 64 tokens a row
+CHARACTERS = 400  # of a text at most, in whole words; drawn tables would else be hundreds of tokens
 SHORTEST = 8  # words of a text; shorter ones ("Clear the cache.") seldom tell their topic
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 LARGEST_CLASS = 0.25  # of the rows of a split
@@ -164,12 +166,12 @@ def _may_hold(node: ast.AST) -> bool:
 
 
 def opening(docstring: str) -> str:
-    """Shorten a docstring to as many paragraphs as give `SHORTEST` words (else "") and to `WORDS` words at most."""
+    """Shorten a docstring to as many paragraphs as give `SHORTEST` words (else ""), within `WORDS` and `CHARACTERS`."""
     words: list[str] = []
     for paragraph in docstring.split("\n\n"):
         words += paragraph.split()
         if len(words) >= SHORTEST:
-            return " ".join(words[:WORDS])
+            return textwrap.shorten(" ".join(words[:WORDS]), CHARACTERS, placeholder="")
     return ""
 
 
