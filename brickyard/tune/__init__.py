@@ -1,0 +1,1 @@
+"""Tuners and heads: what is trained on a base."""
