@@ -18,7 +18,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from brickyard.core import brick as bricks
+from brickyard.core.arm import parse
+from brickyard.core.base import open_base
+from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBase, BadBrick, UnsafeFile
+from brickyard.core.task import Task
 from brickyard.core.verify import PROBE_TEXTS, verify
 
 WIDTH = 32
@@ -435,3 +440,47 @@ def test_nothing_that_a_config_names_is_run_or_fetched(bases, adapter, tmp_path,
     (adapter / "adapter_config.json").write_text('{"r": 4}')
     with pytest.raises(BadBrick, match="peft_type"):
         verify(str(bases["bert"]), adapter)
+
+
+def write_brick(base: Path, folder: Path, arm: str, *, noise: float) -> Path:
+    opened, plan = open_base(str(base)), resolve(parse(arm))
+    task = Task(kind="text-classification", metric="accuracy", labels=("a", "b", "c"), width=3, input="text")
+    attached = build(plan, opened, task, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in attached.parameters():
+        parameter.data += noise * torch.randn(parameter.shape, generator=generator)
+    bricks.save(folder, attached, plan, opened, task, seed=0, about={})
+    return folder
+
+
+@pytest.mark.parametrize("arm", ["lora:r=4", "full", "lora:r=2 + linear-probe"])
+def test_bricks(arm, bases, tmp_path):
+    moved = write_brick(bases["bert"], tmp_path / "moved", arm, noise=0.1)
+    result = verify(str(bases["bert"]), moved)
+    assert failed(result) == {} and unknown(result) == {}
+    assert set(failed(verify(str(bases["other"]), moved))) == {"made for this base"}
+    found = failed(verify(str(bases["bert"]), write_brick(bases["bert"], tmp_path / "still", arm, noise=0.0)))
+    assert "silent no-op" in found["outputs change"] and "as before training" in found["every tensor trained"]
+    if arm == "full":
+        whole = bricks.load(moved).apply().model
+        whole.save_pretrained(tmp_path / "whole")
+        write_tokenizer(tmp_path / "whole")
+        assert failed(verify(str(bases["bert"]), moved, tmp_path / "whole")) == {}
+    elif "probe" in arm:
+        told = unknown(verify(str(bases["bert"]), moved, bases["other"]))
+        assert "head of its own" in told["merged model agrees"]
+    else:  # such a brick is a PEFT adapter too
+        merged = peft.PeftModel.from_pretrained(AUTO["bert"].from_pretrained(bases["bert"], num_labels=3), moved)
+        assert failed(verify(str(bases["bert"]), moved, write_merged(merged, tmp_path / "merged"))) == {}
+        (moved / "brick.json").unlink()
+        assert failed(verify(str(bases["bert"]), moved)) == {}
+
+
+def test_layers_of_a_method_of_ours(bases, tmp_path):
+    moved = write_brick(bases["bert"], tmp_path / "moved", "mos:r=2,e=2,l=1", noise=0.1)
+    assert failed(verify(str(bases["bert"]), moved)) == {}
+    (moved / "brick.json").unlink()
+    result = verify(str(bases["bert"]), moved)
+    assert failed(result) == {} and result["adapter"]["type"] == "BRICKYARD"
+    rename(moved, lambda name: name.replace("brick_pool_a", "brick_pool_x"))
+    assert "brick_pool_x" in failed(verify(str(bases["bert"]), moved))["every tensor loads"]
