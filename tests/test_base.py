@@ -230,6 +230,26 @@ def test_a_fingerprint_changes_with_one_bit_of_a_weight_and_with_the_architectur
     assert len({first, second, third}) == 3 and open_base(str(folder)).fingerprint == second
 
 
+def test_a_fingerprint_changes_with_names_and_shapes(zoo, tmp_path):
+    folder = shutil.copytree(zoo["bert"], tmp_path / "base")
+    one, other = (f"encoder.layer.0.attention.self.{role}.weight" for role in ("query", "key"))
+
+    def swap(tensors):
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    def rename(tensors):
+        tensors["encoder.layer.0.attention.self.other.weight"] = tensors.pop(other)
+
+    def reshape(tensors):
+        tensors[one] = tensors[one].reshape(16, 64)
+
+    seen = [open_base(str(folder)).fingerprint]
+    for change in (swap, rename, reshape):
+        change_weights(folder, change)
+        seen.append(open_base(str(folder)).fingerprint)
+    assert len(set(seen)) == 4
+
+
 def test_a_fingerprint_is_remembered_until_the_file_changes(zoo, monkeypatch):
     base = open_base(str(zoo["bert"]))
     known = base.fingerprint

@@ -333,6 +333,7 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else(tmp_path, monkeypatch)
         ("fingerprints", 1, 1),
         ("states", 5, 1),
     ]
+    assert str(cache_list()[0]).startswith("fingerprints: 1 bytes in 1 file, last written 20")
     assert cache_clear() >= 6
     assert cache_list() == [] and (outside / "keep").read_text() == "keep"
 

@@ -27,6 +27,10 @@ class CacheEntry:
     files: int
     newest: datetime
 
+    def __str__(self) -> str:
+        files = f"{self.files} file{'' if self.files == 1 else 's'}"
+        return f"{self.name}: {self.bytes:,} bytes in {files}, last written {self.newest:%Y-%m-%d %H:%M} UTC"
+
 
 def cache_folder() -> Path:
     """Return the cache folder, made where it is missing: `BRICKYARD_CACHE`, else `~/.cache/brickyard`.
