@@ -158,6 +158,8 @@ def test_names_are_shortened_to_different_texts() -> None:
         (shown.size(1023.9), "1.00 KiB"),
         (shown.size(5 * 2**30), "5.00 GiB"),
         (shown.mebibytes(2**19), "0.500"),
+        (shown.mebibytes(2000), "< 0.01"),
+        (shown.mebibytes(0), "0"),
         (shown.milliseconds(0.25), "0.250 ms"),
         (shown.duration(0.302), "302 ms"),
         (shown.duration(245), "4 min 5 s"),

@@ -285,6 +285,18 @@ def test_nothing_but_the_arms_is_needed() -> None:
     assert "nan" not in Outline(page(odd)).words and Outline(page({"methods": []})).ids() == ["setup"]
 
 
+def test_the_verdict_without_overlapping_rows_stands_at_the_top_and_with_the_data() -> None:
+    result = made_up(arms=4)
+    same = Outline(page(result)).words
+    assert "Without the 9 test rows that also stand in train, the recommendation stays mos:r=7,e=2." in same
+    full = "Without the 9 test rows that also stand in train: mos:r=7,e=2: 85.7 % accuracy (84.0 to 87.4)."
+    assert same.count(full) == 1
+    result["without_overlap"]["verdict"] = {"recommended": "lora", "sentence": "lora: 84.0 % accuracy."}
+    result["without_overlap"]["removed"] = 1
+    other = "Without the test row that also stands in train: lora: 84.0 % accuracy."
+    assert Outline(page(result)).words.count(other) == 2
+
+
 def test_one_arm_and_failed_arms_only() -> None:
     one = Outline(page(made_up(arms=1, failed=False)))
     assert "Does lora work for embedded:minilm" in one.words and "pairs" not in one.ids()

@@ -343,4 +343,8 @@ def _without_overlap(result: Mapping[str, Any]) -> dict[str, Any]:
     if not given:
         return {}
     rest = {k: v for k, v in given.items() if k not in ("sentence", "verdict", "methods", "pairs")}
-    return {"sentence": shown.without_overlap(result), "tree": details.tree(rest)}
+    sentence, verdict = shown.without_overlap(result), given.get("verdict")
+    recommended = (result.get("verdict") or {}).get("recommended")
+    same = recommended is not None and isinstance(verdict, Mapping) and verdict.get("recommended") == recommended
+    short = f"{sentence.partition(':')[0]}, the recommendation stays {recommended}." if same else sentence
+    return {"short": short, "sentence": sentence, "tree": details.tree(rest)}

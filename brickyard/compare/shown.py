@@ -70,8 +70,10 @@ def size(value: float | None) -> str:
 
 
 def mebibytes(value: float | None) -> str:
-    """Return bytes as a bare number of MiB."""
-    return MISSING if value is None else digits(value / 2**20)
+    """Return bytes as a bare number of MiB; very few are only said to be few."""
+    if value is None:
+        return MISSING
+    return "< 0.01" if 0 < value < 0.01 * 2**20 else digits(value / 2**20)
 
 
 def milliseconds(value: float | None) -> str:
