@@ -1,0 +1,44 @@
+"""The one bridge into PEFT for every method that changes layers: PEFT type BRICKYARD, whose config names our method.
+
+`get_peft_model`, `PeftModel.from_pretrained`, Trainer, merge, disable, several adapters and mixed batches come from
+PEFT; a method file brings its mathematics as module-level functions. `config` is the method's Config, `part` an
+`inject_layer.Part` (`part["name"]` is a tensor of this layer or of its group), n and m the layer's in and out sides:
+
+    plan(config, leaves, generator) -> Plan          the tensors of one adapter at their start, drawn from `generator`
+    factors(config, part) -> (A_rn, B_mr, scaling)   low-rank: y = W x + scaling B A x; merge and exact LoRA for free
+    weight(config, part) -> dW_mn                    any other change of the weight: merge, LoRA by SVD
+    delta(config, part, x) -> y'                     y = W x + y', a faster path than `weight`, or the only one
+    around(config, part, x, y) -> y                  the whole step from base output y, for rescalers and fused paths
+    draw(config, leaves, generator) -> {name: any}   optional: once per training forward, seen as `part.drawn`
+    check(config, part) -> None                      optional: raise BadBrick for loaded tensors that cannot be right
+
+`plan` and at least one of the next four are needed. In training `around` goes before `delta`, then `factors`, then
+`weight`; outside training and autograd `factors` goes first, so they must agree. `config.dropout`, if there is one, is
+applied to x as PEFT does; `config.target` holds the default targets.
+"""
+
+from __future__ import annotations
+
+from brickyard.core.adapter_type import register
+from brickyard.core.inject_attach import attach
+from brickyard.core.inject_config import BrickyardConfig
+from brickyard.core.inject_export import Exported, to_lora
+from brickyard.core.inject_layer import BadMix, BrickyardLinear, Leaf, Part, Plan, low_rank
+from brickyard.core.inject_tuner import BrickyardTuner
+
+__all__ = [
+    "BadMix",
+    "BrickyardConfig",
+    "BrickyardLinear",
+    "BrickyardTuner",
+    "Exported",
+    "Leaf",
+    "Part",
+    "Plan",
+    "attach",
+    "low_rank",
+    "register",
+    "to_lora",
+]
+
+register()
