@@ -191,8 +191,8 @@ def quality_cost(points: Sequence[Point], metric: Metric, cost: Cost, w: int = 8
     order = sorted(range(len(points)), key=lambda i: (not points[i].recommended, not points[i].front, spots[i]))
     widths = [(7.4 if points[i].recommended else 6.8) * width(texts[i]) + 2 for i in order]
     boxes = place([spots[i] for i in order], widths, (4, 20, w - 2, bottom), bars)
-    for i, box in zip(order, boxes, strict=True):
-        shapes += _labelled(spots[i], points[i], texts[i], box, metric, cost)
+    drawn = [_labelled(spots[i], points[i], texts[i], box, metric, cost) for i, box in zip(order, boxes, strict=True)]
+    shapes += [part for layer in zip(*drawn, strict=True) for part in layer]  # no line over a marker, none over a name
     return _svg(w, h, f"{metric.title} against {cost.phrase} of {len(points)} arms", *shapes)
 
 
@@ -235,11 +235,11 @@ def _steps(steps: list[Spot], right: float) -> list[Box]:
     return boxes
 
 
-def _labelled(spot: Spot, p: Point, text: str, box: Box, metric: Metric, cost: Cost) -> list[Markup]:
-    """Return the marker, its label and, where the label had to move away, a line between them."""
+def _labelled(spot: Spot, p: Point, text: str, box: Box, metric: Metric, cost: Cost) -> tuple[Markup, ...]:
+    """Return a line to the label where it had to move away, the marker, and the label."""
     x, y = spot
     near_x, near_y = _nearest(spot, box)
-    lead = [_line("lead", x, y, near_x, near_y)] if math.hypot(near_x - x, near_y - y) > 15 else []
+    lead = _line("lead", x, y, near_x, near_y) if math.hypot(near_x - x, near_y - y) > 15 else Markup("")
     words = f"{p.arm}: {metric.show(p.score.mean)} {metric.interval(p.score.low, p.score.high)}, {cost.show(p.cost)}"
     mark = tag("g", tag("title", words), marker(x, y, p.look, shape_of(p)))
     if box[0] > x:
@@ -248,7 +248,7 @@ def _labelled(spot: Spot, p: Point, text: str, box: Box, metric: Metric, cost: C
         label = _text(text, f"label {p.look}", box[2] - 1, box[3] - 3, "end")
     else:
         label = _text(text, f"label {p.look}", (box[0] + box[2]) / 2, box[3] - 3, "middle")
-    return [*lead, mark, label]
+    return lead, mark, label
 
 
 def interval_bar(s: Score, reach: tuple[float, float], look: str, w: int = 120, zero: bool = False) -> Markup:
