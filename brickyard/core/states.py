@@ -5,6 +5,9 @@ a pure function of the input. Only valid tokens are stored, one row of the data 
 mapped into memory: nothing is read twice and nothing is padded on disk. The file's name is a digest of all that decides
 its content, so an entry is never stale; what damages it is found by its checksum, and it is built again.
 
+The states are computed in float32 and rounded when stored. On sentences through all-MiniLM-L6-v2 float16 moves them by
+0.02 % (relative norm); bfloat16 autocast in the backbone would by 0.56 %, and is slower on a CPU without units for it.
+
 Beyond its limit an entry is not built: the backbone then runs for every batch (streaming), with the same rounding, and
 a warning says so. Nothing is evicted inside a run.
 """
