@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bridged import MOS, bert, config, gpt2, logits, made_up_methods, same, stir, stirred, wrapped
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftType,
+    get_layer_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
@@ -245,7 +253,34 @@ def test_a_pattern_that_matches_nothing_or_only_partly_is_an_error(changes, mess
     assert [n for n, _ in plain.named_modules()] == before, "a refused adapter leaves the model as it was"
 
 
-@pytest.mark.parametrize("name", ["brick", "_", "query", "weight", "keys", "__base__"])
+def test_layer_numbers_and_exclusions_hold_for_every_way_of_naming_targets():
+    for targets in (None, r".*\.query", ["bert.encoder.layer.0.attention.self.query", "value"]):
+        with pytest.raises(UsageError, match="layers_to_transform does not hold"):
+            wrapped(target_modules=targets, layers_to_transform=[1], options={**MOS, "r": 2})
+    few = wrapped(target_modules=None, exclude_modules=["query", "key"])
+    assert len(few.base_model.targeted_module_names) == 4 * 4
+    assert not [name for name, _ in few.base_model.layers() if name.endswith(("query", "key"))]
+    by_role = wrapped(target_modules=None, options={**MOS, "target": ["query", "up"]})
+    assert len(by_role.base_model.targeted_module_names) == 4 * 2
+
+
+def test_pefts_own_status_and_task_types_work_with_ours(tmp_path):
+    model = wrapped(target_modules=None, task_type="SEQ_CLS")
+    stir(model, "default")
+    status = model.get_model_status()
+    assert status.enabled is True and status.requires_grad == {"default": True} and status.merged_adapters == []
+    layers = [layer for layer in get_layer_status(model) if layer.module_type == "BrickyardLinear"]
+    assert len(layers) == 4 * 6 and all(layer.available_adapters == ["default"] for layer in layers)
+    model.save_pretrained(tmp_path)
+    assert same(
+        logits(PeftModel.from_pretrained(bert(1), tmp_path)), logits(PeftModel.from_pretrained(bert(1), tmp_path))
+    )
+    assert same(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model)), "the head travels"
+    with pytest.raises(ValueError, match="shared"):
+        inject_adapter_in_model(config(), bert())
+
+
+@pytest.mark.parametrize("name", ["brick", "_", "query", "weight", "model", "keys", "__base__"])
 def test_an_adapter_name_that_would_lose_tensors_is_refused(name):
     with pytest.raises(Refused, match="adapter name"):
         inject_tuner.BrickyardTuner(bert(), {name: config()}, name)

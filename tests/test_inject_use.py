@@ -261,7 +261,7 @@ def test_attach_gives_the_loop_all_it_needs_and_detach_gives_the_model_back():
 
 # Each child of a process that has imported transformers already meets peft and us in another order, or never us.
 FRESH = """
-import os, sys, torch
+import os, sys, torch, accelerate, pydantic, transformers.models.bert.modeling_bert
 from transformers import AutoModelForSequenceClassification
 assert "peft" not in sys.modules and "brickyard" not in sys.modules
 kept = torch.load(sys.argv[1], weights_only=True)

@@ -100,8 +100,13 @@ def check_matched(config: BrickyardConfig, matched: list[str], names: list[str])
                 hint = f"nearest: {', '.join(near)}" if near else "see the names in model.named_modules()"
                 raise Unmatched(f"{option} entry {entry!r} matches no layer to adapt; {hint}.")
     numbers = config.layers_to_transform
-    for number in [numbers] if isinstance(numbers, int) else numbers or []:
-        if not any(f".{number}." in f".{name}." for name in matched):
+    wanted = {str(number) for number in ([numbers] if isinstance(numbers, int) else numbers or [])}
+    for number in sorted(wanted):
+        if not any(number in name.split(".") for name in matched):
             raise Unmatched(f"layers_to_transform holds {number}, but no target layer has that number.")
+    beside = [name for name in matched if wanted and not wanted & set(name.split("."))]
+    if beside:
+        # PEFT applies the numbers to endings only, and adapts what full names or an expression match in any case.
+        raise UsageError(f"layers_to_transform does not hold for {beside[0]}; give target_modules as endings of names.")
     if not matched:
         raise Unmatched(f"{config.method} matches no layer: target_modules={config.target_modules}.")

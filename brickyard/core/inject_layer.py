@@ -215,6 +215,9 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
         self.shared[adapter] = shared
         self.bound[adapter] = bound
 
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.bound)
+
     def part(self, adapter: str) -> Part:
         """Return what the adapter's method sees of this layer."""
         bound, shared = self.bound[adapter], self.shared[adapter]

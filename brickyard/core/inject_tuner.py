@@ -96,6 +96,7 @@ class BrickyardTuner(BaseTuner):
 
     def _check_name(self, model: nn.Module, adapter: str) -> None:
         parts = {part for name, _ in (*model.named_modules(), *model.named_parameters()) for part in name.split(".")}
+        parts |= {"base_model", "model", "base_layer", "original_module", "modules_to_save"}
         why = ""
         if not adapter or "." in adapter or adapter == BASE or hasattr(nn.ParameterDict, adapter):
             why = "is empty, holds a dot, or is a reserved word"
@@ -114,6 +115,7 @@ class BrickyardTuner(BaseTuner):
                 self.model, config.target_modules or getattr(options, "target", inject_config.BLOCKS)
             )
             config.target_modules = {name for names in matched.values() for name in names}  # type: ignore[assignment]
+            config.target_modules = {n for n in config.target_modules if self._check_target_module_exists(config, n)}  # type: ignore[assignment,union-attr]
         return config
 
     def _leaves(self, model: nn.Module, config: BrickyardConfig) -> dict[str, Leaf]:
