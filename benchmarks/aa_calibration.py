@@ -85,9 +85,9 @@ def simulate(repeats: int, metrics: Sequence[str], seeds: Sequence[int], example
     """Print one JSON row per metric, number of seeds, number of examples, and noise between seeds.
 
     `aa` is the rejection rate of an arm against itself; `null` of another arm that is equally good with mistakes of its
-    own; `uneven` of one whose seeds do not differ at all; `power` of one that is 3 points worse; `covered` says how
-    often the interval of one arm holds the score that it has on endless examples and seeds; `sd_points` how much the
-    score varies between seeds.
+    own; `uneven` of one whose seeds do not differ at all (for spearman not quite a null); `power` of one that is 3
+    points worse; `covered` says how often the interval of one arm holds the score that it has on endless examples and
+    seeds; `sd_points` how much the score varies between seeds.
     """
     for metric in metrics:
         for s in seeds:

@@ -235,7 +235,7 @@ def paired(
     The arms may have different numbers of seeds. An arm with one seed is taken to be as noisy as the other, so give one
     whose answers never change (a majority class) as one row per seed. Two arms with the same answers in every seed get
     p = 1 and an interval of no width. With two seeds per arm, one arm noisy and the other not, a true null is rejected
-    in up to 11 % (from three seeds on in at most 7 %). Arguments and errors as in `interval`.
+    in up to 11 % (with three in about 7 %). Arguments and errors as in `interval`.
     """
     _level(level)
     found = _compare(labels, a, b, metric, weights)
