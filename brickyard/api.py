@@ -1,9 +1,9 @@
 """The Python interface; each function is the command of the same name.
 
-    import brickyard
-    result = brickyard.compare(data="my-data", methods=["linear-probe", "lora", "mos:r=7,e=2"])
-    brick = brickyard.tune("lora:r=16", data="my-data", out="runs/mine")
-    model = brickyard.load("runs/mine/brick").apply().model
+import brickyard
+result = brickyard.compare(data="my-data", methods=["linear-probe", "lora", "mos:r=7,e=2"])
+brick = brickyard.tune("lora:r=16", data="my-data", out="runs/mine")
+model = brickyard.load("runs/mine/brick").apply().model
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def compare(
         raise UnknownName.among("keyword of compare", unknown[0], Request.__dataclass_fields__)
     training = {"precision": precision(dtype, request.get("device")), **(training or {})}
     asked = Request(training=training, **request)
-    result, folder = run_compare(asked, Path(out) if out else None, listen=listen, allow_change=allow_change, command=command)
+    result, folder = run_compare(
+        asked, Path(out) if out else None, listen=listen, allow_change=allow_change, command=command
+    )
     render(result, folder / "report.html")
     return result | {"folder": str(folder)}
 
@@ -161,9 +163,19 @@ def evaluate(
     """
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, known, made = _model(opened, brick, force, device)
-    rows = read_data(data, task=task or (known.kind if known else None), metric=metric or (known.metric if known else None), need=("test",))
+    rows = read_data(
+        data,
+        task=task or (known.kind if known else None),
+        metric=metric or (known.metric if known else None),
+        need=("test",),
+    )
     wanted = _same_task(task_of(rows, kind=task or (known.kind if known else None), metric=metric), known, metric)
-    encoded = encode(rows.splits["test"], opened, wanted, max_length=max_length or (made.manifest.get("max_length") if made else None))
+    encoded = encode(
+        rows.splits["test"],
+        opened,
+        wanted,
+        max_length=max_length or (made.manifest.get("max_length") if made else None),
+    )
     encoded.labels = _in_order(encoded, rows, known)
     labels, kind = encoded.labels.numpy(), precision(dtype, device)
 
@@ -175,7 +187,12 @@ def evaluate(
     logits, score = scored()
     if predictions is not None:
         trial.write_answers(Path(predictions), wanted, logits, labels)
-    out: dict[str, Any] = {"score": score, "examples": len(labels), "encoding": encoded.report, "environment": environment()}
+    out: dict[str, Any] = {
+        "score": score,
+        "examples": len(labels),
+        "encoding": encoded.report,
+        "environment": environment(),
+    }
     if scale is not None:
         if brick is None:
             raise UsageError("--scale sweeps the strength of a brick; give one with --brick.")
@@ -186,7 +203,9 @@ def evaluate(
     return out
 
 
-def _model(base: Base | None, brick: str | Path | None, force: bool, device: str | None) -> tuple[Any, Base, Task | None, Brick | None]:
+def _model(
+    base: Base | None, brick: str | Path | None, force: bool, device: str | None
+) -> tuple[Any, Base, Task | None, Brick | None]:
     if brick is None:
         base = base or open_base("embedded:minilm")
         return _own(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, None, None
@@ -201,10 +220,16 @@ def _own(base: Base) -> Any:
     labels = int(getattr(base.config, "num_labels", 0) or 0)
     architecture = (base.config.architectures or [""])[0]
     if "Classification" not in architecture:
-        raise BadBase(f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first.")
+        raise BadBase(
+            f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first."
+        )
     names = tuple(str(base.config.id2label[i]) for i in range(labels)) if labels > 1 else None
     kind = "image-classification" if base.input == "image" else ("text-classification" if names else "regression")
-    return base.model(Task(kind=kind, metric="accuracy" if names else "spearman", labels=names, width=labels, input=base.input), seed=0)
+    return base.model(
+        Task(kind=kind, metric="accuracy" if names else "spearman", labels=names, width=labels, input=base.input),
+        seed=0,
+        stored_head=True,
+    )
 
 
 def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
@@ -214,7 +239,9 @@ def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
         raise UsageError(f"the brick was trained for {known.kind}; the data is for {found.kind}.")
     extra = sorted(set(found.labels or ()) - set(known.labels or ()))
     if extra:
-        raise UsageError(f"the data has labels that the brick never saw: {extra[:5]}; it knows {list(known.labels or ())[:20]}.")
+        raise UsageError(
+            f"the data has labels that the brick never saw: {extra[:5]}; it knows {list(known.labels or ())[:20]}."
+        )
     return replace(known, metric=metric or known.metric)
 
 
@@ -243,11 +270,19 @@ def predict(
     model, opened, task, made = _model(opened, brick, force, device)
     if task is None:
         names = tuple(str(v) for v in model.config.id2label.values())
-        task = Task(kind="image-classification" if opened.input == "image" else "text-classification", metric="accuracy", labels=names, width=len(names), input=opened.input)
+        task = Task(
+            kind="image-classification" if opened.input == "image" else "text-classification",
+            metric="accuracy",
+            labels=names,
+            width=len(names),
+            input=opened.input,
+        )
     rows = read_data(data, need=("test",), labelled=False)
     if rows.input != task.input:
         raise UsageError(f"the brick reads {task.input}; the data holds {rows.input}.")
-    encoded = encode(rows.splits["test"], opened, task, max_length=max_length or (made.manifest.get("max_length") if made else None))
+    encoded = encode(
+        rows.splits["test"], opened, task, max_length=max_length or (made.manifest.get("max_length") if made else None)
+    )
     logits = logits_of(model, encoded, precision=precision(dtype, device))
     answers = task.predict(logits)
     columns: dict[str, Any] = {
@@ -262,7 +297,14 @@ def predict(
 
 
 def plan(
-    *, base: str = "embedded:minilm", data: Any, methods: Sequence[str], dtype: str = "auto", threads: int = 1, training: dict[str, Any] | None = None, **setting: Any
+    *,
+    base: str = "embedded:minilm",
+    data: Any,
+    methods: Sequence[str],
+    dtype: str = "auto",
+    threads: int = 1,
+    training: dict[str, Any] | None = None,
+    **setting: Any,
 ) -> list[dict[str, Any]]:
     """Estimate memory and time of arms from a short probe on the longest batch; nothing is trained."""
     from brickyard.core.jobs import Job, Local
@@ -273,14 +315,32 @@ def plan(
     for text in methods:
         resolve(parse(text))
         asked = Setting(arm=str(parse(text)), base=base, data=data, training=training, **setting)
-        jobs.append(Job(key=text, function="brickyard.core.trial:probe", argument={"setting": asdict(asked)}, threads=threads, alone=True))
+        jobs.append(
+            Job(
+                key=text,
+                function="brickyard.core.trial:probe",
+                argument={"setting": asdict(asked)},
+                threads=threads,
+                alone=True,
+            )
+        )
     for outcome in Local(1).run(jobs):
         row: dict[str, Any] = {"arm": outcome.key, "status": outcome.status, "reason": outcome.reason}
         if outcome.status == "done":
             p = outcome.value
             known = p["training"]
             steps = known["steps"] or math.ceil(known["epochs"] * math.ceil(p["rows"] / p["batch"]))
-            row |= {k: p[k] for k in ("trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step_ms", "longest", "batch")}
+            row |= {
+                k: p[k]
+                for k in (
+                    "trainable_parameters",
+                    "saved_for_backward_bytes",
+                    "peak_bytes",
+                    "step_ms",
+                    "longest",
+                    "batch",
+                )
+            }
             states = p["states_ms_per_row"] * p["rows"] / 1000
             row |= {"steps": steps, "train_seconds": states + steps * p["mean_step_ms"] / 1000}
         out.append(row)

@@ -97,7 +97,9 @@ def _training(p: Parser) -> None:
     g.add_argument("--epochs", type=_positive(float))
     g.add_argument("--steps", type=_positive(int), help="optimiser steps, in place of --epochs")
     g.add_argument("--train-rows", type=_positive(int), help="train on a fixed random subset of this many rows")
-    g.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these settings changed")
+    g.add_argument(
+        "--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these settings changed"
+    )
 
 
 def _compare(p: Parser) -> None:
@@ -106,7 +108,9 @@ def _compare(p: Parser) -> None:
     p.add_argument("--minutes", type=_positive(float), help="fit everything into about this time")
     p.add_argument("--memory", type=size, help="limit of a trial's private memory, e.g. 4GiB")
     p.add_argument("--seeds", type=_positive(int), default=3, help="final runs of each arm (default 3)")
-    p.add_argument("--trials", type=_positive(int), default=1, help="settings searched for each arm (default 1: its default)")
+    p.add_argument(
+        "--trials", type=_positive(int), default=1, help="settings searched for each arm (default 1: its default)"
+    )
     p.add_argument("--search", choices=("random", "halving"), default="random")
     p.add_argument("--retain", metavar="D2", help="measure what is forgotten of this data set")
     p.add_argument("--engine", choices=("local", "ray"), default="local")
@@ -189,7 +193,9 @@ def _export(p: Parser) -> None:
     p.add_argument("brick", metavar="BRICK")
     p.add_argument("--to", choices=("peft", "merged"), required=True)
     p.add_argument("--rank", type=_positive(int), help="rank of the exported LoRA, where the brick serves several")
-    p.add_argument("--max-rank", type=_positive(int), help="limit where the change is not low-rank (SVD, error printed)")
+    p.add_argument(
+        "--max-rank", type=_positive(int), help="limit where the change is not low-rank (SVD, error printed)"
+    )
     p.add_argument("--base", help="default: the brick's own")
     p.add_argument("--out", required=True, metavar="DIR")
 
@@ -243,7 +249,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flag = next((text for text in unknown if text.startswith("--")), unknown[0])
         near = get_close_matches(flag.split("=")[0], parser.known(), n=2, cutoff=0.5)
-        raise UsageError(f"unknown option {flag!r}" + (f"; did you mean {' or '.join(near)}?" if near else f". See: {parser.prog} --help"))
+        raise UsageError(
+            f"unknown option {flag!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else f". See: {parser.prog} --help")
+        )
     args.verb = verb
     return args
 
@@ -261,7 +270,11 @@ def _own_options(parser: Parser, rest: list[str]) -> list[str]:
     while i < len(rest):
         flag, equals, value = rest[i].partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and flag not in parser.known() and (name in options or name in arms.TRAINING or name == "preset"):
+        if (
+            flag.startswith("--")
+            and flag not in parser.known()
+            and (name in options or name in arms.TRAINING or name == "preset")
+        ):
             if not equals:
                 i += 1
                 if i == len(rest):
@@ -284,7 +297,11 @@ def _from_file(parser: Parser, path: str) -> None:
         # A run file is data: consent to run foreign code can only be given on the command line.
         if not action.option_strings or action.dest in ("help", "config", "trust_remote_code"):
             continue
-        kind = bool if action.nargs == 0 else {"int": int, "float": float, "size": str}.get(getattr(action.type, "__name__", ""), str)
+        kind = (
+            bool
+            if action.nargs == 0
+            else {"int": int, "float": float, "size": str}.get(getattr(action.type, "__name__", ""), str)
+        )
         wanted[action.dest] = Wanted(kind, action.nargs == "+", tuple(action.choices or ()))
     values = read(path, wanted)
     for action in parser._actions:

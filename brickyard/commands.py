@@ -70,7 +70,11 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> int:
     rows = [row for row in result["methods"] if not row["trivial"]]
     if not any(row["status"] == "done" for row in rows):
         return FAILED
-    return DOUBTFUL if any("changed nothing" in row["reason"] or "no trainable tensor" in row["reason"] for row in rows) else DONE
+    return (
+        DOUBTFUL
+        if any("changed nothing" in row["reason"] or "no trainable tensor" in row["reason"] for row in rows)
+        else DONE
+    )
 
 
 class _Curve:
@@ -110,7 +114,9 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
     )
     for name, report in result["encoding"].items():
         if report.get("truncated"):
-            console.print(f"{name}: {report['truncated']} of {report['rows']} rows were truncated to {report['max_length']} tokens.")
+            console.print(
+                f"{name}: {report['truncated']} of {report['rows']} rows were truncated to {report['max_length']} tokens."
+            )
     if "score" in result:
         console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
     console.print(f"brick: {escape(str(brick.folder))} ({brick.bytes:,} bytes)", soft_wrap=True, highlight=False)
@@ -134,7 +140,10 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         highlight=False,
     )
     for point in result.get("scale", []):
-        console.print(f"  strength {point['scale']:5.2f}: {point['mean']:.4f} ({point['low']:.4f} to {point['high']:.4f})", highlight=False)
+        console.print(
+            f"  strength {point['scale']:5.2f}: {point['mean']:.4f} ({point['low']:.4f} to {point['high']:.4f})",
+            highlight=False,
+        )
     return DONE
 
 
@@ -158,8 +167,16 @@ def verify(args: argparse.Namespace, argv: Sequence[str]) -> int:
         console = Console()
         for finding in result["findings"]:
             mark = {True: "[green]ok[/]", False: "[red]NOT OK[/]"}.get(finding["ok"], "[yellow]unknown[/]")
-            console.print(f"{mark:>6}  {escape(finding['check'])}: {escape(str(finding['detail']))}", soft_wrap=True, highlight=False)
-        console.print("[bold green]everything holds[/]" if result["holds"] else "[bold red]this adapter does not do what it should[/]")
+            console.print(
+                f"{mark:>6}  {escape(finding['check'])}: {escape(str(finding['detail']))}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        console.print(
+            "[bold green]everything holds[/]"
+            if result["holds"]
+            else "[bold red]this adapter does not do what it should[/]"
+        )
     return DONE if result["holds"] else DOUBTFUL
 
 
@@ -196,7 +213,9 @@ def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
         with Live(console) as live:
             results += api.check([name], base=args.base, data=args.data, full=args.full, out=args.out, listen=live)
         for claim in results[-1]["claims"]:
-            holds = {True: "[green]holds[/]", False: "[red]does not hold[/]"}.get(claim["holds"], f"[yellow]{claim['holds']}[/]")
+            holds = {True: "[green]holds[/]", False: "[red]does not hold[/]"}.get(
+                claim["holds"], f"[yellow]{claim['holds']}[/]"
+            )
             console.print(f"[bold]{name}[/] {holds}: {escape(claim['text'])}", highlight=False)
             console.print(f"  {escape(claim['inequality'])}; {escape(claim['detail'])}", highlight=False)
     if args.json:

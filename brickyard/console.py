@@ -46,7 +46,9 @@ class Live:
         self.plan, data, base = event["plan"], event["data"], event["base"]
         rows = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
         self._say(f"[bold]{escape(str(data.name))}[/]: {rows}; {event['task'].kind}, {event['task'].metric}")
-        self._say(f"[bold]{escape(base.spec)}[/]; {escape(self.plan['sentence'])}; results in {escape(event['folder'])}")
+        self._say(
+            f"[bold]{escape(base.spec)}[/]; {escape(self.plan['sentence'])}; results in {escape(event['folder'])}"
+        )
         for name, reason in self.plan["refused"].items():
             self._say(f"  [yellow]{escape(name)} refused:[/] {escape(reason)}")
         for name, failed in self.plan["failed"].items():
@@ -72,7 +74,9 @@ class Live:
         if row["status"] != "done":
             self._say(f"  [red]{name} seed {seed} {row['status']}:[/] {escape(row['reason'])}")
         elif row["role"] == "search":
-            self._say(f"  [dim]{escape(row['arm'])}: validation {row['value']['validation']:.3f} ({row['seconds']:.0f} s)[/]")
+            self._say(
+                f"  [dim]{escape(row['arm'])}: validation {row['value']['validation']:.3f} ({row['seconds']:.0f} s)[/]"
+            )
         else:
             score = row["value"]["score"]
             self._say(f"  {name} seed {seed}: {score['metric']} {score['mean']:.3f} ({row['seconds']:.0f} s)")
@@ -92,6 +96,8 @@ class Live:
         if finished >= total:
             return ""
         mean = sum(each.values()) / max(1, len(each))
-        waiting = sum(each[n] * max(0, runs[n] - len(self.seconds.get(n, []))) for n in each) or mean * (total - finished)
+        waiting = sum(each[n] * max(0, runs[n] - len(self.seconds.get(n, []))) for n in each) or mean * (
+            total - finished
+        )
         seconds = pace * waiting / self.plan["workers"]
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"

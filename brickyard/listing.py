@@ -26,7 +26,10 @@ def verdict_of(name: str) -> str:
     if result is None:
         return "not measured"
     words = {True: "holds", False: "does not hold"}
-    said = [words.get(c["holds"], str(c["holds"])) if isinstance(c["holds"], bool) else str(c["holds"]) for c in result["claims"]]
+    said = [
+        words.get(c["holds"], str(c["holds"])) if isinstance(c["holds"], bool) else str(c["holds"])
+        for c in result["claims"]
+    ]
     return ", ".join(dict.fromkeys(said)) or "no claim"
 
 
@@ -57,7 +60,9 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Explain one method: its docstring, its options, and its claims with what was measured."""
     entry = registry.find(args.method)
     record, write = entry.record, sys.stdout.write
-    write(f"{record.name} ({record.family}): {record.title}\n\n{ast.get_docstring(ast.parse(entry.path.read_text(encoding='utf-8')))}\n")
+    write(
+        f"{record.name} ({record.family}): {record.title}\n\n{ast.get_docstring(ast.parse(entry.path.read_text(encoding='utf-8')))}\n"
+    )
     write(f"\nworks on: {', '.join(record.needs)}\n")
     if entry.options:
         write("\noptions (written NAME:option=value,...):\n")
@@ -66,7 +71,11 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
     for name, options in record.presets.items():
         write(f"  preset={name}: {', '.join(f'{k}={v!r}' for k, v in options.items())}\n")
     if record.search:
-        write("\nsearched by compare --trials K: " + "; ".join(f"{k} in {list(v)}" for k, v in record.search.items()) + "\n")
+        write(
+            "\nsearched by compare --trials K: "
+            + "; ".join(f"{k} in {list(v)}" for k, v in record.search.items())
+            + "\n"
+        )
     result = measured(record.name)
     known = {c["text"]: c for c in result["claims"]} if result else {}
     write("\nclaims:\n")
@@ -76,9 +85,13 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
             write("    not measured yet: brickyard check " + record.name + "\n")
             continue
         holds = {True: "holds", False: "does not hold"}.get(found["holds"], found["holds"])
-        write(f"    {holds}: {found['inequality']}; measured {_number(found['measured'])} ({_number(found['low'])} to {_number(found['high'])}), {found['kind']}\n")
+        write(
+            f"    {holds}: {found['inequality']}; measured {_number(found['measured'])} ({_number(found['low'])} to {_number(found['high'])}), {found['kind']}\n"
+        )
         if found.get("control"):
-            write(f"    control: {found['control']['what']}: gain {'destroyed' if found['control']['destroyed'] else 'NOT destroyed'}\n")
+            write(
+                f"    control: {found['control']['what']}: gain {'destroyed' if found['control']['destroyed'] else 'NOT destroyed'}\n"
+            )
     if result:
         env = result["environment"]
         write(f"  measured {result['date']} in {result['seconds']:.0f} s on {env.get('cpu', 'unknown hardware')}\n")

@@ -14,13 +14,18 @@ scalars = (
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.booleans()
     | st.none()
-    | st.text(st.characters(codec="ascii", exclude_characters="'\"\\", exclude_categories=("Cc",)), min_size=1, max_size=8)
+    | st.text(
+        st.characters(codec="ascii", exclude_characters="'\"\\", exclude_categories=("Cc",)), min_size=1, max_size=8
+    )
 )
 values = scalars | st.lists(scalars, max_size=3)
 pieces = st.builds(Piece, names, st.dictionaries(keys, values, max_size=3))
 
 
-@given(st.lists(pieces, min_size=1, max_size=3, unique_by=lambda p: p.name), st.fixed_dictionaries({}, optional={"lr": st.floats(1e-6, 1)}))
+@given(
+    st.lists(pieces, min_size=1, max_size=3, unique_by=lambda p: p.name),
+    st.fixed_dictionaries({}, optional={"lr": st.floats(1e-6, 1)}),
+)
 @settings(derandomize=True, deadline=None)
 def test_what_is_written_reads_back_the_same(parts: list[Piece], training: dict) -> None:
     arm = Arm(tuple(parts), training)

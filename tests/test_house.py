@@ -72,10 +72,15 @@ def test_every_method_file_declares_records_of_literals() -> None:
         for key in entry.record.search:
             assert key in entry.options or key in ("lr", "wd", "batch", "epochs")
         equation = "\n".join(entry.path.read_text(encoding="utf-8").splitlines()[:60])
-        assert re.search(r"=|<-", ast.get_docstring(ast.parse(entry.path.read_text(encoding="utf-8"))) or "") and '"""' in equation
+        assert (
+            re.search(r"=|<-", ast.get_docstring(ast.parse(entry.path.read_text(encoding="utf-8"))) or "")
+            and '"""' in equation
+        )
 
 
-@pytest.mark.parametrize("command", [["--help"], ["methods"], ["show", "lora"], ["methods", "--json"], ["tune", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["methods"], ["show", "lora"], ["methods", "--json"], ["tune", "--help"]]
+)
 def test_reading_commands_never_import_torch(command: list[str]) -> None:
     code = (
         "import sys; from brickyard.cli import main; code = main(sys.argv[1:]);"

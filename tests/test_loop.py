@@ -42,7 +42,12 @@ class Rows:
 class Net(nn.Module):
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
-        self.body, self.norm, self.drop, self.head = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 3)
+        self.body, self.norm, self.drop, self.head = (
+            nn.Linear(8, 16),
+            nn.BatchNorm1d(16),
+            nn.Dropout(dropout),
+            nn.Linear(16, 3),
+        )
 
     def forward(self, x: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.head(self.drop(self.norm(self.body(x).relu()))))
@@ -105,7 +110,16 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path
     whole = attached()
     expected = train(whole, Rows(), Rows(20, seed=1), TASK, training, device="cpu")
     with pytest.raises(Interrupt):
-        train(attached(), Rows(), Rows(20, seed=1), TASK, training, folder=tmp_path, callbacks=[StopAt(stop)], device="cpu")
+        train(
+            attached(),
+            Rows(),
+            Rows(20, seed=1),
+            TASK,
+            training,
+            folder=tmp_path,
+            callbacks=[StopAt(stop)],
+            device="cpu",
+        )
     torch.manual_seed(999)  # whatever the new process drew before must not matter
     again = attached(seed=5 if stop > 3 else 0)  # from the first checkpoint on, all that counts lies in it
     found = train(again, Rows(), Rows(20, seed=1), TASK, training, folder=tmp_path, device="cpu")
@@ -133,7 +147,16 @@ def test_resume_with_other_settings_or_data_is_refused_and_lists_them(tmp_path: 
         train(attached(), Rows(), None, TASK, replace(training, lr=0.02), folder=tmp_path, device="cpu")
     with pytest.raises(Changed, match="data: was 'rows0', now 'rows7'"):
         train(attached(), Rows(seed=7), None, TASK, training, folder=tmp_path, device="cpu")
-    train(attached(), Rows(), None, TASK, replace(training, lr=0.02), folder=tmp_path, allow_change=["training.lr"], device="cpu")
+    train(
+        attached(),
+        Rows(),
+        None,
+        TASK,
+        replace(training, lr=0.02),
+        folder=tmp_path,
+        allow_change=["training.lr"],
+        device="cpu",
+    )
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_caught(tmp_path: Path) -> None:
@@ -185,12 +208,18 @@ class Poison:
         if self.what == "gradient":
             model.body.weight.register_hook(lambda g: g * float("nan") if state.step == 3 else g)
         else:
-            model.register_forward_hook(lambda m, i, o: SimpleNamespace(logits=o.logits * (float("inf") if state.step == 3 else 1)))
+            model.register_forward_hook(
+                lambda m, i, o: SimpleNamespace(logits=o.logits * (float("inf") if state.step == 3 else 1))
+            )
 
 
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 def test_the_first_nan_stops_the_run_and_is_named(what: str) -> None:
-    expected = r"gradient of body\.weight is not finite at step 4, rows \[" if what == "gradient" else r"loss is \w+ at step 4, rows \["
+    expected = (
+        r"gradient of body\.weight is not finite at step 4, rows \["
+        if what == "gradient"
+        else r"loss is \w+ at step 4, rows \["
+    )
     with pytest.raises(NotFinite, match=expected):
         train(attached(), Rows(), None, TASK, BASIC, callbacks=[Poison(what)], device="cpu")
 
@@ -220,7 +249,9 @@ def test_undo_restores_every_bit_batch_statistics_included() -> None:
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1}, {"batch": 0}, {"accumulation": 9}, {"warmup": 1.0}, {"lr": float("nan")}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1}, {"batch": 0}, {"accumulation": 9}, {"warmup": 1.0}, {"lr": float("nan")}, {"epochs": 0}]
+)
 def test_training_settings_out_of_range_are_refused(bad: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         replace(BASIC, **bad)

@@ -92,13 +92,20 @@ def check(
     if not entry.record.claims:
         raise UsageError(f"{name} makes no claim that could be checked.")
     claims = [replace(c, **c.full) if full else c for c in entry.record.claims]
-    measured = []
+    measured: list[dict[str, Any] | None] = [None] * len(claims)
+    # Claims with one set-up share their runs: an arm that stands in several is trained once.
+    groups: dict[str, list[int]] = {}
     for i, claim in enumerate(claims):
         if claim.measure:
             function = getattr(importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}"), claim.measure)
-            measured.append({"text": claim.text, "kind": claim.kind, **function(claim)})
+            measured[i] = {"text": claim.text, "kind": claim.kind, **function(claim)}
         else:
-            measured.append(_measure(name, i, claim, base, data, listen))
+            setup = (claim.base, claim.data, claim.epochs, claim.seeds, claim.lrs, claim.train_rows)
+            groups.setdefault(str(setup), []).append(i)
+    for members in groups.values():
+        run = _Run.of(name, [claims[i] for i in members], base, data, listen)
+        for i in members:
+            measured[i] = run.judge(claims[i])
     result = {
         "method": name, "claims": measured, "environment": environment(), "full": full,
         "seconds": time.monotonic() - started, "date": datetime.now(UTC).date().isoformat(),
@@ -109,56 +116,94 @@ def check(
     return result
 
 
-def _measure(name: str, index: int, claim: Claim, base: str | None, data: Any, listen: Listener) -> dict[str, Any]:
-    settings = tuple({"lr": lr} for lr in claim.lrs) or ({},)
-    seeds = tuple(range(1, claim.seeds + 1))
-    arms = [Contestant(label, str(parse(text)), _fixed(text, settings), seeds) for label, text in claim.arms.items()]
-    if "arm" in claim.control:
-        changes = {"shuffle_labels": True} if claim.control.get("labels") == "shuffled" else {}
-        arms.append(Contestant("control", str(parse(claim.control["arm"])), _fixed(claim.control["arm"], settings), seeds, changes=changes))
-    precision = "bfloat16" if cpu_bfloat16_is_fast() else "float32"
-    request = Request(
-        methods=tuple(a.arm for a in arms), base=base or claim.base, data=data or claim.data, seeds=claim.seeds,
-        trials=len(settings), train_rows=claim.train_rows, baselines=False,
-        training={"epochs": claim.epochs, "precision": precision},
-    )  # fmt: skip
-    folder = Path("runs") / "checks" / f"{name}-{index}-{key_of([str(claim), request.base, str(request.data)])}"
-    result, folder = compare(request, folder, arms=arms, listen=listen, allow_change=("code",))
-    rows = {row["arm"]: row for row in result["methods"]}
-    for label, row in rows.items():
-        if row["status"] != "done":
-            raise RunFailed(f"check {name}: arm {label} {row['status']}: {row['reason']}")
-    answers = {label: _read(folder, row["answers"]) for label, row in rows.items() if "answers" in row}
-    some = next(iter(answers.values()))
-    majority = np.full_like(some.predictions, np.bincount(some.labels.astype(int)).argmax())
-    answers["majority"] = Answers(some.labels, majority)
-    metric = result["task"]["metric"]
-    out: dict[str, Any] = {
-        "text": claim.text, "inequality": claim.inequality, "kind": claim.kind, "metric": metric,
-        "arms": {
-            label: {
-                "arm": row["setting_arm"], "mean": row["score"]["mean"], "per_seed": row["score"]["per_seed"],
-                "trainable_parameters": row["cost"]["trainable_parameters"], "train_seconds": row["cost"]["train_seconds"],
-            }
-            for label, row in rows.items()
-        },
-        "base": request.base, "data": result["data"]["name"], "rows": result["data"]["rows"], "train_rows": claim.train_rows,
-        **judge(Inequality.read(claim.inequality), answers, metric), "control": None, "gate": None,
-    }  # fmt: skip
-    if claim.control:
-        found = judge(Inequality.read(claim.control["inequality"]), answers, metric)
-        out["control"] = {
-            "what": claim.control["what"], "inequality": claim.control["inequality"], "measured": found["measured"],
-            "low": found["low"], "high": found["high"], "destroyed": found["holds"] is True,
+@dataclass(frozen=True)
+class _Run:
+    """The finished comparison behind one or more claims with the same set-up."""
+
+    result: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    answers: dict[str, Answers]
+    controls: dict[str, str]  # (arm, labels) of a control -> its name in the table
+
+    @classmethod
+    def of(cls, name: str, claims: list[Claim], base: str | None, data: Any, listen: Listener) -> _Run:
+        """Run every arm and control that the claims name, once each; RunFailed names one that did not finish."""
+        first = claims[0]
+        settings = tuple({"lr": lr} for lr in first.lrs) or ({},)
+        seeds = tuple(range(1, first.seeds + 1))
+        arms: dict[str, Contestant] = {}
+        controls: dict[str, str] = {}
+        for claim in claims:
+            for label, text in claim.arms.items():
+                found = Contestant(label, str(parse(text)), _fixed(text, settings), seeds)
+                if arms.setdefault(label, found) != found:
+                    raise UsageError(
+                        f"the claims of {name} mean two arms by {label!r}: {arms[label].arm} and {found.arm}."
+                    )
+            if "arm" in claim.control and _control(claim) not in controls:
+                label = controls[_control(claim)] = f"control{len(controls) + 1 if controls else ''}"
+                changes = {"shuffle_labels": True} if claim.control.get("labels") == "shuffled" else {}
+                text = claim.control["arm"]
+                arms[label] = Contestant(label, str(parse(text)), _fixed(text, settings), seeds, changes=changes)
+        request = Request(
+            methods=tuple(a.arm for a in arms.values()), base=base or first.base, data=data or first.data,
+            seeds=first.seeds, trials=len(settings), train_rows=first.train_rows, baselines=False,
+            training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
+        )  # fmt: skip
+        about = [sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values()), str(request)]
+        folder = Path("runs") / "checks" / f"{name}-{key_of(about)}"
+        result, folder = compare(
+            request, folder, arms=list(arms.values()), listen=listen, allow_change=("code", "request.methods")
+        )
+        rows = {row["arm"]: row for row in result["methods"]}
+        for label, row in rows.items():
+            if row["status"] != "done":
+                raise RunFailed(f"check {name}: arm {label} {row['status']}: {row['reason']}")
+        answers = {label: _read(folder, row["answers"]) for label, row in rows.items() if "answers" in row}
+        some = next(iter(answers.values()))
+        most = np.bincount(some.labels.astype(int)).argmax()
+        answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
+        return cls(result, rows, answers, controls)
+
+    def judge(self, claim: Claim) -> dict[str, Any]:
+        """Judge one claim with its gate and its control."""
+        metric = self.result["task"]["metric"]
+        names = [*claim.arms, *([self.controls[_control(claim)]] if "arm" in claim.control else [])]
+        out: dict[str, Any] = {
+            "text": claim.text, "inequality": claim.inequality, "kind": claim.kind, "metric": metric,
+            "arms": {label: _arm(self.rows[label]) for label in names},
+            "base": self.result["base"]["spec"], "data": self.result["data"]["name"], "rows": self.result["data"]["rows"],
+            "train_rows": claim.train_rows, **judge(Inequality.read(claim.inequality), self.answers, metric),
+            "control": None, "gate": None,
         }  # fmt: skip
-    if claim.gate:
-        found = judge(Inequality.read(claim.gate), answers, metric)
-        out["gate"] = {"inequality": claim.gate, "measured": found["measured"], "low": found["low"], "high": found["high"], "holds": found["holds"]}
-        if found["holds"] is not True:
-            out["holds"] = "set-up invalid"
-    needed = f"; {out['needed']['sentence']}" if out.get("needed") else ""
-    out["detail"] = f"measured {out['measured']:+.2f} points ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
-    return out
+        if claim.control:
+            answers = dict(self.answers)
+            if "arm" in claim.control:
+                answers["control"] = answers[self.controls[_control(claim)]]
+            found = judge(Inequality.read(claim.control["inequality"]), answers, metric)
+            out["control"] = {
+                "what": claim.control["what"], "inequality": claim.control["inequality"], "measured": found["measured"],
+                "low": found["low"], "high": found["high"], "destroyed": found["holds"] is True,
+            }  # fmt: skip
+        if claim.gate:
+            found = judge(Inequality.read(claim.gate), self.answers, metric)
+            out["gate"] = {"inequality": claim.gate, **{k: found[k] for k in ("measured", "low", "high", "holds")}}
+            if found["holds"] is not True:
+                out["holds"] = "set-up invalid"
+        needed = f"; {out['needed']['sentence']}" if out.get("needed") else ""
+        out["detail"] = f"measured {out['measured']:+.2f} points ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
+        return out
+
+
+def _control(claim: Claim) -> str:
+    return f"{claim.control['arm']}|{claim.control.get('labels', '')}"
+
+
+def _arm(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "arm": row["setting_arm"], "mean": row["score"]["mean"], "per_seed": row["score"]["per_seed"],
+        "trainable_parameters": row["cost"]["trainable_parameters"], "train_seconds": row["cost"]["train_seconds"],
+    }  # fmt: skip
 
 
 def _fixed(text: str, settings: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
@@ -167,5 +212,7 @@ def _fixed(text: str, settings: tuple[dict[str, Any], ...]) -> tuple[dict[str, A
 
 
 def _read(folder: Path, place: str) -> Answers:
-    tables = [pq.read_table(path, columns=["label", "prediction"]) for path in sorted((folder / place).glob("seed*.parquet"))]
+    tables = [
+        pq.read_table(path, columns=["label", "prediction"]) for path in sorted((folder / place).glob("seed*.parquet"))
+    ]
     return Answers(tables[0]["label"].to_numpy(), np.stack([t["prediction"].to_numpy() for t in tables]))

@@ -48,7 +48,9 @@ class Ledger:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadBrick(f"{path} is damaged ({error}); delete it, and the same command repeats that trial.") from None
+            raise BadBrick(
+                f"{path} is damaged ({error}); delete it, and the same command repeats that trial."
+            ) from None
 
     def write(self, key: str, row: dict[str, Any]) -> None:
         """Store a finished trial: first its JSON, then its row in the index."""
@@ -77,8 +79,17 @@ class Ledger:
         connection.execute(
             "insert or replace into trials values (?,?,?,?,?,?,?,?,?,?,?)",
             (
-                key, row["name"], row["role"], row["seed"], row["arm"], row["status"], row["reason"],
-                (value.get("score") or {}).get("mean"), value.get("validation"), row["seconds"], row["finished"],
+                key,
+                row["name"],
+                row["role"],
+                row["seed"],
+                row["arm"],
+                row["status"],
+                row["reason"],
+                (value.get("score") or {}).get("mean"),
+                value.get("validation"),
+                row["seconds"],
+                row["finished"],
             ),  # fmt: skip
         )
 

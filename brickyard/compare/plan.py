@@ -110,7 +110,13 @@ def contestants(request: Request) -> list[Contestant]:
     if request.baselines and not any(arm.pieces[0].name == "linear-probe" and len(arm.pieces) == 1 for arm in arms):
         probe = parse("linear-probe")
         out.append(
-            Contestant("linear-probe", "linear-probe", tuple(settings(probe, request.trials)), tuple(range(1, request.seeds + 1)), True)
+            Contestant(
+                "linear-probe",
+                "linear-probe",
+                tuple(settings(probe, request.trials)),
+                tuple(range(1, request.seeds + 1)),
+                True,
+            )
         )
     return out
 
@@ -133,11 +139,17 @@ def settings(arm: Arm, trials: int) -> list[dict[str, Any]]:
                 axes.append((piece.name, key, values))
     if lr_axis:
         axes.insert(0, ("", "lr", lr_axis))
-    grid = [dict(zip([(n, k) for n, k, _ in axes], point, strict=True)) for point in itertools.product(*(v for _, _, v in axes))]
+    grid = [
+        dict(zip([(n, k) for n, k, _ in axes], point, strict=True))
+        for point in itertools.product(*(v for _, _, v in axes))
+    ]
     default = default_point(arm, [(n, k) for n, k, _ in axes])
     rest = [point for point in grid if point != default]
     chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rest))[: trials - 1]
-    return [{f"{n}.{k}" if n else k: v for (n, k), v in point.items()} for point in [default, *(rest[i] for i in sorted(chosen))]]
+    return [
+        {f"{n}.{k}" if n else k: v for (n, k), v in point.items()}
+        for point in [default, *(rest[i] for i in sorted(chosen))]
+    ]
 
 
 def default_point(arm: Arm, axes: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
@@ -164,7 +176,9 @@ def record_of(arm: str) -> Record:
     return registry.find(parse(arm).pieces[0].name).record
 
 
-def predict_seconds(probe: Mapping[str, Any], share: float, workers: int, seeds: int, trials: int, search: str) -> float:
+def predict_seconds(
+    probe: Mapping[str, Any], share: float, workers: int, seeds: int, trials: int, search: str
+) -> float:
     """Predict the seconds of all runs of one arm at `share` of its full training, divided over the workers."""
     training = probe["training"]
     per_epoch = math.ceil(probe["rows"] / probe["batch"])
@@ -174,7 +188,9 @@ def predict_seconds(probe: Mapping[str, Any], share: float, workers: int, seeds:
     # Validation and test rows pass forward only: about a third of a step each, some three times over a run.
     evaluating = slow * per_epoch * probe["mean_step_ms"] / 1000 / 3
     states = probe["states_ms_per_row"] * probe["rows"] * 1.4 / 1000
-    searching = (trials if search == "random" else trials * RUNGS[0] + math.ceil(trials / KEEP) * RUNGS[1]) if trials > 1 else 0
+    searching = (
+        (trials if search == "random" else trials * RUNGS[0] + math.ceil(trials / KEEP) * RUNGS[1]) if trials > 1 else 0
+    )
     return states + (seeds + searching) * (START + once + evaluating) / workers
 
 
@@ -183,6 +199,7 @@ def shorten(request: Request, probes: Mapping[str, Mapping[str, Any]], workers: 
 
     Trials go first, then the length of training, down to a tenth; below that the request is refused.
     """
+
     def total(share: float, trials: int) -> float:
         return sum(predict_seconds(p, share, workers, request.seeds, trials, request.search) for p in probes.values())
 

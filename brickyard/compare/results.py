@@ -136,13 +136,26 @@ def _without_overlap(
         row = dict(method)
         if row["status"] == "done":
             found = interval(labels[keep], left[row["arm"]], task.metric)
-            row["score"] = {**row["score"], "mean": found.mean, "low": found.low, "high": found.high, "per_seed": list(found.per_seed)}
+            row["score"] = {
+                **row["score"],
+                "mean": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "per_seed": list(found.per_seed),
+            }
         rows.append(row)
     pairs = pairs_table(labels[keep], left, task.metric)
-    return {"rows": int(keep.sum()), "removed": int((~keep).sum()), "verdict": verdict(rows, pairs, metric=task.metric), "pairs": pairs}
+    return {
+        "rows": int(keep.sum()),
+        "removed": int((~keep).sum()),
+        "verdict": verdict(rows, pairs, metric=task.metric),
+        "pairs": pairs,
+    }
 
 
-def _confusion(best: str | None, answers: dict[str, np.ndarray], labels: np.ndarray, task: Task) -> dict[str, Any] | None:
+def _confusion(
+    best: str | None, answers: dict[str, np.ndarray], labels: np.ndarray, task: Task
+) -> dict[str, Any] | None:
     """Count labels (rows) against predictions (columns) of the recommended arm, all seeds together."""
     if best is None or task.labels is None or best not in answers:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -52,7 +51,11 @@ def compare(
     """
     arms = planning.contestants(request) if arms is None else arms
     data = read_data(
-        request.data, task=request.task, metric=request.metric, need=("train", "test"), allow_overlap=request.allow_overlap
+        request.data,
+        task=request.task,
+        metric=request.metric,
+        need=("train", "test"),
+        allow_overlap=request.allow_overlap,
     )
     task = task_of(data, kind=request.task, metric=request.metric)
     base = open_base(request.base, trust_remote_code=request.trust_remote_code)
@@ -161,7 +164,9 @@ class _Run:
         write_json(path, plan)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def _argument(self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, share: float) -> dict[str, Any]:
+    def _argument(
+        self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, share: float
+    ) -> dict[str, Any]:
         text = planning.with_setting(arm["arm"], point)
         known = plan["probes"][arm["name"]]
         setting = self.request.setting(text, seed, **arm["changes"])
@@ -172,7 +177,9 @@ class _Run:
             setting["training"] = {**setting["training"], "steps": max(1, round(steps * share))}
         return {"setting": setting, "role": role}
 
-    def _go(self, plan: dict[str, Any], wanted: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    def _go(
+        self, plan: dict[str, Any], wanted: list[tuple[dict[str, Any], dict[str, Any]]]
+    ) -> dict[str, dict[str, Any]]:
         """Run the jobs among `wanted` (arm, argument) that are not finished yet; return key -> ledger row for all."""
         rows: dict[str, dict[str, Any]] = {}
         jobs: list[Job] = []
@@ -181,7 +188,8 @@ class _Run:
             key = planning.key_of({"argument": argument, "name": arm["name"]})
             about[key] = (arm, argument)
             done = self.ledger.finished(key)
-            if done is not None:
+            # A refusal is final; what crashed or ran out of time or memory deserves another try under the same command.
+            if done is not None and done["status"] in ("done", "refused"):
                 rows[key] = done
                 continue
             shutil.rmtree(self.ledger.trial(key), ignore_errors=True)
@@ -189,9 +197,13 @@ class _Run:
             predicted = plan["predicted_seconds"][arm["name"]]
             jobs.append(
                 Job(
-                    key=key, function="brickyard.core.trial:run", threads=plan["threads"], memory=self.request.memory,
+                    key=key,
+                    function="brickyard.core.trial:run",
+                    threads=plan["threads"],
+                    memory=self.request.memory,
                     argument={**argument, "folder": str(self.ledger.trial(key)), "code": plan["identity"]["code"]},
-                    seconds=max(FLOOR, LIMIT * predicted), log=str(self.ledger.trial(key) / "log.txt"),
+                    seconds=max(FLOOR, LIMIT * predicted),
+                    log=str(self.ledger.trial(key) / "log.txt"),
                 )  # fmt: skip
             )
         self.listen({"event": "start", "jobs": len(jobs), "finished": len(rows)})
@@ -227,20 +239,28 @@ class _Run:
             for arm in self._able(plan):
                 if len(alive[arm["name"]]) > 1:
                     for i in alive[arm["name"]]:
-                        wanted.append((arm, self._argument(plan, arm, arm["settings"][i], 0, "search", plan["share"] * share)))
+                        wanted.append(
+                            (arm, self._argument(plan, arm, arm["settings"][i], 0, "search", plan["share"] * share))
+                        )
                         places.append((arm["name"], i))
             rows = self._go(plan, wanted)
             for (name, i), (arm, argument) in zip(places, wanted, strict=True):
                 row = rows[planning.key_of({"argument": argument, "name": arm["name"]})]
                 value = row["value"]["validation"] if row["status"] == "done" else None
-                scores[name][str(i)] = {"share": share, "validation": value, "status": row["status"], "reason": row["reason"]}
+                scores[name][str(i)] = {
+                    "share": share,
+                    "validation": value,
+                    "status": row["status"],
+                    "reason": row["reason"],
+                }
             for name, left in alive.items():
                 if len(left) > 1:
                     # A stable sort, so that equal scores keep the earlier setting: the default stands first.
                     best = sorted(left, key=lambda i, n=name: -_or_low(scores[n][str(i)]["validation"]))
                     alive[name] = best[: max(1, -(-len(best) // planning.KEEP))] if share != shares[-1] else best[:1]
         chosen = {
-            arm["name"]: {"setting": arm["settings"][alive[arm["name"]][0]], "tried": scores[arm["name"]]} for arm in self._able(plan)
+            arm["name"]: {"setting": arm["settings"][alive[arm["name"]][0]], "tried": scores[arm["name"]]}
+            for arm in self._able(plan)
         }
         write_json(path, chosen)
 
@@ -275,7 +295,14 @@ class _Run:
             finals.setdefault(arm["name"], []).append((key, row))
         for arm in plan["arms"]:
             name = arm["name"]
-            entry: dict[str, Any] = {"name": name, "arm": arm["arm"], "trivial": arm["trivial"], "trials": [], "status": "done", "reason": ""}
+            entry: dict[str, Any] = {
+                "name": name,
+                "arm": arm["arm"],
+                "trivial": arm["trivial"],
+                "trials": [],
+                "status": "done",
+                "reason": "",
+            }
             if name in plan["refused"]:
                 entry |= {"status": "refused", "reason": plan["refused"][name]}
             elif name in plan["failed"]:
@@ -326,5 +353,3 @@ def _or_low(value: float | None) -> float:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-

@@ -118,10 +118,11 @@ class Base:
         known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT]
         return min(known, default=None)
 
-    def model(self, task: Task, *, seed: int, attention: str = "sdpa") -> nn.Module:
+    def model(self, task: Task, *, seed: int, attention: str = "sdpa", stored_head: bool = False) -> nn.Module:
         """Return the base with `task.width` outputs, in float32 and evaluation mode.
 
-        The output layer is always new, drawn from `seed`; so is whatever else of the head the checkpoint lacks. The
+        The output layer is new, drawn from `seed`, unless `stored_head` asks for the checkpoint's own (BadBase where it
+        holds none of that size); so is whatever else of the head the checkpoint lacks. The
         global random state stays as it was. `attention` falls back to eager where the architecture has no other.
         Raises Refused where the base does not fit the task, BadBase or NotFinite where its weights are not what its
         configuration says.
@@ -143,7 +144,7 @@ class Base:
         config.problem_type = "regression" if regression else "single_label_classification" if task.width > 1 else None
         if self.input == "text" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        return self._load(auto, config, seed, attention)
+        return self._load(auto, config, seed, attention, stored_head)
 
     def backbone(self, attention: str = "sdpa") -> nn.Module:
         """Return the base without any head, in float32 and evaluation mode."""
@@ -177,7 +178,9 @@ class Base:
             made.name_or_path = str(self.folder)
         return made
 
-    def _load(self, auto: Any, config: PretrainedConfig, seed: int, attention: str) -> nn.Module:
+    def _load(
+        self, auto: Any, config: PretrainedConfig, seed: int, attention: str, stored_head: bool = False
+    ) -> nn.Module:
         if "/" in attention or ":" in attention:
             raise UsageError(
                 f"attention {attention!r} names code on the hub; expected sdpa, eager or another local name."
@@ -191,7 +194,12 @@ class Base:
                 attention = "eager"
             state = self._stored()
             for name in _output_layer(skeleton):
-                state.pop(name, None)
+                if not stored_head:
+                    state.pop(name, None)
+                elif name not in state:
+                    raise BadBase(
+                        f"{self.folder}: no trained output layer ({name}) is stored; tune one, or give --brick."
+                    )
             model, report = type(skeleton).from_pretrained(
                 None, config=config, state_dict=state, dtype=torch.float32, attn_implementation=attention,
                 output_loading_info=True, ignore_mismatched_sizes=True,

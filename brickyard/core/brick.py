@@ -60,7 +60,9 @@ class Brick:
                 f"brick {self.folder} was made for base {self.manifest['base']['spec']} (fingerprint {made_for[:12]}), "
                 f"the base given is {base.spec} ({base.fingerprint[:12]}). Give the right --base, or --force."
             )
-        attached = build(resolve(parse(self.manifest["arm"])), base, self.task, seed=self.manifest["seed"], attention=attention)
+        attached = build(
+            resolve(parse(self.manifest["arm"])), base, self.task, seed=self.manifest["seed"], attention=attention
+        )
         attached.load(self.tensors())
         attached.model.eval()
         return Applied(attached)
@@ -126,7 +128,9 @@ def load(folder: str | Path) -> Brick:
     """Open a brick's manifest; BadBrick when it is missing, incomplete or of a later schema."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise BadBrick(f"{folder} is not a brick: it has no {MANIFEST}. Give a folder written by `brickyard tune --out`.")
+        raise BadBrick(
+            f"{folder} is not a brick: it has no {MANIFEST}. Give a folder written by `brickyard tune --out`."
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -135,5 +139,7 @@ def load(folder: str | Path) -> Brick:
     if missing:
         raise BadBrick(f"{folder / MANIFEST} lacks {', '.join(missing)}.")
     if manifest["schema"] > SCHEMA:
-        raise BadBrick(f"{folder} has schema {manifest['schema']}; this release reads up to {SCHEMA}. Update Brickyard.")
+        raise BadBrick(
+            f"{folder} has schema {manifest['schema']}; this release reads up to {SCHEMA}. Update Brickyard."
+        )
     return Brick(folder, manifest)

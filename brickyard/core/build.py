@@ -49,6 +49,10 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         slots[record.slot] = piece.name
         configs[piece.name] = registry.config(piece.name, piece.options)
     # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
+    if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):
+        raise Refused(
+            f"{slots['head']}:plus=true changes the backbone itself and cannot stand beside {slots['tuner']}."
+        )
     for slot in ("head", "tuner"):
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
@@ -58,7 +62,9 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
 
 def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:
     """Merge: the defaults, then what the methods prefer, then what the command says, then what the arm fixes."""
-    return replace(defaults, **{**plan.training, **{k: v for k, v in given.items() if v is not None}, **plan.arm.training})
+    return replace(
+        defaults, **{**plan.training, **{k: v for k, v in given.items() if v is not None}, **plan.arm.training}
+    )
 
 
 def build(plan: Plan, base: Base, task: Task, *, seed: int, attention: str = "sdpa") -> Attached:
@@ -83,6 +89,7 @@ def _head_only(plan: Plan, model: nn.Module, task: Task) -> Attached:
     if getattr(config, "plus", False):
         return module.attach(model, config, task)
     names = [name for name, _ in model.named_parameters() if name.startswith("head.")]
-    attached = attach_in_place(model, names, matched={"head": names})
+    flat = [name for name, p in model.named_parameters() if p.ndim < 2]
+    attached = attach_in_place(model, names, matched={"head": names}, no_decay=flat)
     attached.frozen_states = True
     return attached

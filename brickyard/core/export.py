@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from brickyard.core.wrap import ADAPTER
 
 
 def export(
-    folder: str | Path, to: str, out: Path, *, base: str | None = None, rank: int | None = None, max_rank: int | None = None
+    folder: str | Path,
+    to: str,
+    out: Path,
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    max_rank: int | None = None,
 ) -> dict[str, Any]:
     """Write the brick in `folder` as `to` ("peft" or "merged") into `out`; return {"max_gap", "error", "sentence"}.
 
@@ -35,7 +42,9 @@ def export(
     made = bricks.load(folder)
     opened = open_base(base or made.manifest["base"]["spec"])
     if rank is not None:
-        raise UsageError(f"--rank: {made.manifest['method']} was trained for one rank only; leave it out, or use --max-rank.")
+        raise UsageError(
+            f"--rank: {made.manifest['method']} was trained for one rank only; leave it out, or use --max-rank."
+        )
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; give a new folder.")
     if to == "peft":
@@ -48,7 +57,9 @@ def export(
 def _peft(made: Brick, base: Base, out: Path, max_rank: int | None) -> dict[str, Any]:
     model = made.apply(base).model
     if not isinstance(model, PeftModel):
-        raise Refused(f"{made.manifest['arm']} is no adapter on layers; use --to merged, or load the brick with Brickyard.")
+        raise Refused(
+            f"{made.manifest['arm']} is no adapter on layers; use --to merged, or load the brick with Brickyard."
+        )
     error = 0.0
     if any(isinstance(m, BrickyardLinear) for m in model.modules()):
         error = to_lora(model, ADAPTER, out, max_rank=max_rank).error
@@ -62,7 +73,11 @@ def _peft(made: Brick, base: Base, out: Path, max_rank: int | None) -> dict[str,
                 shutil.copyfile(made.folder / name, temporary / name)
     head = isinstance(model.get_base_model(), HeadedModel)
     if head:
-        return {"max_gap": None, "error": error, "sentence": "written; its head is Brickyard's own, so plain PEFT opens the backbone's change only."}
+        return {
+            "max_gap": None,
+            "error": error,
+            "sentence": "written; its head is Brickyard's own, so plain PEFT opens the backbone's change only.",
+        }
     with torch.random.fork_rng(devices=[]):
         fresh = base.model(made.task, seed=made.manifest["seed"] + 1)
         again = PeftModel.from_pretrained(fresh, str(out)).eval()  # type: ignore[arg-type]
@@ -71,7 +86,11 @@ def _peft(made: Brick, base: Base, out: Path, max_rank: int | None) -> dict[str,
         assert_parity(proof, "the exported adapter against the brick")
     gap = proof["max_gap"]
     kind = "exact" if not error else f"by SVD, relative error {error:.2e}"
-    return {"max_gap": gap, "error": error, "sentence": f"plain PEFT adapter, {kind}; reloaded logits differ by at most {gap:.1e}."}
+    return {
+        "max_gap": gap,
+        "error": error,
+        "sentence": f"plain PEFT adapter, {kind}; reloaded logits differ by at most {gap:.1e}.",
+    }
 
 
 @torch.no_grad()
@@ -94,7 +113,10 @@ def _fold(model: PeftModel, out: Path) -> None:
         r=max(ranks.values()), lora_alpha=max(ranks.values()), rank_pattern=exactly, alpha_pattern=dict(exactly),
         target_modules=sorted(ranks), modules_to_save=config.modules_to_save, inference_mode=True,
     )  # fmt: skip
-    heads = {k: t.detach().cpu() for k, t in get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items() if ".lora_" not in k}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*invalid shape")  # a layer without ranks, left out above
+        state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    heads = {k: t.detach().cpu() for k, t in state.items() if ".lora_" not in k}
     with complete_folder(out) as temporary:
         write_tensors(temporary / "adapter_model.safetensors", {**tensors, **heads})
         known = lora.to_dict()
@@ -125,7 +147,11 @@ def _merged(made: Brick, base: Base, out: Path) -> dict[str, Any]:
     proof = parity(applied, again, _inputs(base))
     assert_parity(proof, "the merged model against base + brick")
     gap = proof["max_gap"]
-    return {"max_gap": gap, "error": 0.0, "sentence": f"merged model; reloaded logits differ by at most {gap:.1e} from base + brick."}
+    return {
+        "max_gap": gap,
+        "error": 0.0,
+        "sentence": f"merged model; reloaded logits differ by at most {gap:.1e} from base + brick.",
+    }
 
 
 def _inputs(base: Base) -> dict[str, Tensor]:

@@ -223,7 +223,9 @@ class OnRay:
                 try:
                     yield ray.get(done)
                 except ray.exceptions.RayError as error:
-                    yield Outcome(key=job.key, status="failed", reason=f"its Ray worker died: {str(error).splitlines()[0]}")
+                    yield Outcome(
+                        key=job.key, status="failed", reason=f"its Ray worker died: {str(error).splitlines()[0]}"
+                    )
 
 
 def engine(name: str, workers: int) -> Engine:

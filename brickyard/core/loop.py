@@ -166,12 +166,18 @@ class Backprop:
                 loss = loss + state.attached.extra_loss()
             state.accelerator.backward(weight * loss)
         if not math.isfinite(total):
-            raise NotFinite(f"the loss is {total} at step {state.step + 1}, {self._where(state)}; lower lr or check the data.")
+            raise NotFinite(
+                f"the loss is {total} at step {state.step + 1}, {self._where(state)}; lower lr or check the data."
+            )
         parameters = list(self.named.values())
         norm = state.accelerator.clip_grad_norm_(parameters, self.training.clip or math.inf)
         if not torch.isfinite(norm):
-            bad = next((n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()), "a norm")
-            raise NotFinite(f"the gradient of {bad} is not finite at step {state.step + 1}, {self._where(state)}; lower lr.")
+            bad = next(
+                (n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()), "a norm"
+            )
+            raise NotFinite(
+                f"the gradient of {bad} is not finite at step {state.step + 1}, {self._where(state)}; lower lr."
+            )
         factor = self.training.factor(state.step, state.total)
         for group in self.optimiser.param_groups:
             group["lr"] = self.training.lr * group["lr_scale"] * factor
@@ -222,7 +228,9 @@ def train_mode(model: nn.Module) -> None:
     """Put the model in training mode, but keep the statistics of frozen batch norms frozen."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
             module.eval()
 
 
@@ -253,7 +261,9 @@ def train(
     torch.manual_seed(training.seed)
     step = make_step(attached, training)
     order = step.sampler(examples.lengths, training)
-    saved = Checkpoints(folder, {"training": asdict(training), "data": examples.digest, **(identity or {})}, allow_change)
+    saved = Checkpoints(
+        folder, {"training": asdict(training), "data": examples.digest, **(identity or {})}, allow_change
+    )
     state.hooks("begin", state)
     saved.resume(state, step)
     per_epoch = math.ceil(len(examples) / training.batch)

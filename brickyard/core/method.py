@@ -25,7 +25,9 @@ class Claim:
     text: str
     inequality: str = ""
     arms: dict[str, str] = field(default_factory=dict)
-    control: dict[str, str] = field(default_factory=dict)  # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
+    control: dict[str, str] = field(
+        default_factory=dict
+    )  # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
     gate: str = ""  # inequality that must hold for the set-up to be valid
     data: str = "embedded:stdlib-topics"
     base: str = "embedded:minilm"

@@ -56,7 +56,9 @@ def find(name: str, family: str | None = None) -> Entry:
     known = _all()
     if name not in known or (family and known[name].record.family != family):
         among = [n for n, e in known.items() if family in (None, e.record.family)]
-        raise UnknownName.among("method" if family is None else f"{family} method", name, among, "See: brickyard methods.")
+        raise UnknownName.among(
+            "method" if family is None else f"{family} method", name, among, "See: brickyard methods."
+        )
     return known[name]
 
 
@@ -151,7 +153,12 @@ def _is_text(node: ast.stmt | None) -> bool:
 
 def _value(node: ast.expr, path: Path) -> Any:
     """Read a literal that may hold calls of Record and Claim with keywords."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Record", "Claim") and not node.args:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("Record", "Claim")
+        and not node.args
+    ):
         made = {"Record": Record, "Claim": Claim}[node.func.id]
         try:
             return made(**{k.arg: _value(k.value, path) for k in node.keywords})  # type: ignore[misc]

@@ -24,7 +24,10 @@ def sweep_points(text: str) -> list[float]:
         low, high, step = (float(part) for part in text.split(":"))
     except ValueError:
         raise UsageError(f"--scale {text!r}: LOW:HIGH:STEP was expected, e.g. 0:2:0.25.") from None
-    if not (math.isfinite(low) and math.isfinite(high) and step > 0 and high >= low) or (high - low) / step > _POINTS - 1:
+    if (
+        not (math.isfinite(low) and math.isfinite(high) and step > 0 and high >= low)
+        or (high - low) / step > _POINTS - 1
+    ):
         raise UsageError(f"--scale {text!r}: HIGH >= LOW, STEP > 0 and at most {_POINTS} points were expected.")
     return [low + i * step for i in range(math.floor((high - low) / step + 1e-9) + 1)]
 
@@ -45,7 +48,9 @@ def scaled(model: nn.Module, base: Base, brick: Any, s: float) -> Iterator[None]
     heads = tuple(f"{name}." for name in own_head(model)) or ("\0",)
     changed = [name for name in brick.tensors() if not name.startswith(heads)]
     if not changed:
-        raise Refused("this brick trains only a head; there is no change of the backbone whose strength could be swept.")
+        raise Refused(
+            "this brick trains only a head; there is no change of the backbone whose strength could be swept."
+        )
     original: dict[str, Tensor] = base.model(brick.task, seed=0).state_dict()
     live = model.state_dict()
     held = {name: live[name].clone() for name in changed}

@@ -32,12 +32,16 @@ class ArmCallback(TrainerCallback):
         self.state.total, self.state.step = state.max_steps, state.global_step
         self.hooks("begin", self.state)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Before the optimiser's step."""
         self.state.step = state.global_step
         self.hooks("before_step", self.state)
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """After the optimiser's step, before gradients are cleared."""
         self.hooks("after_step", self.state)
 
@@ -52,7 +56,9 @@ class ArmTrainer(Trainer):
     def __init__(self, attached: Attached, task: Task, *, args: TrainingArguments, **options: Any) -> None:
         self.attached, self.task_of_arm = attached, task
         callback = ArmCallback(attached, task, replace(Training(), seed=args.seed, lr=args.learning_rate))
-        super().__init__(model=attached.model, args=args, callbacks=[*options.pop("callbacks", []), callback], **options)  # type: ignore[arg-type]
+        super().__init__(
+            model=attached.model, args=args, callbacks=[*options.pop("callbacks", []), callback], **options
+        )  # type: ignore[arg-type]
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the task's mean loss over the batch, plus the arm's regulariser."""

@@ -72,10 +72,15 @@ class Prepared:
 def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "test")) -> Prepared:
     """Open and check everything that `setting` names; any fault is one clear error before training starts."""
     need = tuple(split for split in splits if split != "validation")
-    data = read_data(setting.data, task=setting.task, metric=setting.metric, need=need, allow_overlap=setting.allow_overlap)
+    data = read_data(
+        setting.data, task=setting.task, metric=setting.metric, need=need, allow_overlap=setting.allow_overlap
+    )
     task = task_of(data, kind=setting.task, metric=setting.metric)
     plan = resolve(parse(setting.arm), task)
-    training = training_of(plan, {**setting.training, "batch": setting.batch, "seed": setting.seed}, Training())
+    given = {**setting.training, "seed": setting.seed}
+    if setting.batch is not None:
+        given["batch"] = setting.batch
+    training = training_of(plan, given, Training())
     base = open_base(setting.base, trust_remote_code=setting.trust_remote_code)
     encoded = {name: encode(data.splits[name], base, task, max_length=setting.max_length) for name in splits}
     if setting.train_rows and setting.train_rows < len(encoded["train"]):
@@ -93,7 +98,14 @@ def examples(ready: Prepared, attached: Attached) -> tuple[dict[str, Examples], 
         return dict(ready.encoded), {}
     backbone = attached.model.backbone.to(_device(ready.setting))  # type: ignore[union-attr]
     made = {
-        name: States.of(backbone, rows, base=ready.base.fingerprint, attention=ready.setting.attention, cache=ready.setting.cache)
+        name: States.of(
+            backbone,
+            rows,
+            base=ready.base.fingerprint,
+            attention=ready.setting.attention,
+            cache=ready.setting.cache,
+            pool=getattr(attached.model.head, "frozen_pool", None),
+        )  # fmt: skip
         for name, rows in ready.encoded.items()
     }
     known = {
@@ -227,7 +239,9 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     attached.model.to(device)
     # A few of the batches that training would draw, and the longest one, tell all; only they need states.
     encoded, batch = ready.encoded["train"], ready.training.batch
-    drawn = Order(encoded.lengths, batch, seed=setting.seed, bucket=ready.training.bucket).epoch(0)[: argument.get("batches", 5)]
+    drawn = Order(encoded.lengths, batch, seed=setting.seed, bucket=ready.training.bucket).epoch(0)[
+        : argument.get("batches", 5)
+    ]
     longest = np.argsort(encoded.lengths, kind="stable")[-batch:]
     lengths = encoded.lengths
     ready.encoded = {"train": encoded.take(np.concatenate([*drawn, longest]))}
@@ -236,12 +250,17 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     ends = np.cumsum([0, *map(len, drawn), len(longest)])
     *usual, long = (to_device(sets["train"].collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
     labels = long["labels"]
-    saved = measure.saved_for_backward(attached.model, _inputs(long, device), lambda out: ready.task.loss(out.float(), labels))
+    saved = measure.saved_for_backward(
+        attached.model, _inputs(long, device), lambda out: ready.task.loss(out.float(), labels)
+    )
     step = Backprop(attached, ready.training)
     state = _bare_state(attached, ready, device)
     train_mode(attached.model)
     peak = measure.peak_bytes(lambda: step(state, [(1.0, long)]), device)
-    seconds = [measure.step_time(lambda b=b: step(state, [(1.0, b)]), warmup=1, repeats=argument.get("repeats", 3)) for b in usual]
+    seconds = [
+        measure.step_time(lambda b=b: step(state, [(1.0, b)]), warmup=1, repeats=argument.get("repeats", 3))
+        for b in usual
+    ]
     flops = measure.forward_flops(attached.model, _inputs(usual[0], device))
     return {
         "trainable_parameters": sum(p.numel() for p in attached.parameters()),

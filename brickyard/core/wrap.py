@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
     heads_exact = set(own_head(model))
     matched = match(model, patterns)
     return {
-        p: [n for n in names if not n.startswith(heads or ("\0",)) and n not in heads_exact] for p, names in matched.items()
+        p: [n for n in names if not n.startswith(heads or ("\0",)) and n not in heads_exact]
+        for p, names in matched.items()
     }
 
 
@@ -51,7 +53,10 @@ def attach_peft(
     config.modules_to_save = own_head(model) or None  # type: ignore[attr-defined]
     config.base_model_name_or_path = None
     try:
-        wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            # PEFT 0.21 still asks transformers by an old name; nothing that a user could mend.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Refused(f"PEFT refuses {config.peft_type} on this model: {error}") from error
 

@@ -55,6 +55,10 @@ class Config:
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     """Put IA3 vectors on the target layers of `model`."""
     matched = targets(model, config.target)
-    inputs = {name for found in targets(model, config.feedforward).values() for name in found} if config.feedforward else set()
+    inputs = (
+        {name for found in targets(model, config.feedforward).values() for name in found}
+        if config.feedforward
+        else set()
+    )
     known = {name for found in matched.values() for name in found}
     return attach_peft(model, peft.IA3Config(feedforward_modules=inputs & known, task_type=None), matched)

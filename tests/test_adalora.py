@@ -1,0 +1,262 @@
+"""AdaLoRA: the card's schedule, scores and masks, and what this library adds to PEFT's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import text_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
+from transformers import TrainingArguments
+
+from brickyard.core import brick as bricks
+from brickyard.core import trial
+from brickyard.core.build import build
+from brickyard.core.errors import NoEffect, Refused, UsageError
+from brickyard.core.loop import predict, train
+from brickyard.core.trainer import ArmTrainer
+from brickyard.core.wrap import ADAPTER
+from brickyard.tune.adalora import Config, keep_best, residual
+
+ARM = "adalora:init_r=4,target_r=2,every=2,target=[query,key,value,out,up,down]"
+LAYERS = 12  # two blocks of six linear layers
+
+
+def ready(base: Path, arm: str = ARM, **training: object) -> trial.Prepared:
+    known = {"epochs": 4, "precision": "float32", "batch": 16, "lr": 5e-3, **training}
+    return trial.prepare(
+        trial.Setting(arm=arm, base=str(base), data=text_data(), training=known, cache=False, device="cpu")
+    )
+
+
+def layers(model: torch.nn.Module) -> list[AdaLoraLayer]:
+    return [m for m in model.modules() if isinstance(m, AdaLoraLayer)]
+
+
+def trained(base: Path, **options: object) -> tuple[trial.Prepared, object]:
+    known = ready(base, **options)
+    attached = build(known.plan, known.base, known.task, seed=0)
+    train(attached, known.encoded["train"], known.encoded["validation"], known.task, known.training, device="cpu")
+    return known, attached
+
+
+def test_step_0_is_the_base(text_base: Path) -> None:
+    known = ready(text_base)
+    plain = known.base.model(known.task, seed=0)
+    attached = build(known.plan, known.base, known.task, seed=0)
+    np.testing.assert_array_equal(predict(plain, known.encoded["test"]), predict(attached.model, known.encoded["test"]))
+
+
+def test_budget_follows_the_cubic_schedule() -> None:
+    allocator = RankAllocator.__new__(RankAllocator)
+    allocator.peft_config = SimpleNamespace(tinit=20, tfinal=60, total_step=200, deltaT=10)
+    allocator.init_bgt, allocator.target_bgt = 48, 24
+    for step, expected in [
+        (10, 48),
+        (20, 48),
+        (50, 24 + int(24 * (1 - 30 / 120) ** 3)),
+        (80, 27),
+        (140, 24),
+        (170, 24),
+    ]:
+        assert allocator.budget_schedule(step)[0] == expected
+
+
+def test_exactly_the_target_stays_and_the_file_holds_no_dead_rank(text_base: Path, tmp_path: Path) -> None:
+    known, attached = trained(text_base)
+    ranks = [layer.lora_A[ADAPTER].shape[0] for layer in layers(attached.model)]  # type: ignore[attr-defined]
+    assert sum(ranks) == 2 * LAYERS and len(ranks) == LAYERS and max(ranks) > min(ranks)
+    assert all((layer.lora_E[ADAPTER] != 0).all() for layer in layers(attached.model))  # type: ignore[attr-defined]
+    before = predict(attached.model, known.encoded["test"])  # type: ignore[attr-defined]
+    bricks.save(tmp_path / "b", attached, known.plan, known.base, known.task, seed=0, about={})  # type: ignore[arg-type]
+    stored = bricks.load(tmp_path / "b").tensors()
+    assert sum(t.shape[0] for n, t in stored.items() if n.endswith("lora_A")) == 2 * LAYERS
+    again = bricks.load(tmp_path / "b").apply().model
+    np.testing.assert_allclose(predict(again, known.encoded["test"]), before, atol=1e-5)
+    np.testing.assert_allclose(predict(again.merge_and_unload(), known.encoded["test"]), before, atol=1e-5)
+
+
+def test_the_export_is_a_plain_lora(text_base: Path, tmp_path: Path) -> None:
+    from brickyard.core.export import export
+
+    known, attached = trained(text_base)
+    bricks.save(tmp_path / "b", attached, known.plan, known.base, known.task, seed=0, about={})  # type: ignore[arg-type]
+    assert export(tmp_path / "b", "peft", tmp_path / "lora")["max_gap"] < 1e-5
+    config = peft.PeftConfig.from_pretrained(str(tmp_path / "lora"))
+    assert config.peft_type == peft.PeftType.LORA and sum(config.rank_pattern.values()) == 2 * LAYERS  # type: ignore[attr-defined]
+
+
+def test_importance_is_the_cards_moving_average() -> None:
+    """A, E, B with fixed gradients against NumPy over five steps."""
+    g = np.random.Generator(np.random.PCG64(0))
+    model = torch.nn.Module()
+    model.layer = torch.nn.Module()
+    shapes = {"lora_A": (3, 5), "lora_E": (3, 1), "lora_B": (4, 3)}
+    for name, shape in shapes.items():
+        setattr(
+            model.layer,
+            name,
+            torch.nn.ParameterDict({"default": torch.nn.Parameter(torch.from_numpy(g.normal(size=shape)))}),
+        )
+    allocator = RankAllocator.__new__(RankAllocator)
+    allocator.adapter_name, allocator.beta1, allocator.beta2 = "default", 0.85, 0.7
+    allocator.reset_ipt()
+    mean = {n: np.zeros(s) for n, s in shapes.items()}
+    spread = {n: np.zeros(s) for n, s in shapes.items()}
+    for _ in range(5):
+        for name, shape in shapes.items():
+            w = getattr(model.layer, name)["default"]
+            w.grad = torch.from_numpy(g.normal(size=shape))
+            i = np.abs(w.detach().numpy() * w.grad.numpy())
+            mean[name] = 0.85 * mean[name] + 0.15 * i
+            spread[name] = 0.7 * spread[name] + 0.3 * np.abs(i - mean[name])
+        allocator.update_ipt(model)
+    for name in shapes:
+        np.testing.assert_allclose(
+            allocator._element_score(f"layer.{name}.default").numpy(), mean[name] * spread[name], rtol=1e-9
+        )
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=5), st.integers(0, 25))
+@settings(derandomize=True, deadline=None)
+def test_masks_keep_exactly_the_budget_and_ties_go_to_the_earlier(scores: list[list[int]], budget: int) -> None:
+    masks = keep_best([torch.tensor(s, dtype=torch.float) for s in scores], budget)
+    flat, mask = np.concatenate(scores), torch.cat(masks).numpy()
+    assert mask.sum() == min(budget, len(flat))
+    order = np.argsort(-flat, kind="stable")
+    assert set(np.flatnonzero(mask)) == set(order[:budget])
+
+
+def test_without_ties_the_masks_are_pefts() -> None:
+    torch.manual_seed(0)
+    scores = [torch.rand(6) for _ in range(4)]
+    for budget in range(1, 24):
+        threshold = torch.kthvalue(torch.cat(scores), 24 - budget)[0]
+        for mine, s in zip(keep_best(scores, budget), scores, strict=True):
+            assert torch.equal(mine, s > threshold)
+
+
+def test_regulariser_is_the_mean_frobenius_norm_and_training_lowers_it(text_base: Path) -> None:
+    torch.manual_seed(0)
+    sides = [torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 6)]
+    expected = np.mean([np.linalg.norm(m.numpy() @ m.numpy().T - np.eye(4)) for m in sides])
+    assert float(residual(sides)) == pytest.approx(expected, rel=1e-5)
+    known = ready(text_base, epochs=12)
+    attached = build(known.plan, known.base, known.task, seed=0)
+    start = float(attached.extra_loss().detach())  # type: ignore[misc]
+    train(attached, known.encoded["train"], None, known.task, known.training, device="cpu")
+    assert float(attached.extra_loss().detach()) < start  # type: ignore[misc]
+
+
+def test_equal_ranks_run_though_peft_alone_fails(text_base: Path) -> None:
+    known = ready(text_base, "adalora:init_r=2,target_r=2")
+    attached = build(known.plan, known.base, known.task, seed=0)
+    train(attached, known.encoded["train"], None, known.task, known.training, device="cpu")
+    assert {layer.lora_A[ADAPTER].shape[0] for layer in layers(attached.model)} == {2}
+
+
+def test_a_run_without_the_callback_is_an_error(text_base: Path) -> None:
+    known = ready(text_base)
+    attached = build(known.plan, known.base, known.task, seed=0)
+    with pytest.raises(NoEffect, match="never allocated"):
+        attached.callbacks[0].finish()
+
+
+def test_resume_in_the_middle_of_the_schedule_is_exact(text_base: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    class At:
+        def after_step(self, state: object) -> None:
+            if state.step == 13:  # type: ignore[attr-defined]
+                raise Stop
+
+    known = ready(text_base)
+    training = replace(known.training, checkpoint_every=5)
+    runs = []
+    for folder in (None, tmp_path):
+        attached = build(known.plan, known.base, known.task, seed=0)
+        if folder is not None:
+            with pytest.raises(Stop):
+                train(
+                    attached,
+                    known.encoded["train"],
+                    known.encoded["validation"],
+                    known.task,
+                    training,
+                    folder=folder,
+                    callbacks=[At()],
+                    device="cpu",
+                )
+            attached = build(known.plan, known.base, known.task, seed=0)
+        train(
+            attached,
+            known.encoded["train"],
+            known.encoded["validation"],
+            known.task,
+            training,
+            folder=folder,
+            device="cpu",
+        )
+        runs.append(attached.tensors())
+    assert runs[0].keys() == runs[1].keys() and all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"target_r": 0},
+        {"init_r": 2, "target_r": 3},
+        {"tinit": 0.6, "tfinal": 0.5},
+        {"beta1": 1.0},
+        {"score": "guess"},
+        {"every": 0},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(bad: dict) -> None:
+    with pytest.raises(UsageError, match="adalora"):
+        Config(**bad)
+
+
+def test_a_rank_above_the_layers_is_refused(text_base: Path) -> None:
+    with pytest.raises(Refused, match="rank 64 exceeds"):
+        known = ready(text_base, "adalora:init_r=64")
+        build(known.plan, known.base, known.task, seed=0)
+
+
+@pytest.mark.parametrize("arm", ["lora:r=4,dropout=0.1", "full", ARM])
+def test_the_trainer_of_transformers_gives_the_same_numbers(arm: str, text_base: Path, tmp_path: Path) -> None:
+    """The same batches, schedule and seed: the same weights after training, bit for bit or to rounding."""
+    known = ready(text_base, arm, epochs=2, clip=1.0)
+    ours = build(known.plan, known.base, known.task, seed=0)
+    from brickyard.core.batches import Order
+
+    order = Order(known.encoded["train"].lengths, 16, seed=0, bucket=False)
+    batches = [known.encoded["train"].collate(rows) for k in range(2) for rows in order.epoch(k)]
+    train(ours, known.encoded["train"], None, known.task, known.training, device="cpu")
+
+    theirs = build(known.plan, known.base, known.task, seed=0)
+
+    class Ready(ArmTrainer):
+        def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+            return torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False, generator=torch.Generator())  # type: ignore[arg-type]
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=len(batches), learning_rate=known.training.lr, weight_decay=known.training.wd, max_grad_norm=1.0,
+        lr_scheduler_type="linear", warmup_steps=int(np.ceil(known.training.warmup * len(batches))), report_to=[], save_strategy="no",
+        logging_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer = Ready(theirs, known.task, args=arguments, train_dataset=batches)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    trainer.train()
+    a, b = ours.tensors(), theirs.tensors()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6, msg=name)

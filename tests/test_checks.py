@@ -1,0 +1,106 @@
+"""Claims: how an inequality is read and judged, and that gates and controls decide what they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import text_data
+
+from brickyard.checks import run as checks
+from brickyard.checks.run import Answers, Inequality, judge
+from brickyard.core import registry
+from brickyard.core.errors import UsageError
+from brickyard.core.method import Claim, Record
+
+
+def answers(rates: list[float], n: int = 4000, seed: int = 0) -> Answers:
+    """Seeds of an arm that is right on a share of the examples, the same ones first."""
+    g = np.random.Generator(np.random.PCG64(seed))
+    labels = g.integers(0, 2, n)
+    hard = np.random.Generator(np.random.PCG64(9)).random(n)
+    return Answers(
+        labels=np.zeros(n, dtype=int), predictions=np.stack([(hard > r).astype(int) for r in rates]) + 0 * labels
+    )
+
+
+def test_inequalities_are_read_in_points() -> None:
+    assert Inequality.read("mos >= lora16 - 0.7") == Inequality("mos", "lora16", -0.7)
+    assert Inequality.read("lora > control + 5") == Inequality("lora", "control", 5.0)
+    assert Inequality.read("a>=b") == Inequality("a", "b", 0.0)
+    for bad in ("a < b", "a >= b * 2", "a >= b - c", ""):
+        with pytest.raises(UsageError, match="no inequality"):
+            Inequality.read(bad)
+
+
+def test_holds_misses_and_undecided() -> None:
+    known = {
+        "good": answers([0.90, 0.91, 0.90]),
+        "bad": answers([0.80, 0.81, 0.80]),
+        "same": answers([0.90, 0.90, 0.91]),
+    }
+    assert judge(Inequality("good", "bad", 5.0), known, "accuracy")["holds"] is True
+    assert judge(Inequality("bad", "good", -5.0), known, "accuracy")["holds"] is False
+    close = judge(Inequality("good", "same", 0.0), known, "accuracy")
+    assert close["holds"] == "undecided" and close["needed"]["sentence"]
+    assert judge(Inequality("good", "same", -3.0), known, "accuracy")["holds"] is True
+
+
+def test_every_claim_in_the_records_is_well_formed() -> None:
+    for entry in registry.records():
+        for claim in entry.record.claims:
+            if claim.measure:
+                continue
+            names = {*claim.arms, "control", "majority"}
+            for text in filter(None, [claim.inequality, claim.gate, claim.control.get("inequality", "")]):
+                found = Inequality.read(text)
+                assert {found.left, found.right} <= names, (entry.record.name, text)
+            assert claim.data.startswith("embedded:") and claim.base.startswith("embedded:")
+            assert not any("lr=0" in arm.replace("lr=0.", "") for arm in claim.arms.values()), (
+                "a run without effect fails"
+            )
+
+
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, claim: Claim) -> dict[str, Any]:
+    entry = registry.find("lora")
+    faked = registry.Entry(Record(name="lora", family="tune", title="t", claims=(claim,)), entry.path, entry.options)
+    monkeypatch.setattr(checks.registry, "find", lambda name, family=None: faked if name == "lora-claim" else entry)
+    monkeypatch.chdir(tmp_path)
+    return checks.check("lora-claim", base=str(base), data=text_data(160, 120), out=tmp_path / "results")
+
+
+def test_a_claim_is_measured_with_its_gate_and_control(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path
+) -> None:
+    claim = Claim(
+        text="learning beats not learning", inequality="lora > majority + 5.0", arms={"lora": "lora:r=4,lr=1e-2,batch=16,target=all-linear"},
+        control={"what": "shuffled labels", "arm": "lora:r=4,lr=1e-2,batch=16,target=all-linear", "labels": "shuffled", "inequality": "lora > control + 5.0"},
+        gate="lora > majority + 1.0", epochs=10, seeds=3,
+    )  # fmt: skip
+    found = check(monkeypatch, tmp_path, text_base, claim)["claims"][0]
+    assert found["holds"] is True and found["control"]["destroyed"] is True and found["gate"]["holds"] is True
+    assert found["arms"]["lora"]["mean"] > 0.8 > found["arms"]["control"]["mean"]
+    stored = json.loads((tmp_path / "results" / "lora-claim.json").read_text())
+    assert stored.keys() == {"method", "claims", "environment", "full", "seconds", "date"}
+    assert stored["claims"][0].keys() >= {
+        "text",
+        "inequality",
+        "arms",
+        "measured",
+        "low",
+        "high",
+        "holds",
+        "kind",
+        "control",
+    }
+
+
+def test_a_closed_gate_says_set_up_invalid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path) -> None:
+    claim = Claim(
+        text="nothing was learned", inequality="lora > majority - 50.0", arms={"lora": "lora:r=4,lr=1e-8,batch=16"},
+        gate="lora > majority + 5.0", epochs=1, seeds=2,
+    )  # fmt: skip
+    assert check(monkeypatch, tmp_path, text_base, claim)["claims"][0]["holds"] == "set-up invalid"

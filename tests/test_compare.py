@@ -1,0 +1,231 @@
+"""A comparison from end to end on a small base: its files, its verdict, failures as cells, and exact continuation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import text_data, write_data
+
+import brickyard
+from brickyard.compare import plan as planning
+from brickyard.compare.ledger import Ledger
+from brickyard.compare.plan import Request
+from brickyard.compare.results import slug
+from brickyard.core.arm import parse
+from brickyard.core.errors import Changed, Locked, UsageError
+from brickyard.core.files import Lock
+
+TRAINING = {"epochs": 4, "precision": "float32", "batch": 16}
+
+
+def request(base: Path, data: Any, **changes: Any) -> dict[str, Any]:
+    asked = {
+        "base": str(base),
+        "data": data,
+        "methods": ["lora:r=4,lr=1e-2", "linear-probe"],
+        "seeds": 2,
+        "workers": 2,
+        "device": "cpu",
+    }
+    return {**asked, "training": dict(TRAINING), **changes}
+
+
+@pytest.fixture(scope="module")
+def finished(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """One comparison with a search, an arm twice, one that cannot fit, and overlap."""
+    folder = tmp_path_factory.mktemp("compare")
+    splits = text_data(160, 80)
+    for column in ("text", "label"):
+        splits["train"][column][:2] = splits["test"][column][:2]
+    data = write_data(folder / "data", splits)
+    methods = ["lora:r=4,lr=1e-2", "lora:r=4,lr=1e-2", "lora:r=64", "moment-probing:p=64"]
+    asked = request(text_base, str(data), methods=methods, trials=2, retain=text_data(64, 40, pair=False))
+    return brickyard.compare(out=folder / "run", **asked), folder / "run"
+
+
+def test_result_has_the_schema_and_agrees_with_the_stored_answers(finished: tuple[dict[str, Any], Path]) -> None:
+    result, folder = finished
+    stored = json.loads((folder / "result.json").read_text())
+    assert stored == json.loads(json.dumps({k: v for k, v in result.items() if k != "folder"}))
+    rows = {row["arm"]: row for row in stored["methods"]}
+    assert set(rows) == {
+        "lora:lr=0.01,r=4",
+        "lora:lr=0.01,r=4 (2)",
+        "lora:r=64",
+        "moment-probing:p=64",
+        "linear-probe",
+        "majority",
+    }
+    assert rows["lora:r=64"]["status"] == "refused" and "rank 64 exceeds" in rows["lora:r=64"]["reason"]
+    assert (
+        rows["linear-probe"]["trivial"] and rows["majority"]["trivial"] and not rows["moment-probing:p=64"]["trivial"]
+    )
+    for name, row in rows.items():
+        if row["status"] != "done":
+            continue
+        assert row["score"]["low"] <= row["score"]["mean"] <= row["score"]["high"]
+        assert row["cost"].keys() >= {
+            "trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step_ms", "train_seconds", "forward_flops", "brick_bytes",
+        }  # fmt: skip
+        if name == "majority":
+            continue
+        per_seed = []
+        for seed in row["seeds"]:
+            answers = pq.read_table(folder / row["answers"] / f"seed{seed}.parquet")
+            assert answers.column_names[:4] == ["index", "label", "prediction", "loss"]
+            per_seed.append(np.mean(answers["label"].to_numpy() == answers["prediction"].to_numpy()))
+        np.testing.assert_allclose(per_seed, row["score"]["per_seed"])
+    assert rows["lora:lr=0.01,r=4"]["seeds"] == [1, 2] and rows["lora:lr=0.01,r=4 (2)"]["seeds"] == [1001, 1002]
+    assert len(stored["pairs"]) == 10 and stored["verdict"]["sentence"]
+    assert stored["confusion"]["arm"] == stored["verdict"]["recommended"]
+    assert stored["without_overlap"]["removed"] == 2
+    assert rows["lora:lr=0.01,r=4"]["retained"].keys() >= {"before", "after", "metric"}
+
+
+def test_report_bricks_and_plan_are_there(finished: tuple[dict[str, Any], Path]) -> None:
+    result, folder = finished
+    assert (folder / "report.html").stat().st_size > 10_000
+    for row in result["methods"]:
+        if "brick" in row:
+            assert brickyard.load(folder / row["brick"]).apply().model is not None
+    assert not list(folder.glob("trials/*/brick")), "only the best brick of an arm is kept"
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["threads"] == 1 and [len(arm["settings"]) for arm in plan["arms"]] == [2, 2, 2, 2, 2]
+
+
+def test_the_ledger_is_rebuilt_from_the_folder(finished: tuple[dict[str, Any], Path]) -> None:
+    _, folder = finished
+    (folder / "ledger.sqlite").write_bytes(b"not a database at all" * 100)
+    ledger = Ledger(folder)
+    import sqlite3
+
+    rows = (
+        sqlite3.connect(folder / "ledger.sqlite")
+        .execute("select role, count(*), count(score) from trials group by role")
+        .fetchall()
+    )
+    assert dict((role, n) for role, n, _ in rows)["final"] == 8 and ledger.rebuild() == sum(n for _, n, _ in rows)
+
+
+def test_the_same_command_again_repeats_nothing(finished: tuple[dict[str, Any], Path], text_base: Path) -> None:
+    result, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("trials/*/result.json")}
+    asked = json.loads((folder / "plan.json").read_text())["identity"]["request"]
+    again = brickyard.compare(out=folder, **asked)
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("trials/*/result.json")} == before
+    assert again["methods"] == json.loads(json.dumps(result["methods"])) and again["verdict"] == result["verdict"]
+
+
+def test_another_request_in_the_same_folder_is_refused_with_the_differences(
+    finished: tuple[dict[str, Any], Path],
+) -> None:
+    _, folder = finished
+    asked = json.loads((folder / "plan.json").read_text())["identity"]["request"]
+    with pytest.raises(Changed, match=r"request\.seeds: was 2, now 3.*--allow-change request\.seeds"):
+        brickyard.compare(out=folder, **{**asked, "seeds": 3})
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path, text_base: Path) -> None:
+    (tmp_path / "run").mkdir()
+    code = f"import sys, time; from brickyard.core.files import Lock\nwith Lock({str(tmp_path / 'run' / 'run.lock')!r}):\n print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(Locked, match=str(process.pid)):
+            brickyard.compare(out=tmp_path / "run", **request(text_base, text_data(40, 24)))
+    finally:
+        process.kill()
+        process.wait()
+    with Lock(tmp_path / "run" / "run.lock"):  # a dead owner's lock is free
+        pass
+
+
+def command(base: Path, data: Path, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "brickyard.cli", "compare", "--base", str(base), "--data", str(data), "--methods", "lora:r=4,lr=1e-2",
+        "full", "--seeds", "2", "--epochs", "2", "--dtype", "float32", "--device", "cpu", "--workers", "1", "--out", str(out), "--json",
+    ]  # fmt: skip
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_table(text_base: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", text_data(64, 40))
+    whole = json.loads(
+        subprocess.run(command(text_base, data, tmp_path / "whole"), capture_output=True, check=True).stdout
+    )
+    run = tmp_path / "cut"
+    marks = [lambda: (run / "plan.json").exists(), lambda: len(list(run.glob("trials/*/result.json"))) >= 2,
+             lambda: len(list(run.glob("trials/*/answers.parquet"))) >= 4]  # fmt: skip
+    kept: set[str] = set()
+    for mark in marks:
+        process = subprocess.Popen(
+            command(text_base, data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 180
+        while not mark() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        now = {p.read_text() for p in run.glob("trials/*/result.json")}
+        assert kept <= now, "a finished trial was repeated or lost"
+        kept = now
+    final = json.loads(subprocess.run(command(text_base, data, run), capture_output=True, check=True).stdout)
+    assert kept <= {p.read_text() for p in run.glob("trials/*/result.json")}
+    for a, b in zip(whole["methods"], final["methods"], strict=True):
+        assert a["arm"] == b["arm"] and a["score"] == b["score"] and a["setting"] == b["setting"]
+    assert whole["pairs"] == final["pairs"] and whole["verdict"]["recommended"] == final["verdict"]["recommended"]
+
+
+def test_settings_start_with_the_default_and_leave_out_what_the_arm_fixes() -> None:
+    found = planning.settings(parse("lora"), 4)
+    assert found[0] == {"lr": 1e-3, "lora.r": 8} and len(found) == 4 and len({str(s) for s in found}) == 4
+    assert planning.settings(parse("lora"), 4) == found
+    assert all("lr" not in s for s in planning.settings(parse("lora:lr=1e-4"), 9))
+    assert planning.settings(parse("lora:lr=1e-4,r=2"), 9) == [{}]
+    assert (
+        planning.with_setting("lora + moment-probing:p=64", {"lr": 0.1, "lora.r": 4})
+        == "lora:lr=0.1,r=4 + moment-probing:p=64"
+    )
+
+
+def test_minutes_become_steps_or_a_refusal() -> None:
+    probe = {
+        "training": {"steps": 0, "epochs": 3},
+        "rows": 3200,
+        "batch": 32,
+        "mean_step_ms": 400,
+        "states_ms_per_row": 0.0,
+    }
+    full = planning.predict_seconds(probe, 1.0, 1, 3, 1, "random")
+    assert full > 3 * 300 * 0.4
+    long = planning.shorten(Request(minutes=full / 60 + 1), {"a": probe}, 1)
+    short = planning.shorten(Request(minutes=full / 120), {"a": probe}, 1)
+    assert long[0] == 1.0 and 0.1 <= short[0] < 0.6
+    more = planning.shorten(Request(minutes=4 * full / 60, trials=3), {"a": probe}, 1)
+    assert more[1] == 3 and planning.shorten(Request(minutes=full / 60 + 1, trials=3), {"a": probe}, 1)[1] == 1
+    with pytest.raises(UsageError, match="too short"):
+        planning.shorten(Request(minutes=0.1), {"a": probe}, 1)
+
+
+def test_the_copies_of_an_a_a_comparison_have_their_own_seeds_and_places() -> None:
+    arms = planning.contestants(Request(methods=("lora", "lora", "linear-probe"), seeds=2))
+    assert [(a.name, a.seeds) for a in arms] == [("lora", (1, 2)), ("lora (2)", (1001, 1002)), ("linear-probe", (1, 2))]
+    assert [slug(a.name, a.arm) for a in arms] == ["lora", "lora-2", "linear-probe"]
+
+
+def test_halving_spends_less_and_keeps_the_better(text_base: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", text_data(320, 40))
+    asked = request(text_base, str(data), methods=["lora:r=4"], trials=3, seeds=1, search="halving", baselines=False)
+    brickyard.compare(out=tmp_path / "run", **{**asked, "training": {**TRAINING, "epochs": 8}})
+    trials = [json.loads(p.read_text()) for p in (tmp_path / "run").glob("trials/*/result.json")]
+    searched, final = [t for t in trials if t["role"] == "search"], next(t for t in trials if t["role"] == "final")
+    assert len(searched) == 3 and sum(t["value"]["steps"] for t in searched) <= 0.45 * 3 * final["value"]["steps"]

@@ -1,0 +1,127 @@
+"""Isolated jobs: each way of ending is told apart, the others go on, and nothing of the parent leaks into a child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from brickyard.core.errors import NoEffect, Refused
+from brickyard.core.jobs import Job, Local, engine
+
+
+def fine(argument: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {"twice": 2 * argument["x"], "threads": torch.get_num_threads(), "pid": os.getpid()}
+
+
+def refuse(argument: dict[str, Any]) -> None:
+    raise Refused("not on this base")
+
+
+def nothing(argument: dict[str, Any]) -> None:
+    raise NoEffect("no trainable tensor moved")
+
+
+def crash(argument: dict[str, Any]) -> None:
+    raise KeyError("lost")
+
+
+def die(argument: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(argument: dict[str, Any]) -> None:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    time.sleep(300)
+
+
+def swallow(argument: dict[str, Any]) -> int:
+    import torch
+
+    return sum(torch.ones(2**26).numel() for _ in range(4)) + torch.ones(2**29).numel()
+
+
+def say(argument: dict[str, Any]) -> None:
+    sys.stdout.write("to the log\n")
+
+
+def job(name: str, **options: Any) -> Job:
+    return Job(key=name, function=f"test_jobs:{name}", argument={"x": 21}, **options)
+
+
+def test_every_ending_is_told_apart_and_the_others_go_on(tmp_path: Any) -> None:
+    jobs = [
+        job("fine", threads=1), job("refuse"), job("nothing"), job("crash"), job("die"), job("hang", seconds=3),
+        job("swallow", memory=2**30), job("say", log=str(tmp_path / "log")),
+    ]  # fmt: skip
+    ended = {outcome.key: outcome for outcome in Local(4).run(jobs)}
+    assert {k: o.status for k, o in ended.items()} == {
+        "fine": "done", "refuse": "refused", "nothing": "failed", "crash": "failed", "die": "failed", "hang": "timeout",
+        "swallow": "out-of-memory", "say": "done",
+    }  # fmt: skip
+    assert ended["fine"].value["twice"] == 42 and ended["fine"].value["threads"] == 1
+    assert ended["fine"].value["pid"] != os.getpid() and ended["fine"].peak > 2**20
+    assert "KeyError" in ended["crash"].reason and "test_jobs.py" in ended["crash"].reason
+    assert "SIGKILL" in ended["die"].reason and "3 s" in ended["hang"].reason
+    assert "1,024 MiB" in ended["swallow"].reason and "--batch-size" in ended["swallow"].reason
+    assert (tmp_path / "log").read_text() == "to the log\n"
+
+
+def test_a_job_that_wants_to_be_alone_is() -> None:
+    jobs = [Job(key=str(i), function="test_jobs:times", argument={}, alone=i == 1) for i in range(3)]
+    ended = {o.key: o.value for o in Local(3).run(jobs)}
+    lonely = ended.pop("1")
+    assert all(other["end"] <= lonely["start"] or lonely["end"] <= other["start"] for other in ended.values())
+
+
+def times(argument: dict[str, Any]) -> dict[str, float]:
+    start = time.monotonic()
+    time.sleep(0.3)
+    return {"start": start, "end": time.monotonic()}
+
+
+def test_leaving_early_ends_the_running_jobs() -> None:
+    running = Local(2).run([Job(key="a", function="test_jobs:fine", argument={"x": 1}), job("hang")])
+    assert next(running).key == "a"
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 10
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "open('count', 'a').write('x')\n"
+        "from brickyard.core.jobs import Job, Local\n"
+        "job = Job(key='a', function='test_jobs:fine', argument={'x': 1})\n"
+        "assert [o.status for o in Local(1).run([job])] == ['done']\n"
+    )
+    root = os.path.dirname(os.path.abspath(__file__))
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True)
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_ray_gives_the_same_answers() -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"working_dir": None},
+    )
+    try:
+        ended = {o.key: o for o in engine("ray", 2).run([job("fine"), job("refuse"), job("die")])}
+    finally:
+        ray.shutdown()
+    assert ended["fine"].value["twice"] == 42
+    assert {k: o.status for k, o in ended.items()} == {"fine": "done", "refuse": "refused", "die": "failed"}
