@@ -179,10 +179,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     result = {
-        "rejection_rate": rate, "limit": LIMIT, "within_limit": rate <= LIMIT, "repeats": given.repeats,
-        "metric": given.metric, "seeds_per_side": seeds, "seeds_in_pool": len(answers_SN),
-        "examples_per_repeat": len(labels) // 2, "kind": "measured",
-    }  # fmt: skip
+        "rejection_rate": rate,
+        "limit": LIMIT,
+        "within_limit": rate <= LIMIT,
+        "repeats": given.repeats,
+        "metric": given.metric,
+        "seeds_per_side": seeds,
+        "seeds_in_pool": len(answers_SN),
+        "examples_per_repeat": len(labels) // 2,
+        "kind": "measured",
+    }
     print(json.dumps(result, indent=2))
     return 0 if result["within_limit"] else 3
 

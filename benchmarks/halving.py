@@ -33,10 +33,11 @@ def main() -> None:
             trials = [read_json(path) for path in Path(folder).glob("trials/*/result.json")]
             searched = [row for row in trials if row["role"] == "search"]
             out[search] = {
-                "setting": chosen["setting"], "steps": sum(row["value"]["steps"] for row in searched),
+                "setting": chosen["setting"],
+                "steps": sum(row["value"]["steps"] for row in searched),
                 "seconds": sum(row["seconds"] for row in searched),
                 "final_validation": next(row["value"]["validation"] for row in trials if row["role"] == "final"),
-            }  # fmt: skip
+            }
     gap = 100 * (out["random"]["final_validation"] - out["halving"]["final_validation"])
     share = out["halving"]["steps"] / out["random"]["steps"]
     print(

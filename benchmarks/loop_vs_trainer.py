@@ -76,9 +76,15 @@ def main() -> None:
         attached = build(ready.plan, ready.base, ready.task, seed=0)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, max_steps=STEPS, learning_rate=1e-3, report_to=[], save_strategy="no", logging_strategy="no",
-                use_cpu=True, disable_tqdm=True,
-            )  # fmt: skip
+                folder,
+                max_steps=STEPS,
+                learning_rate=1e-3,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+            )
             trainer = OnBatches(attached.model, arguments, train_dataset=Batches(batches))
             started = time.monotonic()
             trainer.train()

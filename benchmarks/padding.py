@@ -22,10 +22,12 @@ from brickyard.core.build import build
 from brickyard.core.loop import Backprop, Hooks, State, Training, predict, train, train_mode
 
 WAYS = {
-    "padded float32": ("float32", False, True), "dynamic float32": ("float32", False, False),
-    "bucketed float32": ("float32", True, False), "dynamic bfloat16": ("bfloat16", False, False),
+    "padded float32": ("float32", False, True),
+    "dynamic float32": ("float32", False, False),
+    "bucketed float32": ("float32", True, False),
+    "dynamic bfloat16": ("bfloat16", False, False),
     "bucketed bfloat16": ("bfloat16", True, False),
-}  # fmt: skip
+}
 
 
 def padded(batch: dict[str, Any], length: int = 64) -> dict[str, Any]:

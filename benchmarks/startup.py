@@ -27,8 +27,12 @@ def nothing(argument: dict) -> dict:
 
 def main() -> None:
     """Interleave the commands, so that noise on the machine hits all alike."""
-    commands = {"bare": ["-c", "pass"], "help": ["-m", "brickyard.cli", "--help"], "methods": ["-m", "brickyard.cli", "methods"],
-                "show": ["-m", "brickyard.cli", "show", "lora"]}  # fmt: skip
+    commands = {
+        "bare": ["-c", "pass"],
+        "help": ["-m", "brickyard.cli", "--help"],
+        "methods": ["-m", "brickyard.cli", "methods"],
+        "show": ["-m", "brickyard.cli", "show", "lora"],
+    }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(ROUNDS):
         for name, argv in commands.items():
@@ -50,9 +54,12 @@ def main() -> None:
         list(engine.run([job]))
         forked.append(time.monotonic() - started)
     out |= {
-        "first_trial_process_s": first, "trial_process_s": statistics.median(forked), "fresh_python_s": statistics.median(fresh),
-        "fresh_over_trial": statistics.median(fresh) / statistics.median(forked), "kind": "measured",
-    }  # fmt: skip
+        "first_trial_process_s": first,
+        "trial_process_s": statistics.median(forked),
+        "fresh_python_s": statistics.median(fresh),
+        "fresh_over_trial": statistics.median(fresh) / statistics.median(forked),
+        "kind": "measured",
+    }
     print(json.dumps(out, indent=2))
 
 

@@ -124,9 +124,14 @@ def tune(
         if minutes is not None:
             ready.training = replace(ready.training, steps=_steps_for(minutes, asked, folder))
         result = trial.tune(
-            ready, folder, evaluate="test" if tested else None, code=code_digest(), callbacks=callbacks,
-            allow_change=allow_change, checkpoint_every=checkpoint_every,
-        )  # fmt: skip
+            ready,
+            folder,
+            evaluate="test" if tested else None,
+            code=code_digest(),
+            callbacks=callbacks,
+            allow_change=allow_change,
+            checkpoint_every=checkpoint_every,
+        )
     return load(folder / "brick"), result
 
 
@@ -383,9 +388,15 @@ def bricks_in(folder: str | Path, base: str) -> list[dict[str, Any]]:
         except BadBrick:
             continue
         if found.manifest["base"]["fingerprint"] == wanted:
-            out.append({
-                "folder": str(path.parent), "arm": found.manifest["arm"], "bytes": found.bytes,
-                "task": found.manifest["task"]["kind"], "data": found.manifest.get("data", {}).get("name"),
-                "scores": found.manifest.get("scores", {}), "measured": measure.folder_bytes(path.parent),
-            })  # fmt: skip
+            out.append(
+                {
+                    "folder": str(path.parent),
+                    "arm": found.manifest["arm"],
+                    "bytes": found.bytes,
+                    "task": found.manifest["task"]["kind"],
+                    "data": found.manifest.get("data", {}).get("name"),
+                    "scores": found.manifest.get("scores", {}),
+                    "measured": measure.folder_bytes(path.parent),
+                }
+            )
     return out

@@ -222,7 +222,8 @@ def _overview() -> str:
     lines = [f"  {verb:<{width}}{text}" for verb, text in VERBS.items()]
     return "\n".join(
         [
-            f"Brickyard {__version__}: which way of adapting a pre-trained model should I use here, and did it really work?",
+            f"Brickyard {__version__}: which way of adapting a pre-trained model should I use here,",
+            "and did it really work?",
             "",
             "usage: brickyard VERB [options]        brickyard VERB --help explains one",
             "",

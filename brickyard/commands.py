@@ -33,10 +33,16 @@ def _data(args: argparse.Namespace, default: str | None = None) -> str:
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "task": args.task, "metric": args.metric, "max_length": args.max_length, "batch": args.batch_size,
-        "device": args.device, "cache": not args.no_cache, "allow_overlap": args.allow_overlap,
-        "trust_remote_code": args.trust_remote_code, "train_rows": args.train_rows or 0,
-    }  # fmt: skip
+        "task": args.task,
+        "metric": args.metric,
+        "max_length": args.max_length,
+        "batch": args.batch_size,
+        "device": args.device,
+        "cache": not args.no_cache,
+        "allow_overlap": args.allow_overlap,
+        "trust_remote_code": args.trust_remote_code,
+        "train_rows": args.train_rows or 0,
+    }
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,17 +57,32 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     console = Console(stderr=args.json)
     request = {
-        **_shared(args), "base": args.base, "data": _data(args, "embedded:stdlib-topics"), "minutes": args.minutes,
-        "memory": args.memory, "seeds": args.seeds, "trials": args.trials, "search": args.search, "retain": args.retain,
-        "engine": args.engine, "threads": args.threads or 1, "workers": args.workers, "baselines": not args.no_baselines,
-    }  # fmt: skip
+        **_shared(args),
+        "base": args.base,
+        "data": _data(args, "embedded:stdlib-topics"),
+        "minutes": args.minutes,
+        "memory": args.memory,
+        "seeds": args.seeds,
+        "trials": args.trials,
+        "search": args.search,
+        "retain": args.retain,
+        "engine": args.engine,
+        "threads": args.threads or 1,
+        "workers": args.workers,
+        "baselines": not args.no_baselines,
+    }
     if args.methods:
         request["methods"] = args.methods
     with Live(console) as live:
         result = api.compare(
-            **request, out=args.out, dtype=args.dtype, training=_given(args), listen=live, allow_change=args.allow_change,
+            **request,
+            out=args.out,
+            dtype=args.dtype,
+            training=_given(args),
+            listen=live,
+            allow_change=args.allow_change,
             command="brickyard " + shlex.join(argv),
-        )  # fmt: skip
+        )
     if args.json:
         _print_json(result)
     else:
@@ -99,23 +120,35 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.minutes and (args.epochs or args.steps):
         raise UsageError("--minutes stands in place of --epochs and --steps; give one of them.")
     brick, result = api.tune(
-        args.arm, base=args.base, data=_data(args), out=args.out, seed=args.seed, minutes=args.minutes, dtype=args.dtype,
-        training=_given(args), threads=args.threads, checkpoint_every=args.checkpoint_every, callbacks=(_Curve(console),),
-        allow_change=args.allow_change, **_shared(args),
-    )  # fmt: skip
+        args.arm,
+        base=args.base,
+        data=_data(args),
+        out=args.out,
+        seed=args.seed,
+        minutes=args.minutes,
+        dtype=args.dtype,
+        training=_given(args),
+        threads=args.threads,
+        checkpoint_every=args.checkpoint_every,
+        callbacks=(_Curve(console),),
+        allow_change=args.allow_change,
+        **_shared(args),
+    )
     if args.json:
         _print_json({**result, "brick": str(brick.folder)})
         return DONE
     proof, cost = result["receipt"], result["cost"]
     console.print(
         f"{len(proof['moved'])} tensors moved, {cost['trainable_parameters']:,} parameters trained in "
-        f"{cost['train_seconds']:.1f} s; logits on the probe batch changed by {proof['logits']['mean']:.3f} on average.",
+        f"{cost['train_seconds']:.1f} s; logits on the probe batch changed by {proof['logits']['mean']:.3f} "
+        "on average.",
         highlight=False,
     )
     for name, report in result["encoding"].items():
         if report.get("truncated"):
             console.print(
-                f"{name}: {report['truncated']} of {report['rows']} rows were truncated to {report['max_length']} tokens."
+                f"{name}: {report['truncated']} of {report['rows']} rows were truncated to "
+                f"{report['max_length']} tokens."
             )
     if "score" in result:
         console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
@@ -126,10 +159,19 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Score a base or a brick."""
     result = api.evaluate(
-        base=None if args.brick and args.base == "embedded:minilm" else args.base, brick=args.brick, data=_data(args),
-        scale=args.scale, predictions=args.predictions, dtype=args.dtype, force=args.force, device=args.device,
-        max_length=args.max_length, task=args.task, metric=args.metric, trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+        base=None if args.brick and args.base == "embedded:minilm" else args.base,
+        brick=args.brick,
+        data=_data(args),
+        scale=args.scale,
+        predictions=args.predictions,
+        dtype=args.dtype,
+        force=args.force,
+        device=args.device,
+        max_length=args.max_length,
+        task=args.task,
+        metric=args.metric,
+        trust_remote_code=args.trust_remote_code,
+    )
     if args.json:
         _print_json(result)
         return DONE
@@ -150,10 +192,16 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def predict(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Write predictions for unlabelled rows."""
     result = api.predict(
-        base=None if args.brick and args.base == "embedded:minilm" else args.base, brick=args.brick, data=_data(args),
-        out=args.out, dtype=args.dtype, force=args.force, device=args.device, max_length=args.max_length,
+        base=None if args.brick and args.base == "embedded:minilm" else args.base,
+        brick=args.brick,
+        data=_data(args),
+        out=args.out,
+        dtype=args.dtype,
+        force=args.force,
+        device=args.device,
+        max_length=args.max_length,
         trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    )
     sys.stdout.write(f"{result['rows']} predictions in {result['out']}\n")
     return DONE
 
@@ -185,9 +233,14 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.table import Table
 
     rows = api.plan(
-        base=args.base, data=_data(args, "embedded:stdlib-topics"), methods=args.methods or ["linear-probe", "lora", "full"],
-        dtype=args.dtype, threads=args.threads or 1, training=_given(args), **_shared(args),
-    )  # fmt: skip
+        base=args.base,
+        data=_data(args, "embedded:stdlib-topics"),
+        methods=args.methods or ["linear-probe", "lora", "full"],
+        dtype=args.dtype,
+        threads=args.threads or 1,
+        training=_given(args),
+        **_shared(args),
+    )
     if args.json:
         _print_json(rows)
         return DONE
@@ -199,9 +252,14 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
             table.add_row(escape(row["arm"]), f"[red]{row['status']}[/]: {escape(row['reason'])}")
             continue
         table.add_row(
-            escape(row["arm"]), f"{row['trainable_parameters']:,}", f"{row['saved_for_backward_bytes'] / 2**20:,.1f} MiB",
-            f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['step_ms']:,.1f} ms", f"{row['steps']:,}", f"{row['train_seconds']:,.0f} s",
-        )  # fmt: skip
+            escape(row["arm"]),
+            f"{row['trainable_parameters']:,}",
+            f"{row['saved_for_backward_bytes'] / 2**20:,.1f} MiB",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['step_ms']:,.1f} ms",
+            f"{row['steps']:,}",
+            f"{row['train_seconds']:,.0f} s",
+        )
     Console().print(table)
     return DONE if any(row["status"] == "done" for row in rows) else FAILED
 

@@ -16,9 +16,14 @@ class Live:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} runs"),
-            TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=console, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} runs"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+        )
         self.task: TaskID | None = None
         self.plan: dict[str, Any] = {}
         self.started = time.monotonic()

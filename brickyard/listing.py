@@ -39,11 +39,16 @@ def methods(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.json:
         rows = [
             {
-                "name": e.record.name, "family": e.record.family, "title": e.record.title, "needs": list(e.record.needs),
-                "status": e.record.status, "presets": sorted(e.record.presets), "claims": [c.text for c in e.record.claims],
+                "name": e.record.name,
+                "family": e.record.family,
+                "title": e.record.title,
+                "needs": list(e.record.needs),
+                "status": e.record.status,
+                "presets": sorted(e.record.presets),
+                "claims": [c.text for c in e.record.claims],
             }
             for e in entries
-        ]  # fmt: skip
+        ]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return 0
     width = max(len(e.record.name) for e in entries) + 2
@@ -60,9 +65,8 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Explain one method: its docstring, its options, and its claims with what was measured."""
     entry = registry.find(args.method)
     record, write = entry.record, sys.stdout.write
-    write(
-        f"{record.name} ({record.family}): {record.title}\n\n{ast.get_docstring(ast.parse(entry.path.read_text(encoding='utf-8')))}\n"
-    )
+    docstring = ast.get_docstring(ast.parse(entry.path.read_text(encoding="utf-8")))
+    write(f"{record.name} ({record.family}): {record.title}\n\n{docstring}\n")
     write(f"\nworks on: {', '.join(record.needs)}\n")
     if entry.options:
         write("\noptions (written NAME:option=value,...):\n")
@@ -85,13 +89,13 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
             write("    not measured yet: brickyard check " + record.name + "\n")
             continue
         holds = {True: "holds", False: "does not hold"}.get(found["holds"], found["holds"])
+        interval = f"{_number(found['low'])} to {_number(found['high'])}"
         write(
-            f"    {holds}: {found['inequality']}; measured {_number(found['measured'])} ({_number(found['low'])} to {_number(found['high'])}), {found['kind']}\n"
+            f"    {holds}: {found['inequality']}; measured {_number(found['measured'])} ({interval}), {found['kind']}\n"
         )
         if found.get("control"):
-            write(
-                f"    control: {found['control']['what']}: gain {'destroyed' if found['control']['destroyed'] else 'NOT destroyed'}\n"
-            )
+            gone = "destroyed" if found["control"]["destroyed"] else "NOT destroyed"
+            write(f"    control: {found['control']['what']}: gain {gone}\n")
     if result:
         env = result["environment"]
         write(f"  measured {result['date']} in {result['seconds']:.0f} s on {env.get('cpu', 'unknown hardware')}\n")

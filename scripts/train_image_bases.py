@@ -124,9 +124,14 @@ def new_backbone(base: str, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         if base == "tiny-vit":
             config = ViTConfig(
-                image_size=32, patch_size=4, hidden_size=160, intermediate_size=320, num_hidden_layers=6,
-                num_attention_heads=4, layer_norm_eps=1e-6,
-            )  # fmt: skip
+                image_size=32,
+                patch_size=4,
+                hidden_size=160,
+                intermediate_size=320,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                layer_norm_eps=1e-6,
+            )
             backbone = ViTModel(config)
             backbone.embeddings.position_embeddings.data.copy_(place_waves(8, config.hidden_size))
             return backbone
@@ -183,8 +188,11 @@ def pooled(backbone: nn.Module, x_NCHW: Tensor) -> dict[str, Tensor]:
     if last.ndim == 4:
         return {"mean": last.mean(dim=(2, 3)), "places": last.flatten(2).transpose(1, 2)}
     return {
-        "mean": last[:, 1:].mean(dim=1), "first": last[:, 0], "pooled": out.pooler_output, "places": last[:, 1:],
-    }  # fmt: skip
+        "mean": last[:, 1:].mean(dim=1),
+        "first": last[:, 0],
+        "pooled": out.pooler_output,
+        "places": last[:, 1:],
+    }
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -464,15 +472,27 @@ def main() -> None:
         body = "".join(f"| {name} | {score} |\n" for name, score in rows)
         tables.append(f"| {folder.name} | accuracy |\n|---|---|\n{body}")
     card = CARD.format(
-        base=given.base, what=WHAT[given.base], parameters=sum(p.numel() for p in backbone.parameters()), sha256=sha256,
-        size=(given.out / "model.safetensors").stat().st_size, side=INPUT_SIDE[given.base], states=STATES[given.base],
+        base=given.base,
+        what=WHAT[given.base],
+        parameters=sum(p.numel() for p in backbone.parameters()),
+        sha256=sha256,
+        size=(given.out / "model.safetensors").stat().st_size,
+        side=INPUT_SIDE[given.base],
+        states=STATES[given.base],
         command=f"python scripts/train_image_bases.py --base {given.base} --steps {given.steps} --batch {given.batch} "
         f"--lr {given.lr} --seed {given.seed} --work RUN --out OUT --probe MNIST CIFAR10",
-        settings=json.dumps(asdict(settings)), seen=settings.steps * settings.batch, steps=settings.steps,
-        cpu=cpu_seconds, hardware=processor_name(), torch=torch.__version__, numpy=np.__version__,
+        settings=json.dumps(asdict(settings)),
+        seen=settings.steps * settings.batch,
+        steps=settings.steps,
+        cpu=cpu_seconds,
+        hardware=processor_name(),
+        torch=torch.__version__,
+        numpy=np.__version__,
         factors=", ".join(f"{name} {100 * score:.1f}" for name, score in factors.items()),
-        train_rows=given.probe_rows[0], test_rows=given.probe_rows[1], tables="\n".join(tables) or "Not measured.\n",
-    )  # fmt: skip
+        train_rows=given.probe_rows[0],
+        test_rows=given.probe_rows[1],
+        tables="\n".join(tables) or "Not measured.\n",
+    )
     (given.out / "README.md").write_text(card, encoding="utf-8")
 
 

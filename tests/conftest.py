@@ -11,7 +11,31 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = ["good", "fine", "great", "lovely", "superb", "bad", "awful", "poor", "dull", "broken", "the", "a", "film", "book", "room", "meal", "was", "is", "very", "quite", "not", "and", "it"]
+WORDS = [
+    "good",
+    "fine",
+    "great",
+    "lovely",
+    "superb",
+    "bad",
+    "awful",
+    "poor",
+    "dull",
+    "broken",
+    "the",
+    "a",
+    "film",
+    "book",
+    "room",
+    "meal",
+    "was",
+    "is",
+    "very",
+    "quite",
+    "not",
+    "and",
+    "it",
+]
 
 
 def make_text_base(folder: Path, *, seed: int = 0, layers: int = 2, decoder: bool = False) -> Path:
@@ -33,15 +57,27 @@ def make_text_base(folder: Path, *, seed: int = 0, layers: int = 2, decoder: boo
         torch.manual_seed(seed)
         if decoder:
             config = LlamaConfig(
-                vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
-                num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-            )  # fmt: skip
+                vocab_size=len(vocabulary),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=layers,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
             model = LlamaModel(config)
         else:
             config = BertConfig(
-                vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+                vocab_size=len(vocabulary),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=layers,
+                num_attention_heads=2,
                 max_position_embeddings=64,
-            )  # fmt: skip
+            )
             model = BertModel(config)
         model.save_pretrained(folder)
     fast.save_pretrained(folder)
@@ -89,8 +125,10 @@ def text_rows(rows: int, seed: int, *, pair: bool = False, regression: bool = Fa
 def text_data(train: int = 96, test: int = 60, **options: bool) -> dict[str, dict[str, list]]:
     """Return splits as a dictionary, which `read_data` takes."""
     return {
-        "train": text_rows(train, 0, **options), "validation": text_rows(40, 1, **options), "test": text_rows(test, 2, **options),
-    }  # fmt: skip
+        "train": text_rows(train, 0, **options),
+        "validation": text_rows(40, 1, **options),
+        "test": text_rows(test, 2, **options),
+    }
 
 
 def image_data(train: int = 64, test: int = 40) -> dict[str, dict[str, list]]:

@@ -8,10 +8,21 @@ import random
 from typing import Any
 
 TOPICS = (
-    "concurrency", "data types", "development tools", "file access", "graphical interfaces and media", "internet data",
-    "internet protocols", "language and runtime", "markup", "networking", "numbers and functions", "operating system",
-    "persistence and archives", "text processing",
-)  # fmt: skip
+    "concurrency",
+    "data types",
+    "development tools",
+    "file access",
+    "graphical interfaces and media",
+    "internet data",
+    "internet protocols",
+    "language and runtime",
+    "markup",
+    "networking",
+    "numbers and functions",
+    "operating system",
+    "persistence and archives",
+    "text processing",
+)
 # arm, accuracy, trainable parameters, MiB saved for backward, ms of a step, brick MiB, trivial
 ARMS = (
     ("lora", 0.842, 153_614, 118.0, 41.0, 0.6, False),
@@ -58,12 +69,26 @@ def made_up(
             "indistinguishable": [n for n in names if n in ("full", "telly:k=8 + moment-probing")],
         },
         "environment": {
-            "python": "3.11.9", "system": "Linux x86_64", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2",
-            "cpu": "AMD EPYC 9654 96-Core Processor", "cores": 8, "threads": 1, "accelerators": [], "attention": "sdpa",
+            "python": "3.11.9",
+            "system": "Linux x86_64",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "peft": "0.21.2",
+            "cpu": "AMD EPYC 9654 96-Core Processor",
+            "cores": 8,
+            "threads": 1,
+            "accelerators": [],
+            "attention": "sdpa",
         },
         "budget": {
-            "minutes": 30, "memory_bytes": 4 * 2**30, "seeds": seeds, "trials_per_arm": 4, "steps": 504,
-            "side_by_side": 8, "search": "random", "search_seconds": 812.4,
+            "minutes": 30,
+            "memory_bytes": 4 * 2**30,
+            "seeds": seeds,
+            "trials_per_arm": 4,
+            "steps": 504,
+            "side_by_side": 8,
+            "search": "random",
+            "search_seconds": 812.4,
         },
         "data": {
             "name": "embedded:stdlib-topics",
@@ -75,7 +100,8 @@ def made_up(
                 "test": {"rows": 1532, "truncated": 13, "longest": 302},
             },
             "report": {
-                "origin": "embedded", "ignored_files": [],
+                "origin": "embedded",
+                "ignored_files": [],
                 "duplicates": {"train": 17, "validation": 0, "test": 3},
                 "contradictions": {"train": 2, "validation": 0, "test": 0},
                 "overlap": {"test_in_train": 9, "test_in_train_share": 0.0059, "validation_in_train": 0},
@@ -93,10 +119,12 @@ def made_up(
             {"arm": recommended, "labels": list(labels), "matrix": _confusion(len(labels), chance)} if names else None
         ),
         "without_overlap": {
-            "rows": 1523, "removed": 9, "pairs": [],
+            "rows": 1523,
+            "removed": 9,
+            "pairs": [],
             "verdict": {"recommended": recommended, "sentence": f"{recommended}: 85.7 % accuracy (84.0 to 87.4)."},
         },
-    }  # fmt: skip
+    }
 
 
 def _sentence(arm: str) -> str:
@@ -119,9 +147,14 @@ def _method(row: tuple[Any, ...], seeds: int, chance: random.Random) -> dict[str
         "reason": None,
         "score": {"metric": "accuracy", "mean": mean, "low": mean - half, "high": mean + half, "per_seed": per_seed},
         "retained": {
-            "what": "embedded:python-source", "metric": "accuracy", "before": 0.7121,
-            "after": 0.7121 - chance.uniform(-0.01, 0.12), "drift": chance.random() / 10,
-        } if trained else None,
+            "what": "embedded:python-source",
+            "metric": "accuracy",
+            "before": 0.7121,
+            "after": 0.7121 - chance.uniform(-0.01, 0.12),
+            "drift": chance.random() / 10,
+        }
+        if trained
+        else None,
         "cost": {
             "trainable_parameters": parameters,
             "saved_for_backward_bytes": int(saved * 2**20) if trained else None,
@@ -137,25 +170,39 @@ def _method(row: tuple[Any, ...], seeds: int, chance: random.Random) -> dict[str
         "training": {"lr": 0.001, "epochs": 3.0, "batch": 32, "wd": 0.01, "warmup": 0.06, "schedule": "linear"},
         "tried": {"0": {"share": 1.0, "validation": mean - 0.01, "status": "done", "reason": ""}} if trained else {},
         "trivial": trivial,
-    }  # fmt: skip
+    }
 
 
 def _receipt(arm: str, chance: random.Random) -> dict[str, Any]:
     layers = [f"encoder.layer.{i}.attention.self" for i in range(6)]
     names = [f"{layer}.{role}.lora_{half}" for layer in layers for role in ("query", "value") for half in "AB"]
     moved = [
-        {"name": name, "norm": 1.2, "change": change, "relative": change / 1.2 if name.endswith("A") else None,
-         "largest": change / 3, "only_decayed": False}
+        {
+            "name": name,
+            "norm": 1.2,
+            "change": change,
+            "relative": change / 1.2 if name.endswith("A") else None,
+            "largest": change / 3,
+            "only_decayed": False,
+        }
         for name in names
         for change in [chance.uniform(0.05, 0.6)]
-    ]  # fmt: skip
+    ]
     return {
         "warnings": ["1 of 25 trainable tensors did not move: classifier.bias"] if arm == "lora" else [],
         "matched": {role: [f"{layer}.{role}" for layer in layers] for role in ("query", "value")},
-        "trainable_tensors": 25, "trainable_parameters": 153_614, "moved": moved, "unmoved": ["classifier.bias"],
-        "reshaped": [], "added": [], "removed": [], "frozen_moved": [], "change": 1.93, "not_finite": [],
+        "trainable_tensors": 25,
+        "trainable_parameters": 153_614,
+        "moved": moved,
+        "unmoved": ["classifier.bias"],
+        "reshaped": [],
+        "added": [],
+        "removed": [],
+        "frozen_moved": [],
+        "change": 1.93,
+        "not_finite": [],
         "logits": {"max": 3 + 3 * chance.random(), "mean": chance.random(), "kl": 0.8, "rows": 16, "finite": True},
-    }  # fmt: skip
+    }
 
 
 def _pairs(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,12 +210,20 @@ def _pairs(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for a, b in itertools.combinations(done, 2):
         difference = a["score"]["mean"] - b["score"]["mean"]
         p = math.erfc(abs(difference) / 0.011 / math.sqrt(2))
-        pairs.append({
-            "a": a["arm"], "b": b["arm"], "difference": difference, "low": difference - 0.0215,
-            "high": difference + 0.0215, "p": p, "p_holm": min(1.0, p * 12),
-            "test": "paired bootstrap", "note": "",
-            "needed": {"sentence": "about 3,400 more test examples would be needed to tell"},
-        })  # fmt: skip
+        pairs.append(
+            {
+                "a": a["arm"],
+                "b": b["arm"],
+                "difference": difference,
+                "low": difference - 0.0215,
+                "high": difference + 0.0215,
+                "p": p,
+                "p_holm": min(1.0, p * 12),
+                "test": "paired bootstrap",
+                "note": "",
+                "needed": {"sentence": "about 3,400 more test examples would be needed to tell"},
+            }
+        )
     return pairs
 
 

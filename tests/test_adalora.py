@@ -249,10 +249,20 @@ def test_the_trainer_of_transformers_gives_the_same_numbers(arm: str, text_base:
             return torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False, generator=torch.Generator())  # type: ignore[arg-type]
 
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=len(batches), learning_rate=known.training.lr, weight_decay=known.training.wd, max_grad_norm=1.0,
-        lr_scheduler_type="linear", warmup_steps=int(np.ceil(known.training.warmup * len(batches))), report_to=[], save_strategy="no",
-        logging_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=len(batches),
+        learning_rate=known.training.lr,
+        weight_decay=known.training.wd,
+        max_grad_norm=1.0,
+        lr_scheduler_type="linear",
+        warmup_steps=int(np.ceil(known.training.warmup * len(batches))),
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
     trainer = Ready(theirs, known.task, args=arguments, train_dataset=batches)  # type: ignore[arg-type]
     torch.manual_seed(0)
     trainer.train()

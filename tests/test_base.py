@@ -334,21 +334,56 @@ def test_half_precision_is_widened_exactly_and_double_is_refused(zoo, tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("bert", {"query": "attention.self.query", "out": "attention.output.dense", "up": "intermediate.dense",
-                  "down": "layer.0.output.dense", "norm": "attention.output.LayerNorm"}),
+        (
+            "bert",
+            {
+                "query": "attention.self.query",
+                "out": "attention.output.dense",
+                "up": "intermediate.dense",
+                "down": "layer.0.output.dense",
+                "norm": "attention.output.LayerNorm",
+            },
+        ),
         ("roberta", {"key": "attention.self.key", "value": "attention.self.value", "head": "classifier.out_proj"}),
-        ("distilbert", {"query": "attention.q_lin", "out": "out_lin", "up": "ffn.lin1", "down": "ffn.lin2",
-                        "norm": "sa_layer_norm"}),
-        ("llama", {"query": "q_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
-                   "norm": "input_layernorm", "embedding": "embed_tokens", "head": "score"}),
+        (
+            "distilbert",
+            {
+                "query": "attention.q_lin",
+                "out": "out_lin",
+                "up": "ffn.lin1",
+                "down": "ffn.lin2",
+                "norm": "sa_layer_norm",
+            },
+        ),
+        (
+            "llama",
+            {
+                "query": "q_proj",
+                "out": "o_proj",
+                "gate": "gate_proj",
+                "up": "up_proj",
+                "down": "down_proj",
+                "norm": "input_layernorm",
+                "embedding": "embed_tokens",
+                "head": "score",
+            },
+        ),
         ("gpt2", {"other": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}),
         ("modernbert", {"other": "attn.Wqkv", "out": "attn.Wo", "down": "mlp.Wo"}),
-        ("vit", {"query": "attention.q_proj", "out": "attention.o_proj", "up": "mlp.fc1", "down": "mlp.fc2",
-                 "embedding": "patch_embeddings.projection"}),
+        (
+            "vit",
+            {
+                "query": "attention.q_proj",
+                "out": "attention.o_proj",
+                "up": "mlp.fc1",
+                "down": "mlp.fc2",
+                "embedding": "patch_embeddings.projection",
+            },
+        ),
         ("resnet", {"other": "layer.0.convolution", "norm": "layer.0.normalization", "head": "classifier.1"}),
         ("convnext", {"up": "pwconv1", "down": "pwconv2", "other": "dwconv"}),
     ],
-)  # fmt: skip
+)
 def test_roles_follow_from_types_and_names(zoo, name, expected):
     base = open_base(str(zoo[name]))
     model = base.model(PICTURES if name in IMAGES else CLASSES, seed=0)

@@ -131,9 +131,15 @@ def ragged(draw: st.DrawFn) -> EncodedText:
     lengths = np.array(draw(st.lists(st.integers(1, 9), min_size=1, max_size=12)))
     ids = np.arange(1, lengths.sum() + 1, dtype=np.int32)
     return EncodedText(
-        ids, (ids % 2).astype(np.int8), lengths, torch.arange(len(lengths)),
-        labelled=True, pad=0, multiple=draw(st.integers(1, 4)), report={},
-    )  # fmt: skip
+        ids,
+        (ids % 2).astype(np.int8),
+        lengths,
+        torch.arange(len(lengths)),
+        labelled=True,
+        pad=0,
+        multiple=draw(st.integers(1, 4)),
+        report={},
+    )
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -194,8 +200,10 @@ def test_epochs_and_seeds_differ_and_buckets_save_padding() -> None:
     lengths = np.random.Generator(np.random.PCG64(1)).integers(5, 200, 3000)
     drawn = {
         (seed, k, bucket): Order(lengths, 16, seed=seed, bucket=bucket).epoch(k)
-        for seed in (0, 1) for k in (0, 1) for bucket in (False, True)
-    }  # fmt: skip
+        for seed in (0, 1)
+        for k in (0, 1)
+        for bucket in (False, True)
+    }
     assert len({tuple(np.concatenate(made)) for made in drawn.values()}) == 8
     padded = {key: sum(len(rows) * lengths[rows].max() for rows in made) for key, made in drawn.items()}
     assert padded[0, 0, True] < 1.05 * lengths.sum()

@@ -76,10 +76,19 @@ def test_a_claim_is_measured_with_its_gate_and_control(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path
 ) -> None:
     claim = Claim(
-        text="learning beats not learning", inequality="lora > majority + 5.0", arms={"lora": "lora:r=4,lr=1e-2,batch=16,target=all-linear"},
-        control={"what": "shuffled labels", "arm": "lora:r=4,lr=1e-2,batch=16,target=all-linear", "labels": "shuffled", "inequality": "lora > control + 5.0"},
-        gate="lora > majority + 1.0", epochs=10, seeds=3,
-    )  # fmt: skip
+        text="learning beats not learning",
+        inequality="lora > majority + 5.0",
+        arms={"lora": "lora:r=4,lr=1e-2,batch=16,target=all-linear"},
+        control={
+            "what": "shuffled labels",
+            "arm": "lora:r=4,lr=1e-2,batch=16,target=all-linear",
+            "labels": "shuffled",
+            "inequality": "lora > control + 5.0",
+        },
+        gate="lora > majority + 1.0",
+        epochs=10,
+        seeds=3,
+    )
     found = check(monkeypatch, tmp_path, text_base, claim)["claims"][0]
     assert found["holds"] is True and found["control"]["destroyed"] is True and found["gate"]["holds"] is True
     assert found["arms"]["lora"]["mean"] > 0.8 > found["arms"]["control"]["mean"]
@@ -100,7 +109,11 @@ def test_a_claim_is_measured_with_its_gate_and_control(
 
 def test_a_closed_gate_says_set_up_invalid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path) -> None:
     claim = Claim(
-        text="nothing was learned", inequality="lora > majority - 50.0", arms={"lora": "lora:r=4,lr=1e-8,batch=16"},
-        gate="lora > majority + 5.0", epochs=1, seeds=2,
-    )  # fmt: skip
+        text="nothing was learned",
+        inequality="lora > majority - 50.0",
+        arms={"lora": "lora:r=4,lr=1e-8,batch=16"},
+        gate="lora > majority + 5.0",
+        epochs=1,
+        seeds=2,
+    )
     assert check(monkeypatch, tmp_path, text_base, claim)["claims"][0]["holds"] == "set-up invalid"

@@ -65,16 +65,20 @@ def test_a_run_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sedes: 3\n", ["line 1", "seeds"]), ("seeds: true\n", ["bool"]), ("trust-remote-code: true\n", ["trust-remote-code"]),
-        ("memory: lots\n", ["4GiB"]), ("seeds: -1\n", ["positive"]),
+        ("sedes: 3\n", ["line 1", "seeds"]),
+        ("seeds: true\n", ["bool"]),
+        ("trust-remote-code: true\n", ["trust-remote-code"]),
+        ("memory: lots\n", ["4GiB"]),
+        ("seeds: -1\n", ["positive"]),
     ],
-)  # fmt: skip
+)
 def test_a_run_file_is_refused_with_the_reason(
     tmp_path: Path, text: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(text)
     assert main(["compare", "--config", str(tmp_path / "run.yaml")]) == 2
-    assert all(word in capsys.readouterr().err for word in words)
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
 
 
 def test_help_of_every_verb_and_the_lists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,8 +192,26 @@ def test_training_that_changes_nothing_ends_with_3_and_saves_nothing(
 def test_the_tuned_run_resumes_after_a_kill(text_base: Path, tmp_path: Path) -> None:
     """kill -9 in the middle, the same command again: the brick's bits are those of a run that was left alone."""
     data = write_data(tmp_path / "data", text_data(640, 24))
-    argv = ["tune", "lora:r=4", "--base", str(text_base), "--data", str(data), "--epochs", "3", "--batch-size", "4",
-            "--checkpoint-every", "10", "--dtype", "float32", "--device", "cpu", "--threads", "1"]  # fmt: skip
+    argv = [
+        "tune",
+        "lora:r=4",
+        "--base",
+        str(text_base),
+        "--data",
+        str(data),
+        "--epochs",
+        "3",
+        "--batch-size",
+        "4",
+        "--checkpoint-every",
+        "10",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "brickyard.cli", *argv, "--out", str(tmp_path / "cut")], stdout=subprocess.DEVNULL

@@ -75,8 +75,14 @@ def test_result_has_the_schema_and_agrees_with_the_stored_answers(finished: tupl
             continue
         assert row["score"]["low"] <= row["score"]["mean"] <= row["score"]["high"]
         assert row["cost"].keys() >= {
-            "trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step_ms", "train_seconds", "forward_flops", "brick_bytes",
-        }  # fmt: skip
+            "trainable_parameters",
+            "saved_for_backward_bytes",
+            "peak_bytes",
+            "step_ms",
+            "train_seconds",
+            "forward_flops",
+            "brick_bytes",
+        }
         if name == "majority":
             continue
         per_seed = []
@@ -137,7 +143,11 @@ def test_another_request_in_the_same_folder_is_refused_with_the_differences(
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path, text_base: Path) -> None:
     (tmp_path / "run").mkdir()
-    code = f"import sys, time; from brickyard.core.files import Lock\nwith Lock({str(tmp_path / 'run' / 'run.lock')!r}):\n print('held', flush=True); time.sleep(60)"
+    lock = str(tmp_path / "run" / "run.lock")
+    code = (
+        "import time; from brickyard.core.files import Lock\n"
+        f"with Lock({lock!r}):\n print('held', flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     try:
@@ -152,9 +162,31 @@ def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path, text_base: Pa
 
 def command(base: Path, data: Path, out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "brickyard.cli", "compare", "--base", str(base), "--data", str(data), "--methods", "lora:r=4,lr=1e-2",
-        "full", "--seeds", "2", "--epochs", "2", "--dtype", "float32", "--device", "cpu", "--workers", "1", "--out", str(out), "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "brickyard.cli",
+        "compare",
+        "--base",
+        str(base),
+        "--data",
+        str(data),
+        "--methods",
+        "lora:r=4,lr=1e-2",
+        "full",
+        "--seeds",
+        "2",
+        "--epochs",
+        "2",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+        "--out",
+        str(out),
+        "--json",
+    ]
 
 
 def test_killed_at_any_moment_and_run_again_gives_the_same_table(text_base: Path, tmp_path: Path) -> None:
@@ -163,8 +195,11 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_table(text_base: Path
         subprocess.run(command(text_base, data, tmp_path / "whole"), capture_output=True, check=True).stdout
     )
     run = tmp_path / "cut"
-    marks = [lambda: (run / "plan.json").exists(), lambda: len(list(run.glob("trials/*/result.json"))) >= 2,
-             lambda: len(list(run.glob("trials/*/answers.parquet"))) >= 4]  # fmt: skip
+    marks = [
+        lambda: (run / "plan.json").exists(),
+        lambda: len(list(run.glob("trials/*/result.json"))) >= 2,
+        lambda: len(list(run.glob("trials/*/answers.parquet"))) >= 4,
+    ]
     kept: set[str] = set()
     for mark in marks:
         process = subprocess.Popen(

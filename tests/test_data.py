@@ -178,8 +178,13 @@ def test_a_missing_validation_is_cut_from_train_class_by_class() -> None:
     splits = {"train": train, "test": {"text": ["x", "y"], "label": ["rare", "some"]}}
     data = read_data(splits)
     assert data.report["cut"] == {
-        "split": "validation", "from": "train", "rows": 10, "share": 0.1, "seed": 0, "stratified": True,
-    }  # fmt: skip
+        "split": "validation",
+        "from": "train",
+        "rows": 10,
+        "share": 0.1,
+        "seed": 0,
+        "stratified": True,
+    }
     assert data.report["rows"] == {"train": 90, "validation": 10, "test": 2}
     assert data.report["classes"]["validation"] == {"common": 7, "rare": 1, "single": 0, "some": 2}
     both = data.splits["train"]["text"] + data.splits["validation"]["text"]

@@ -101,8 +101,12 @@ def test_columns_that_are_missing_or_too_many(tmp_path: Path) -> None:
     fails({s: {"text": ["a", "b"]} for s in three()}, "no column 'label'; found: text")
     fails(three(train={**rows(), "image": [b"x"] * 20}), "both a text and an image")
     fails(three(test={**rows(), "text_pair": ["x"] * 20}), "'test' has a column text_pair, split 'train' has none")
-    fails({"train": {"prompt": ["a"], "completion": ["b"]}, "test": {"prompt": ["a"], "completion": ["b"]}},
-          "prompt, completion", "not supported yet by this task", error=Refused)  # fmt: skip
+    fails(
+        {"train": {"prompt": ["a"], "completion": ["b"]}, "test": {"prompt": ["a"], "completion": ["b"]}},
+        "prompt, completion",
+        "not supported yet by this task",
+        error=Refused,
+    )
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).write_text("a\nb\n", encoding="utf-8")
     fails(tmp_path, "plain text without labels", "not supported yet", error=Refused)

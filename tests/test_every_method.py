@@ -1,4 +1,4 @@
-"""One matrix over all tune methods: each task, proof of effect, save and load, undo, counted memory, and its controls."""
+"""One matrix over all tune methods: each task, proof of effect, save and load, undo, counted memory, its controls."""
 
 from __future__ import annotations
 

@@ -58,14 +58,26 @@ def job(name: str, **options: Any) -> Job:
 
 def test_every_ending_is_told_apart_and_the_others_go_on(tmp_path: Any) -> None:
     jobs = [
-        job("fine", threads=1), job("refuse"), job("nothing"), job("crash"), job("die"), job("hang", seconds=3),
-        job("swallow", memory=2**30), job("say", log=str(tmp_path / "log")),
-    ]  # fmt: skip
+        job("fine", threads=1),
+        job("refuse"),
+        job("nothing"),
+        job("crash"),
+        job("die"),
+        job("hang", seconds=3),
+        job("swallow", memory=2**30),
+        job("say", log=str(tmp_path / "log")),
+    ]
     ended = {outcome.key: outcome for outcome in Local(4).run(jobs)}
     assert {k: o.status for k, o in ended.items()} == {
-        "fine": "done", "refuse": "refused", "nothing": "failed", "crash": "failed", "die": "failed", "hang": "timeout",
-        "swallow": "out-of-memory", "say": "done",
-    }  # fmt: skip
+        "fine": "done",
+        "refuse": "refused",
+        "nothing": "failed",
+        "crash": "failed",
+        "die": "failed",
+        "hang": "timeout",
+        "swallow": "out-of-memory",
+        "say": "done",
+    }
     assert ended["fine"].value["twice"] == 42 and ended["fine"].value["threads"] == 1
     assert ended["fine"].value["pid"] != os.getpid() and ended["fine"].peak > 2**20
     assert "KeyError" in ended["crash"].reason and "test_jobs.py" in ended["crash"].reason

@@ -64,9 +64,13 @@ BATCH = {"x_BD": torch.randn(16, 8, generator=torch.Generator().manual_seed(1))}
 
 def attached(model: nn.Module, matched: dict[str, list[str]] | None = None) -> Attached:
     return Attached(
-        model=model, parameter_groups=[{"params": [p for p in model.parameters() if p.requires_grad]}], tensors=dict,
-        load=lambda tensors: None, detach=lambda: model, matched=matched or {},
-    )  # fmt: skip
+        model=model,
+        parameter_groups=[{"params": [p for p in model.parameters() if p.requires_grad]}],
+        tensors=dict,
+        load=lambda tensors: None,
+        detach=lambda: model,
+        matched=matched or {},
+    )
 
 
 def stage(model: nn.Module, change, *, batch=BATCH) -> dict:
@@ -179,8 +183,9 @@ def test_resized_tensors_count_as_change():
     narrower(model)
     found = receipt(before, model, attached(model))
     assert [(e["name"], e["from"], e["to"]) for e in found["reshaped"]] == [
-        ("layers.0.down", [2, 8], [1, 8]), ("layers.0.up", [8, 2], [8, 1]),
-    ]  # fmt: skip
+        ("layers.0.down", [2, 8], [1, 8]),
+        ("layers.0.up", [8, 2], [8, 1]),
+    ]
     assert found["logits"] is None
     assert_effect(found)
 

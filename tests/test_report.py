@@ -68,8 +68,17 @@ def full() -> str:
 def test_everything_stands_in_the_promised_order(full: str) -> None:
     outline = Outline(full)
     assert outline.ids() == [
-        "table", "quality", "seeds", "curves", "pairs", "confusion", "retained", "receipts", "data", "setup",
-    ]  # fmt: skip
+        "table",
+        "quality",
+        "seeds",
+        "curves",
+        "pairs",
+        "confusion",
+        "retained",
+        "receipts",
+        "data",
+        "setup",
+    ]
     order = [
         "Which of 16 ways",
         "Use mos:r=7,e=2.",
@@ -361,8 +370,10 @@ def test_what_was_kept_is_named_by_the_written_change() -> None:
     for m, after in zip(result["methods"], (0.71214, 0.68, 0.75), strict=True):
         m["retained"] = {"what": "d2", "metric": "accuracy", "before": 0.7121, "after": after}
     assert {row["arm"]: row["word"] for row in report.view(result)["retained"]["rows"]} == {
-        "lora": "as before", "mos:r=7,e=2": "forgot", "full": "gained",
-    }  # fmt: skip
+        "lora": "as before",
+        "mos:r=7,e=2": "forgot",
+        "full": "gained",
+    }
     result["methods"][0]["retained"] |= {"metric": "loss", "before": 2.0, "after": 2.5}
     assert report.view(result)["retained"]["rows"][-1]["word"] == "forgot"
     drift = {"what": "drift of the base's states on fixed inputs", "drift": 0.02}

@@ -8,9 +8,13 @@ from brickyard.core.errors import UsageError
 from brickyard.core.settings import Wanted, read
 
 WANTED = {
-    "seeds": Wanted(int), "minutes": Wanted(float), "data": Wanted(str), "json": Wanted(bool), "methods": Wanted(str, many=True),
+    "seeds": Wanted(int),
+    "minutes": Wanted(float),
+    "data": Wanted(str),
+    "json": Wanted(bool),
+    "methods": Wanted(str, many=True),
     "search": Wanted(str, choices=("random", "halving")),
-}  # fmt: skip
+}
 
 
 def given(tmp_path: Path, text: str, name: str = "run.yaml") -> dict:

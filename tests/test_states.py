@@ -111,9 +111,14 @@ def texts(lengths: list[int], seed: int = 0) -> Texts:
 def bert(dropout: float = 0.1) -> BertModel:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=100, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
+        vocab_size=100,
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
     return BertModel(config, add_pooling_layer=False)
 
 
@@ -191,10 +196,14 @@ def test_a_found_entry_costs_no_forward_but_is_charged():
 @pytest.mark.parametrize(
     "change",
     [
-        {"base": "other"}, {"attention": "eager"}, {"layers": (-2,)}, {"dtype": "float32"}, {"pool": "mean"},
+        {"base": "other"},
+        {"attention": "eager"},
+        {"layers": (-2,)},
+        {"dtype": "float32"},
+        {"pool": "mean"},
         {"pool": "cls"},
     ],
-)  # fmt: skip
+)
 def test_each_part_of_the_key_makes_another_entry(change: dict[str, Any], own_cache: Path):
     rows, backbone = texts([4, 7, 3]), bert()
     States.of(backbone, rows, base="b")

@@ -83,9 +83,13 @@ def test_among_arms_that_cannot_be_told_apart_the_cheapest_is_recommended() -> N
     assert found["recommended"] == "lora"
     assert sorted(found["indistinguishable"]) == ["full", "mos"]
     for words in (
-        f"indistinguishable from {best} on your data (difference", "points, 95 % interval", "would be needed to tell",
-        "% of its trainable parameters", "cheapest of the 3 arms", "by trainable parameters, then brick size",
-    ):  # fmt: skip
+        f"indistinguishable from {best} on your data (difference",
+        "points, 95 % interval",
+        "would be needed to tell",
+        "% of its trainable parameters",
+        "cheapest of the 3 arms",
+        "by trainable parameters, then brick size",
+    ):
         assert words in found["sentence"]
     assert "\u00a0" not in found["sentence"]
 
@@ -148,9 +152,16 @@ def test_a_difference_that_only_the_correction_hides_is_explained() -> None:
     labels, made = arms(full=0.9, lora=0.9)
     rows = [row(name, labels, a) for name, a in made.items()]
     pair = {
-        "a": "lora", "b": "full", "difference": -0.02, "low": -0.038, "high": -0.002, "p": 0.03, "p_holm": 0.09,
-        "test": "t", "needed": None,
-    }  # fmt: skip
+        "a": "lora",
+        "b": "full",
+        "difference": -0.02,
+        "low": -0.038,
+        "high": -0.002,
+        "p": 0.03,
+        "p_holm": 0.09,
+        "test": "t",
+        "needed": None,
+    }
     rows[1]["score"]["mean"] = rows[0]["score"]["mean"] - 0.02
     sentence = verdict(rows, [pair])["sentence"]
     assert "difference −2.0 points, 95 % interval −3.8 to −0.2, but p = 0.090 after Holm's correction" in sentence
@@ -220,7 +231,9 @@ def test_names_from_outside_cannot_play_tricks_and_the_report_takes_the_result()
     found = judged(labels, strange)
     assert "\u202e" not in found["sentence"] and found["recommended"] in strange
     result = {
-        "methods": [row(name, labels, a) for name, a in strange.items()], "verdict": found,
-        "pairs": pairs_table(labels, strange, "accuracy"), "task": {"metric": "accuracy"},
-    }  # fmt: skip
+        "methods": [row(name, labels, a) for name, a in strange.items()],
+        "verdict": found,
+        "pairs": pairs_table(labels, strange, "accuracy"),
+        "task": {"metric": "accuracy"},
+    }
     assert "indistinguishable" in page(result)

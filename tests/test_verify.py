@@ -50,9 +50,13 @@ def write_tokenizer(folder: Path) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
         eos_token="[SEP]",
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 def write_base(folder: Path, kind: str, seed: int = 0) -> Path:
@@ -155,17 +159,29 @@ def write_merged(model: peft.PeftModel, folder: Path, kind: str = "bert", dtype:
 KINDS = {
     "lora": ("bert", LORA),
     "dora": ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear", use_dora=True)),
-    "patterns": ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=r".*layer\.1\..*(query|key)",
-                                         rank_pattern={"1.*key": 4}, alpha_pattern={"1.*query": 5})),
-    "ia3": ("bert", peft.IA3Config(task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"],
-                                   feedforward_modules=["output.dense"])),
+    "patterns": (
+        "bert",
+        peft.LoraConfig(
+            task_type="SEQ_CLS",
+            r=2,
+            target_modules=r".*layer\.1\..*(query|key)",
+            rank_pattern={"1.*key": 4},
+            alpha_pattern={"1.*query": 5},
+        ),
+    ),
+    "ia3": (
+        "bert",
+        peft.IA3Config(
+            task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+        ),
+    ),
     "adalora": ("bert", peft.AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_r=4, total_step=9)),
     "vera": ("bert", peft.VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])),
     "backbone": ("bert", peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=["query"])),
     "llama": ("llama", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])),
     "untyped": ("llama", peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])),
     "vit": ("vit", peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -427,9 +443,11 @@ def test_nothing_that_a_config_names_is_run_or_fetched(bases, adapter, tmp_path,
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     configure(
-        adapter, auto_mapping={"base_model_class": "Evil", "parent_library": "evil_module"}, revision="main",
+        adapter,
+        auto_mapping={"base_model_class": "Evil", "parent_library": "evil_module"},
+        revision="main",
         a_new_option={"x": 1},
-    )  # fmt: skip
+    )
     result = verify(str(bases["bert"]), adapter)
     assert failed(result) == {} and "evil_module" not in sys.modules
     assert unknown(result) == {"options known": "this PEFT release does not know, and ignores: a_new_option"}

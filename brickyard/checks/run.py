@@ -107,9 +107,13 @@ def check(
         for i in members:
             measured[i] = run.judge(claims[i])
     result = {
-        "method": name, "claims": measured, "environment": environment(), "full": full,
-        "seconds": time.monotonic() - started, "date": datetime.now(UTC).date().isoformat(),
-    }  # fmt: skip
+        "method": name,
+        "claims": measured,
+        "environment": environment(),
+        "full": full,
+        "seconds": time.monotonic() - started,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     folder = Path(out) if out else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
@@ -146,10 +150,15 @@ class _Run:
                 text = claim.control["arm"]
                 arms[label] = Contestant(label, str(parse(text)), _fixed(text, settings), seeds, changes=changes)
         request = Request(
-            methods=tuple(a.arm for a in arms.values()), base=base or first.base, data=data or first.data,
-            seeds=first.seeds, trials=len(settings), train_rows=first.train_rows, baselines=False,
+            methods=tuple(a.arm for a in arms.values()),
+            base=base or first.base,
+            data=data or first.data,
+            seeds=first.seeds,
+            trials=len(settings),
+            train_rows=first.train_rows,
+            baselines=False,
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
-        )  # fmt: skip
+        )
         about = [sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values()), str(request)]
         folder = Path("runs") / "checks" / f"{name}-{key_of(about)}"
         result, folder = compare(
@@ -170,21 +179,32 @@ class _Run:
         metric = self.result["task"]["metric"]
         names = [*claim.arms, *([self.controls[_control(claim)]] if "arm" in claim.control else [])]
         out: dict[str, Any] = {
-            "text": claim.text, "inequality": claim.inequality, "kind": claim.kind, "metric": metric,
+            "text": claim.text,
+            "inequality": claim.inequality,
+            "kind": claim.kind,
+            "metric": metric,
             "arms": {label: _arm(self.rows[label]) for label in names},
-            "base": self.result["base"]["spec"], "data": self.result["data"]["name"], "rows": self.result["data"]["rows"],
-            "train_rows": claim.train_rows, **judge(Inequality.read(claim.inequality), self.answers, metric),
-            "control": None, "gate": None,
-        }  # fmt: skip
+            "base": self.result["base"]["spec"],
+            "data": self.result["data"]["name"],
+            "rows": self.result["data"]["rows"],
+            "train_rows": claim.train_rows,
+            **judge(Inequality.read(claim.inequality), self.answers, metric),
+            "control": None,
+            "gate": None,
+        }
         if claim.control:
             answers = dict(self.answers)
             if "arm" in claim.control:
                 answers["control"] = answers[self.controls[_control(claim)]]
             found = judge(Inequality.read(claim.control["inequality"]), answers, metric)
             out["control"] = {
-                "what": claim.control["what"], "inequality": claim.control["inequality"], "measured": found["measured"],
-                "low": found["low"], "high": found["high"], "destroyed": found["holds"] is True,
-            }  # fmt: skip
+                "what": claim.control["what"],
+                "inequality": claim.control["inequality"],
+                "measured": found["measured"],
+                "low": found["low"],
+                "high": found["high"],
+                "destroyed": found["holds"] is True,
+            }
         if claim.gate:
             found = judge(Inequality.read(claim.gate), self.answers, metric)
             out["gate"] = {"inequality": claim.gate, **{k: found[k] for k in ("measured", "low", "high", "holds")}}
@@ -201,9 +221,12 @@ def _control(claim: Claim) -> str:
 
 def _arm(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "arm": row["setting_arm"], "mean": row["score"]["mean"], "per_seed": row["score"]["per_seed"],
-        "trainable_parameters": row["cost"]["trainable_parameters"], "train_seconds": row["cost"]["train_seconds"],
-    }  # fmt: skip
+        "arm": row["setting_arm"],
+        "mean": row["score"]["mean"],
+        "per_seed": row["score"]["per_seed"],
+        "trainable_parameters": row["cost"]["trainable_parameters"],
+        "train_seconds": row["cost"]["train_seconds"],
+    }
 
 
 def _fixed(text: str, settings: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:

@@ -382,6 +382,18 @@ def picture(chart: Markup, title: str, w: int, h: int) -> str:
     card = tag("rect", x=0.5, y=0.5, width=w + 31, height=full - 1, rx=10, fill="#fff", stroke="#d5d9de")
     style = Markup(f"<style>{_PICTURE_STYLE.strip()}</style>")
     heading = _text(title, "title", 20, 30)
-    body = tag("svg", style, card, heading, inner, *keys, viewBox=f"0 0 {w + 32} {full}", width=w + 32, height=full,
-               xmlns="http://www.w3.org/2000/svg", role="img", aria_label=title)  # fmt: skip
+    body = tag(
+        "svg",
+        style,
+        card,
+        heading,
+        inner,
+        *keys,
+        viewBox=f"0 0 {w + 32} {full}",
+        width=w + 32,
+        height=full,
+        xmlns="http://www.w3.org/2000/svg",
+        role="img",
+        aria_label=title,
+    )
     return f"{body}\n"

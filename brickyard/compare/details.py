@@ -39,13 +39,19 @@ def receipts(methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tensors = [t for t in moved if isinstance(t, Mapping)] if isinstance(moved, list) else []
         rest = {key: value for key, value in receipt.items() if value not in ([], {}, None)}
         rows.append((m["arm"], _receipt_row(receipt, tensors, lines(warnings))))
-        cards.append({
-            "arm": m["arm"], "warnings": lines(warnings),
-            "matched": [(pattern, fold(names), len(names)) for pattern, names in matched.items()]
-            if isinstance(matched, Mapping) else [],
-            "moved": _moved(tensors), "tree": tree(rest if tensors or not moved else {"moved": moved, **rest}),
-            "setting": tree(_setting(m)), "tried": tree(m.get("tried") or {}),
-        })  # fmt: skip
+        cards.append(
+            {
+                "arm": m["arm"],
+                "warnings": lines(warnings),
+                "matched": [(pattern, fold(names), len(names)) for pattern, names in matched.items()]
+                if isinstance(matched, Mapping)
+                else [],
+                "moved": _moved(tensors),
+                "tree": tree(rest if tensors or not moved else {"moved": moved, **rest}),
+                "setting": tree(_setting(m)),
+                "tried": tree(m.get("tried") or {}),
+            }
+        )
     columns = ["Tensors moved", "Largest relative change", "Logits moved by, mean", "at most", "Warnings"]
     known = any(cell[0] is not None for _, cells in rows for cell in cells[:4])
     return {"cards": cards, "table": {"columns": columns, "rows": rows} if known else None} if cards else {}
@@ -118,10 +124,14 @@ def data_report(data: Mapping[str, Any]) -> dict[str, Any]:
                 report.pop(key)
     labels = [str(label) for label in data.get("labels") or []]
     return {
-        "name": data.get("name") or "", "warnings": warnings, "splits": _by_split(per_split, _SPLITS),
-        "classes": _classes(classes, labels), "labels": labels[:MOST_ITEMS], "count": len(labels),
+        "name": data.get("name") or "",
+        "warnings": warnings,
+        "splits": _by_split(per_split, _SPLITS),
+        "classes": _classes(classes, labels),
+        "labels": labels[:MOST_ITEMS],
+        "count": len(labels),
         "tree": tree({key: value for key, value in report.items() if value not in ({}, [], None)}),
-    }  # fmt: skip
+    }
 
 
 def _by_split(columns: Mapping[str, Mapping[str, Any]], splits: Sequence[str]) -> Table | None:
@@ -168,11 +178,14 @@ def confusion(given: Mapping[str, Any] | None) -> dict[str, Any]:
         drawn.append({"label": labels[i], "short": names[labels[i]], "cells": cells, "recall": recall})
     largest = sorted(errors, key=lambda e: (-e[0], e[1], e[2]))[: 25 if len(labels) > MOST_CLASSES else 3]
     return {
-        "arm": given.get("arm") or "", "large": len(labels) > MOST_CLASSES, "classes": len(labels), "lines": drawn,
+        "arm": given.get("arm") or "",
+        "large": len(labels) > MOST_CLASSES,
+        "classes": len(labels),
+        "lines": drawn,
         "labels": [(label, names[label]) for label in labels],
         "precision": [_share(matrix[i][i], columns[i]) for i in range(len(labels))],
         "largest": [(labels[i], labels[j], v) for v, i, j in largest],
-    }  # fmt: skip
+    }
 
 
 def _share(part: int, whole: int) -> str:

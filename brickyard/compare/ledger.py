@@ -90,7 +90,7 @@ class Ledger:
                 value.get("validation"),
                 row["seconds"],
                 row["finished"],
-            ),  # fmt: skip
+            ),
         )
 
     def forget_brick(self, key: str) -> None:

@@ -72,11 +72,22 @@ class Request:
     def setting(self, arm: str, seed: int, **changes: Any) -> dict[str, Any]:
         """Return the JSON-like setting of one run."""
         known = {
-            "arm": arm, "base": self.base, "data": self.data, "seed": seed, "task": self.task, "metric": self.metric,
-            "max_length": self.max_length, "batch": self.batch, "training": self.training, "device": self.device,
-            "train_rows": self.train_rows, "cache": self.cache, "allow_overlap": self.allow_overlap,
-            "trust_remote_code": self.trust_remote_code, "retain": self.retain,
-        }  # fmt: skip
+            "arm": arm,
+            "base": self.base,
+            "data": self.data,
+            "seed": seed,
+            "task": self.task,
+            "metric": self.metric,
+            "max_length": self.max_length,
+            "batch": self.batch,
+            "training": self.training,
+            "device": self.device,
+            "train_rows": self.train_rows,
+            "cache": self.cache,
+            "allow_overlap": self.allow_overlap,
+            "trust_remote_code": self.trust_remote_code,
+            "retain": self.retain,
+        }
         return asdict(Setting(**{**known, **changes}))
 
 
@@ -210,11 +221,13 @@ def shorten(request: Request, probes: Mapping[str, Mapping[str, Any]], workers: 
     if share is None:
         need = total(0.1, 1) / 60
         raise UsageError(
-            f"--minutes {request.minutes:g} is too short: a tenth of the training with one setting and {request.seeds} seeds "
-            f"takes about {need:.1f} minutes here. Give more minutes, fewer methods or fewer seeds."
+            f"--minutes {request.minutes:g} is too short: a tenth of the training with one setting and "
+            f"{request.seeds} seeds takes about {need:.1f} minutes here. Give more minutes, fewer methods or fewer seeds."
         )
-    said = f"{request.minutes:g} minutes: {100 * share:.0f} % of the full training, {trials} of {request.trials} settings an arm"
-    return float(share), trials, f"{said}, about {total(float(share), trials) / 60:.1f} minutes predicted."
+    said = (
+        f"{request.minutes:g} minutes: {100 * share:.0f} % of the full training, {trials} of {request.trials} settings"
+    )
+    return float(share), trials, f"{said} an arm, about {total(float(share), trials) / 60:.1f} minutes predicted."
 
 
 @cache

@@ -102,9 +102,16 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "command": result.get("command") or "",
     }
     titles = {
-        "table": "Results", "quality": "Quality and cost", "seeds": "Seeds", "curves": "Learning", "pairs": "Pairs",
-        "confusion": "Confusion", "retained": "Retained", "receipts": "Receipts", "data": "Data",
-    }  # fmt: skip
+        "table": "Results",
+        "quality": "Quality and cost",
+        "seeds": "Seeds",
+        "curves": "Learning",
+        "pairs": "Pairs",
+        "confusion": "Confusion",
+        "retained": "Retained",
+        "receipts": "Receipts",
+        "data": "Data",
+    }
     sections = {key: title for key, title in titles.items() if content[key]}
     return {**content, "sections": {**sections, "setup": "Set-up"}}
 
@@ -145,11 +152,15 @@ def _points(result: Mapping[str, Any], cost: Cost | None = None, limit: int = 26
     recommended = (result.get("verdict") or {}).get("recommended")
     return [
         Point(
-            m["arm"], labels[m["arm"]], shown.score(m), number((m.get("cost") or {}).get(cost.key)) if cost else None,
-            recommended=m["arm"] == recommended, trivial=bool(m.get("trivial")),
+            m["arm"],
+            labels[m["arm"]],
+            shown.score(m),
+            number((m.get("cost") or {}).get(cost.key)) if cost else None,
+            recommended=m["arm"] == recommended,
+            trivial=bool(m.get("trivial")),
         )
         for m in methods
-    ]  # fmt: skip
+    ]
 
 
 def _facts(result: Mapping[str, Any], metric: Metric) -> list[dict[str, str]]:
@@ -202,15 +213,29 @@ def _table(result: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
         setting = m.get("setting") or {}
         if note := (m.get("score") or {}).get("note"):
             notes.setdefault(str(note), []).append(str(m["arm"]))
-        rows.append({
-            "arm": m["arm"], "badges": badges, "reason": m.get("reason") or "" if status != "done" else "",
-            "setting": ", ".join(f"{k}={v}" for k, v in setting.items()),
-            "failed": status != "done" and s.mean is None,
-            "look": "best" if recommended else "failed" if status != "done" else "trivial" if m.get("trivial") else "",
-            "mean": s.mean, "score": metric.show(s.mean, unit=False), "interval": metric.interval(s.low, s.high),
-            "bar": charts.interval_bar(s, reach, "best" if recommended else "rest" if m.get("trivial") else "front"),
-            "costs": [(number(cost.get(c.key)), c.show(number(cost.get(c.key)))) for c in used],
-        })  # fmt: skip
+        rows.append(
+            {
+                "arm": m["arm"],
+                "badges": badges,
+                "reason": m.get("reason") or "" if status != "done" else "",
+                "setting": ", ".join(f"{k}={v}" for k, v in setting.items()),
+                "failed": status != "done" and s.mean is None,
+                "look": "best"
+                if recommended
+                else "failed"
+                if status != "done"
+                else "trivial"
+                if m.get("trivial")
+                else "",
+                "mean": s.mean,
+                "score": metric.show(s.mean, unit=False),
+                "interval": metric.interval(s.low, s.high),
+                "bar": charts.interval_bar(
+                    s, reach, "best" if recommended else "rest" if m.get("trivial") else "front"
+                ),
+                "costs": [(number(cost.get(c.key)), c.show(number(cost.get(c.key)))) for c in used],
+            }
+        )
     columns = [(c.title, kind_of(c, methods)) for c in used]
     done = sum(row["mean"] is not None for row in rows)
     return {"rows": rows, "columns": columns, "done": done, "notes": list(notes.items())} if rows else {}
@@ -224,12 +249,16 @@ def _quality(result: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
         if not have or (len(have) > 1 and len({p.cost for p in have}) == 1):
             continue  # a cost that is the same for all arms tells nothing apart
         small = [p for p in _points(result, cost, 17) if p.score.mean is not None and p.cost is not None]
-        pictures.append({
-            "name": cost.title, "phrase": cost.phrase, "kind": kind_of(cost, result["methods"]),
-            "missing": [p.arm for p in points if p.cost is None],
-            "wide": charts.quality_cost(have, metric, cost),
-            "narrow": charts.quality_cost(small, metric, cost, 340, 380),
-        })  # fmt: skip
+        pictures.append(
+            {
+                "name": cost.title,
+                "phrase": cost.phrase,
+                "kind": kind_of(cost, result["methods"]),
+                "missing": [p.arm for p in points if p.cost is None],
+                "wide": charts.quality_cost(have, metric, cost),
+                "narrow": charts.quality_cost(small, metric, cost, 340, 380),
+            }
+        )
     return pictures
 
 
@@ -271,10 +300,15 @@ def _pairs(result: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
     rest = [p for p in pairs if p.get("a") != recommended]
     tests = sorted({str(p["test"]) for p in pairs if p.get("test")})
     groups = [(True, first), (False, rest)] if first else [(True, rest)]
-    return {
-        "groups": [(is_open, _pair_rows(group, metric)) for is_open, group in groups if group],
-        "tests": tests, "unit": metric.difference_unit,
-    } if pairs else {}  # fmt: skip
+    return (
+        {
+            "groups": [(is_open, _pair_rows(group, metric)) for is_open, group in groups if group],
+            "tests": tests,
+            "unit": metric.difference_unit,
+        }
+        if pairs
+        else {}
+    )
 
 
 def _pair_rows(pairs: Sequence[Mapping[str, Any]], metric: Metric) -> list[dict[str, Any]]:
@@ -289,9 +323,13 @@ def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same comparison seen from the other arm."""
     flipped = {k: None if (v := number(pair.get(k))) is None else -v for k in ("difference", "low", "high")}
     return {
-        **pair, "a": pair["b"], "b": pair["a"], "difference": flipped["difference"],
-        "low": flipped["high"], "high": flipped["low"],
-    }  # fmt: skip
+        **pair,
+        "a": pair["b"],
+        "b": pair["a"],
+        "difference": flipped["difference"],
+        "low": flipped["high"],
+        "high": flipped["low"],
+    }
 
 
 def _pair(pair: Mapping[str, Any], most: float, metric: Metric) -> dict[str, Any]:
@@ -299,13 +337,17 @@ def _pair(pair: Mapping[str, Any], most: float, metric: Metric) -> dict[str, Any
     s = Score(number(pair.get("difference")), number(pair.get("low")), number(pair.get("high")), ())
     look = {"better": "front", "worse": "warn", "cannot tell": "rest"}[word]
     return {
-        "a": pair.get("a"), "b": pair.get("b"), "word": word, "look": look,
-        "difference": metric.show(s.mean, sign=True), "interval": metric.interval(s.low, s.high, sign=True),
+        "a": pair.get("a"),
+        "b": pair.get("b"),
+        "word": word,
+        "look": look,
+        "difference": metric.show(s.mean, sign=True),
+        "interval": metric.interval(s.low, s.high, sign=True),
         "bar": charts.interval_bar(s, (-most, most), look, zero=True),
         "needed": (pair.get("needed") or {}).get("sentence") or "" if word == "cannot tell" else "",
         "p": shown.probability(number(pair.get("p_holm"))),
         "sort": (s.mean, number(pair.get("p_holm"))),
-    }  # fmt: skip
+    }
 
 
 def _retained(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,13 +360,19 @@ def _retained(result: Mapping[str, Any]) -> dict[str, Any]:
         before, after = number(kept.get("before")), number(kept.get("after"))
         change = None if before is None or after is None else after - before
         drift = number(kept.get("drift"))
-        rows.append({
-            "arm": m["arm"], "what": kept.get("what") or "", "metric": metric.title if kept.get("metric") else "",
-            "before": metric.show(before), "after": metric.show(after), "change": metric.show(change, sign=True),
-            "word": _kept(change, metric),
-            "drift": shown.MISSING if drift is None else shown.digits(drift),
-            "sort": (before, after, change, drift),
-        })  # fmt: skip
+        rows.append(
+            {
+                "arm": m["arm"],
+                "what": kept.get("what") or "",
+                "metric": metric.title if kept.get("metric") else "",
+                "before": metric.show(before),
+                "after": metric.show(after),
+                "change": metric.show(change, sign=True),
+                "word": _kept(change, metric),
+                "drift": shown.MISSING if drift is None else shown.digits(drift),
+                "sort": (before, after, change, drift),
+            }
+        )
     scored = any(row["sort"][0] is not None or row["sort"][1] is not None for row in rows)
     return {"rows": rows, "scored": scored, "drifted": any(row["sort"][3] is not None for row in rows)} if rows else {}
 

@@ -38,46 +38,72 @@ def assemble(
         "without_overlap": _without_overlap(methods, answers, labels, data, task),
         "environment": plan["environment"],
         "budget": {
-            "sentence": plan["sentence"], "share": plan["share"], "seeds": plan["seeds"], "trials": plan["trials"],
-            "search": plan["search"], "threads": plan["threads"], "workers": plan["workers"],
+            "sentence": plan["sentence"],
+            "share": plan["share"],
+            "seeds": plan["seeds"],
+            "trials": plan["trials"],
+            "search": plan["search"],
+            "threads": plan["threads"],
+            "workers": plan["workers"],
             "predicted_seconds": sum(plan["predicted_seconds"].values()),
-            "search_seconds": None, "allowed_changes": plan.get("allowed_changes", []),
+            "search_seconds": None,
+            "allowed_changes": plan.get("allowed_changes", []),
         },
         "data": {
-            "name": data.name, "fingerprint": data.fingerprint, "rows": {k: len(v) for k, v in data.splits.items()},
-            "labels": list(task.labels) if task.labels is not None else None, "report": data.report,
-            "encoding": next((t["value"]["encoding"] for e in entries for t in e["trials"] if t["status"] == "done"), {}),
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "rows": {k: len(v) for k, v in data.splits.items()},
+            "labels": list(task.labels) if task.labels is not None else None,
+            "report": data.report,
+            "encoding": next(
+                (t["value"]["encoding"] for e in entries for t in e["trials"] if t["status"] == "done"), {}
+            ),
         },
         "base": {"spec": base.spec, "fingerprint": base.fingerprint},
         "task": {"kind": task.kind, "metric": task.metric},
         "command": command,
-        "curves": {e["name"]: [_curve(t) for t in e["trials"] if t["status"] == "done"] for e in entries if e["trials"]},
+        "curves": {
+            e["name"]: [_curve(t) for t in e["trials"] if t["status"] == "done"] for e in entries if e["trials"]
+        },
         "confusion": _confusion(best, answers, labels, task),
-    }  # fmt: skip
+    }
 
 
 def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.ndarray, task: Task) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "arm": entry["name"], "status": entry["status"], "reason": entry["reason"], "trivial": entry["trivial"],
-        "setting": entry.get("setting", {}), "setting_arm": with_setting(entry["arm"], entry.get("setting", {})),
-        "tried": entry.get("tried", {}), "score": None, "retained": None, "receipt": None, "cost": {},
-    }  # fmt: skip
+        "arm": entry["name"],
+        "status": entry["status"],
+        "reason": entry["reason"],
+        "trivial": entry["trivial"],
+        "setting": entry.get("setting", {}),
+        "setting_arm": with_setting(entry["arm"], entry.get("setting", {})),
+        "tried": entry.get("tried", {}),
+        "score": None,
+        "retained": None,
+        "receipt": None,
+        "cost": {},
+    }
     if "probe" in entry:
         row["cost"] = {k: entry["probe"][k] for k in COSTS}
     if entry["status"] != "done":
         return row
     found = interval(labels, answers[entry["name"]], task.metric)
     row["score"] = {
-        "metric": task.metric, "mean": found.mean, "low": found.low, "high": found.high, "per_seed": list(found.per_seed),
+        "metric": task.metric,
+        "mean": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "per_seed": list(found.per_seed),
         "note": found.note,
-    }  # fmt: skip
+    }
     values = [t["value"] for t in entry["trials"]]
     middle = lambda key: float(np.median([v["cost"][key] for v in values]))  # noqa: E731
     row["cost"] |= {
-        "train_seconds": middle("train_seconds"), "brick_bytes": int(middle("brick_bytes")),
+        "train_seconds": middle("train_seconds"),
+        "brick_bytes": int(middle("brick_bytes")),
         "states_seconds": float(np.median([v["cost"].get("states_seconds", 0.0) for v in values])),
         "peak_resident_bytes": int(np.median([t["peak_resident_bytes"] for t in entry["trials"]])),
-    }  # fmt: skip
+    }
     row["training"] = values[0]["training"]
     row["receipt"] = values[0]["receipt"]
     row["retained"] = _retained([v["retained"] for v in values])
@@ -112,11 +138,25 @@ def _majority(data: Data, labels: np.ndarray, task: Task, answers: dict[str, np.
     answers["majority"] = np.full((seeds, len(labels)), most)
     found = interval(labels, answers["majority"], task.metric)
     return {
-        "arm": "majority", "status": "done", "reason": "", "trivial": True, "setting": {}, "setting_arm": "majority", "tried": {},
-        "score": {"metric": task.metric, "mean": found.mean, "low": found.low, "high": found.high, "per_seed": list(found.per_seed), "note": ""},
-        "retained": None, "receipt": None,
+        "arm": "majority",
+        "status": "done",
+        "reason": "",
+        "trivial": True,
+        "setting": {},
+        "setting_arm": "majority",
+        "tried": {},
+        "score": {
+            "metric": task.metric,
+            "mean": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "per_seed": list(found.per_seed),
+            "note": "",
+        },
+        "retained": None,
+        "receipt": None,
         "cost": {**dict.fromkeys(COSTS, 0), "train_seconds": 0.0, "brick_bytes": 0},
-    }  # fmt: skip
+    }
 
 
 def _curve(trial: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The comparison itself: probe every arm, fix the plan, search, retrain with several seeds, judge, write the results."""
+"""The comparison itself: probe every arm, fix the plan, search, retrain with several seeds, judge, write the result."""
 
 from __future__ import annotations
 
@@ -63,9 +63,12 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "run.lock"):
         identity = {
-            "request": json.loads(json.dumps(asdict(request))), "data": data.fingerprint, "base": base.fingerprint,
-            "code": planning.code_digest(), "versions": _versions(),
-        }  # fmt: skip
+            "request": json.loads(json.dumps(asdict(request))),
+            "data": data.fingerprint,
+            "base": base.fingerprint,
+            "code": planning.code_digest(),
+            "versions": _versions(),
+        }
         run = _Run(request, arms, folder, listen)
         run.refuse(task)
         plan = run.fix_plan(identity, allow_change)
@@ -106,9 +109,15 @@ class _Run:
             if arm.name not in self.refused:
                 argument = {"setting": self.request.setting(arm.arm, 0, **arm.changes)}
                 yield Job(
-                    key=arm.name, function="brickyard.core.trial:probe", argument=argument, threads=self.request.threads,
-                    seconds=600, memory=self.request.memory, log=str(self.folder / "probe.log"), alone=True,
-                )  # fmt: skip
+                    key=arm.name,
+                    function="brickyard.core.trial:probe",
+                    argument=argument,
+                    threads=self.request.threads,
+                    seconds=600,
+                    memory=self.request.memory,
+                    log=str(self.folder / "probe.log"),
+                    alone=True,
+                )
 
     def fix_plan(self, identity: dict[str, Any], allow_change: Sequence[str]) -> dict[str, Any]:
         """Return the stored plan if there is one (refusing other requests), else probe, decide and store it."""
@@ -149,18 +158,32 @@ class _Run:
             for name, p in probes.items()
         }
         plan = {
-            "identity": identity, "created": _now(), "share": share, "trials": trials, "search": self.request.search,
-            "seeds": self.request.seeds, "threads": self.request.threads, "workers": self.workers, "sentence": sentence,
-            "predicted_seconds": seconds, "probes": probes, "failed": failed, "refused": self.refused,
+            "identity": identity,
+            "created": _now(),
+            "share": share,
+            "trials": trials,
+            "search": self.request.search,
+            "seeds": self.request.seeds,
+            "threads": self.request.threads,
+            "workers": self.workers,
+            "sentence": sentence,
+            "predicted_seconds": seconds,
+            "probes": probes,
+            "failed": failed,
+            "refused": self.refused,
             "environment": measure.environment(),
             "arms": [
                 {
-                    "name": a.name, "arm": a.arm, "settings": a.settings[:trials], "seeds": a.seeds, "trivial": a.trivial,
+                    "name": a.name,
+                    "arm": a.arm,
+                    "settings": a.settings[:trials],
+                    "seeds": a.seeds,
+                    "trivial": a.trivial,
                     "changes": a.changes,
-                }  # fmt: skip
+                }
                 for a in self.arms
             ],
-        }  # fmt: skip
+        }
         write_json(path, plan)
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -204,7 +227,7 @@ class _Run:
                     argument={**argument, "folder": str(self.ledger.trial(key)), "code": plan["identity"]["code"]},
                     seconds=max(FLOOR, LIMIT * predicted),
                     log=str(self.ledger.trial(key) / "log.txt"),
-                )  # fmt: skip
+                )
             )
         self.listen({"event": "start", "jobs": len(jobs), "finished": len(rows)})
         for outcome in self.engine.run(jobs):
@@ -218,10 +241,17 @@ class _Run:
     @staticmethod
     def _row(outcome: Outcome, arm: dict[str, Any], argument: dict[str, Any]) -> dict[str, Any]:
         return {
-            "name": arm["name"], "role": argument["role"], "seed": argument["setting"]["seed"],
-            "arm": argument["setting"]["arm"], "status": outcome.status, "reason": outcome.reason,
-            "seconds": outcome.seconds, "peak_resident_bytes": outcome.peak, "finished": _now(), "value": outcome.value,
-        }  # fmt: skip
+            "name": arm["name"],
+            "role": argument["role"],
+            "seed": argument["setting"]["seed"],
+            "arm": argument["setting"]["arm"],
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "seconds": outcome.seconds,
+            "peak_resident_bytes": outcome.peak,
+            "finished": _now(),
+            "value": outcome.value,
+        }
 
     def _able(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
         return [arm for arm in plan["arms"] if arm["name"] in plan["probes"]]
@@ -285,7 +315,7 @@ class _Run:
         self._go(plan, self._finals(plan))
 
     def rows(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return one entry per contestant: its status, its final trials in the order of the seeds, and their answers."""
+        """Return one entry per contestant: its status, its final trials in the order of the seeds, their answers."""
         chosen, out = self.choices(), []
         finals: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for arm, argument in self._finals(plan):

@@ -56,9 +56,17 @@ def pairs_table(labels: np.ndarray, answers: Mapping[str, np.ndarray], metric: s
     how, out = shown.metric(metric), []
     for (a, b), pair, p_holm, share in zip(names, found, corrected, among, strict=True):
         row: dict[str, Any] = {
-            "a": a, "b": b, "difference": pair.difference, "low": pair.low, "high": pair.high, "p": pair.p,
-            "p_holm": float(p_holm), "test": pair.test, "note": pair.note, "needed": None,
-        }  # fmt: skip
+            "a": a,
+            "b": b,
+            "difference": pair.difference,
+            "low": pair.low,
+            "high": pair.high,
+            "p": pair.p,
+            "p_holm": float(p_holm),
+            "test": pair.test,
+            "note": pair.note,
+            "needed": None,
+        }
         if shown.pair_word(row, how.lower_is_better) == "cannot tell":
             level = 1 - shown.ALPHA / float(share)
             row["needed"] = examples_needed(labels, answers[a], answers[b], metric, level=level)

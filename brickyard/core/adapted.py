@@ -160,9 +160,13 @@ def open_model(auto: Any, base: Base, width: int | None) -> tuple[nn.Module, fro
             skeleton = auto.from_config(config, trust_remote_code=False)
         # Without a path, transformers reads no file and asks no server
         model, report = type(skeleton).from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True,
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        )
     model.config.name_or_path = str(base.folder)
     return model.eval(), frozenset(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
 

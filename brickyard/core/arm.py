@@ -1,7 +1,8 @@
 """The small language of arms: `mos:r=7,e=2 + moment-probing`, `lora:lr=1e-3`, `full + dp:epsilon=8`.
 
-A piece is `name` or `name:option=literal,...`; pieces are joined by `+`. Values are Python literals, `true`/`false`/`none`,
-or bare words; nothing is ever evaluated. `lr`, `epochs`, `batch`, `wd` are accepted in every piece and fix the training.
+A piece is `name` or `name:option=literal,...`; pieces are joined by `+`. Values are Python literals, `true`, `false`,
+`none` or bare words; nothing is ever evaluated. `lr`, `epochs`, `batch`, `wd` are accepted in every piece and fix the
+training.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def copy_into(targets: dict[str, Tensor], tensors: dict[str, Tensor], what: str)
         given = tensors[name]
         if given.shape != target.shape or given.dtype != target.dtype:
             raise BadBrick(
-                f"{what}: {name} is {tuple(given.shape)} {given.dtype}, the model has {tuple(target.shape)} {target.dtype}."
+                f"{what}: {name} is {tuple(given.shape)} {given.dtype}, "
+                f"the model has {tuple(target.shape)} {target.dtype}."
             )
     with torch.no_grad():
         for name, target in targets.items():

@@ -201,9 +201,14 @@ class Base:
                         f"{self.folder}: no trained output layer ({name}) is stored; tune one, or give --brick."
                     )
             model, report = type(skeleton).from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.float32, attn_implementation=attention,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                None,
+                config=config,
+                state_dict=state,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         # A folder, so that nobody (PEFT does) asks the hub about it later.
         model.config.name_or_path = str(self.folder)
         model.new_modules = self._verified(model, report)
@@ -263,8 +268,10 @@ class Base:
             first = name.removeprefix(f"{prefix}.").split(".")[0]
             if first in parts and first != "pooler" and name.rpartition(".")[2] not in _OLD_BUFFERS:
                 extra.append(name)
-        wrong = [f"{name} ({list(found)} stored, {list(expected)} expected)" for name, found, expected in
-                 sorted(report["mismatched_keys"])]  # fmt: skip
+        wrong = [
+            f"{name} ({list(found)} stored, {list(expected)} expected)"
+            for name, found, expected in sorted(report["mismatched_keys"])
+        ]
         for names, what in ((missing, "are missing"), (extra, "have no place"), (wrong, "have another size")):
             if names:
                 raise BadBase(

@@ -33,13 +33,34 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,96})?")
 # Keys of a JSON configuration that choose code, files, repositories or devices instead of describing what it is about.
 STEERING = frozenset(
     {
-        "auto_map", "trust_remote_code", "name_or_path", "base_model_name_or_path", "custom_pipelines",
-        "custom_generate", "transformers_weights", "attn_implementation", "experts_implementation", "fusion_config",
-        "distributed_config", "kernel_config", "use_kernels", "adapter_kwargs", "gguf_file", "cache_dir", "proxies",
-        "token", "use_auth_token", "revision", "code_revision", "subfolder", "local_files_only", "device_map",
-        "device", "torchscript",
+        "auto_map",
+        "trust_remote_code",
+        "name_or_path",
+        "base_model_name_or_path",
+        "custom_pipelines",
+        "custom_generate",
+        "transformers_weights",
+        "attn_implementation",
+        "experts_implementation",
+        "fusion_config",
+        "distributed_config",
+        "kernel_config",
+        "use_kernels",
+        "adapter_kwargs",
+        "gguf_file",
+        "cache_dir",
+        "proxies",
+        "token",
+        "use_auth_token",
+        "revision",
+        "code_revision",
+        "subfolder",
+        "local_files_only",
+        "device_map",
+        "device",
+        "torchscript",
     }
-)  # fmt: skip
+)
 # In the small configuration files of tokenizers and image processors, besides whatever names a file.
 _SIDE = STEERING | {"init_inputs", "processor_class", "vocab_files_names", "pretrained_vocab_files_map"}
 _SIDE_CONFIGS = frozenset(
@@ -113,8 +134,10 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
         raise _no_weights(folder)
     wide = next((name for name, (_, info) in found.items() if info.dtype in ("F64", "C64")), None)
     if wide is not None:
-        raise BadBase(f"{found[wide][0]}: tensor {wide!r} is {found[wide][1].dtype}; models here compute in float32; "
-                      "convert the base first if that is what you want.")  # fmt: skip
+        raise BadBase(
+            f"{found[wide][0]}: tensor {wide!r} is {found[wide][1].dtype}; models here compute in float32; "
+            "convert the base first if that is what you want."
+        )
     return dict(sorted(found.items()))
 
 

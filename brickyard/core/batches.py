@@ -134,9 +134,15 @@ class EncodedText(Encoded):
         place = starts + np.arange(len(starts))
         types = None if self.types is None else self.types[place]
         return EncodedText(
-            self.ids[place], types, lengths, self.labels[torch.from_numpy(rows)],
-            labelled=self.labelled, pad=self.pad, multiple=self.multiple, report=self.report,
-        )  # fmt: skip
+            self.ids[place],
+            types,
+            lengths,
+            self.labels[torch.from_numpy(rows)],
+            labelled=self.labelled,
+            pad=self.pad,
+            multiple=self.multiple,
+            report=self.report,
+        )
 
     @cached_property
     def _content(self) -> str:
@@ -179,9 +185,12 @@ class EncodedImages(Encoded):
         return EncodedImages(
             None if self.pixels is None else self.pixels[rows],
             [self.files[i] for i in rows] if self.files else [],
-            self.processor, self.labels[torch.from_numpy(rows)],
-            labelled=self.labelled, scaled=self._scaled, report=self.report,
-        )  # fmt: skip
+            self.processor,
+            self.labels[torch.from_numpy(rows)],
+            labelled=self.labelled,
+            scaled=self._scaled,
+            report=self.report,
+        )
 
     @cached_property
     def _content(self) -> str:
@@ -266,12 +275,22 @@ def _encode_texts(
             "the tokenizer belongs to another model. Put the right tokenizer files into the base's folder."
         )
     report = {
-        "rows": len(labels), "tokens": len(flat), "truncated": truncated, "longest": longest, "max_length": limit,
-    }  # fmt: skip
+        "rows": len(labels),
+        "tokens": len(flat),
+        "truncated": truncated,
+        "longest": longest,
+        "max_length": limit,
+    }
     return EncodedText(
-        flat, np.concatenate(types) if types else None, np.concatenate(lengths), labels,
-        labelled=labelled, pad=pad, multiple=multiple, report=report,
-    )  # fmt: skip
+        flat,
+        np.concatenate(types) if types else None,
+        np.concatenate(lengths),
+        labels,
+        labelled=labelled,
+        pad=pad,
+        multiple=multiple,
+        report=report,
+    )
 
 
 def _chunks(rows: int) -> Iterator[slice]:
@@ -304,13 +323,25 @@ def _encode_images(files: list[bytes], processor: Any, labels: Tensor, labelled:
         if pixels is not None:
             pixels[part] = _processed(processor, images, **steps)
     report = {
-        "rows": len(files), "truncated": 0, "longest": 1, "max_length": None, "modes": dict(sorted(modes.items())),
-        "smallest": list(min(sizes)), "largest": list(max(sizes)), "shape": list(kept.shape[1:]), "cached": cached,
-    }  # fmt: skip
+        "rows": len(files),
+        "truncated": 0,
+        "longest": 1,
+        "max_length": None,
+        "modes": dict(sorted(modes.items())),
+        "smallest": list(min(sizes)),
+        "largest": list(max(sizes)),
+        "shape": list(kept.shape[1:]),
+        "cached": cached,
+    }
     return EncodedImages(
-        pixels, [] if cached else files, processor, labels,
-        labelled=labelled, scaled=exact or _unchanged, report=report,
-    )  # fmt: skip
+        pixels,
+        [] if cached else files,
+        processor,
+        labels,
+        labelled=labelled,
+        scaled=exact or _unchanged,
+        report=report,
+    )
 
 
 def _unchanged(pixels: np.ndarray) -> np.ndarray:

@@ -73,10 +73,15 @@ class Checkpoints:
         with complete_folder(target) as temporary:
             write_tensors(temporary / "tensors.safetensors", {k: v.contiguous() for k, v in tensors.items()})
             known = {
-                "step": state.step, "losses": state.losses, "history": state.history, "best": state.best,
-                "waited": state.waited, "callbacks": callbacks, "identity": self.identity,
+                "step": state.step,
+                "losses": state.losses,
+                "history": state.history,
+                "best": state.best,
+                "waited": state.waited,
+                "callbacks": callbacks,
+                "identity": self.identity,
                 "sha256": sha256(temporary / "tensors.safetensors"),
-            }  # fmt: skip
+            }
             write_json(temporary / "state.json", known)
         for old in self.folder.glob("step-*"):
             if old != target:

@@ -425,9 +425,13 @@ def _cut(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[i
     splits["validation"] = splits["train"].take(np.flatnonzero(moved))
     splits["train"] = splits["train"].take(np.flatnonzero(~moved))
     return {
-        "split": "validation", "from": "train", "rows": int(moved.sum()), "share": VALIDATION_SHARE, "seed": 0,
+        "split": "validation",
+        "from": "train",
+        "rows": int(moved.sum()),
+        "share": VALIDATION_SHARE,
+        "seed": 0,
         "stratified": classes is not None,
-    }  # fmt: skip
+    }
 
 
 def _largest(rows: Split, wanted: Sequence[str]) -> int:

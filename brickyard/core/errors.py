@@ -1,6 +1,7 @@
 """One class per cause of failure; the message says what was given, what was expected and what to do next.
 
-`exit_code` is what the command line returns: 1 a run failed, 2 bad usage or input, 3 finished but a proof does not hold.
+`exit_code` is what the command line returns: 1 a run failed, 2 bad usage or input, 3 finished, but a proof does not
+hold.
 """
 
 from __future__ import annotations

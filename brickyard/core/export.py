@@ -110,9 +110,14 @@ def _fold(model: PeftModel, out: Path) -> None:
     config: Any = model.peft_config[ADAPTER]
     exactly = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items()}
     lora = LoraConfig(
-        r=max(ranks.values()), lora_alpha=max(ranks.values()), rank_pattern=exactly, alpha_pattern=dict(exactly),
-        target_modules=sorted(ranks), modules_to_save=config.modules_to_save, inference_mode=True,
-    )  # fmt: skip
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=exactly,
+        alpha_pattern=dict(exactly),
+        target_modules=sorted(ranks),
+        modules_to_save=config.modules_to_save,
+        inference_mode=True,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*invalid shape")  # a layer without ranks, left out above
         state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -134,7 +139,8 @@ def _merged(made: Brick, base: Base, out: Path) -> dict[str, Any]:
             raise Refused(f"{made.manifest['arm']} cannot be merged: {error}") from error
     if isinstance(plain, HeadedModel):
         raise Refused(
-            f"the head of {made.manifest['arm']} is Brickyard's own, which no transformers class can hold; load the brick instead."
+            f"the head of {made.manifest['arm']} is Brickyard's own, which no transformers class can hold; "
+            "load the brick instead."
         )
     if made.task.labels is not None:
         plain.config.id2label = dict(enumerate(made.task.labels))

@@ -27,10 +27,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CacheEntry", "Lock", "TensorInfo", "cache_clear", "cache_folder", "cache_list", "check_safetensors",
-    "complete_folder", "plain_file", "read_json", "read_tensors", "sha256", "write_bytes", "write_json",
+    "CacheEntry",
+    "Lock",
+    "TensorInfo",
+    "cache_clear",
+    "cache_folder",
+    "cache_list",
+    "check_safetensors",
+    "complete_folder",
+    "plain_file",
+    "read_json",
+    "read_tensors",
+    "sha256",
+    "write_bytes",
+    "write_json",
     "write_tensors",
-]  # fmt: skip
+]
 
 MAX_JSON = 64 * 2**20
 
@@ -207,11 +219,23 @@ def _dtype_names() -> dict[torch.dtype, str]:
     import torch
 
     return {
-        torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
-        torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16",
-        torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-        torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
-    }  # fmt: skip
+        torch.bool: "BOOL",
+        torch.uint8: "U8",
+        torch.int8: "I8",
+        torch.int16: "I16",
+        torch.uint16: "U16",
+        torch.int32: "I32",
+        torch.uint32: "U32",
+        torch.int64: "I64",
+        torch.uint64: "U64",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float32: "F32",
+        torch.float64: "F64",
+        torch.complex64: "C64",
+        torch.float8_e5m2: "F8_E5M2",
+        torch.float8_e4m3fn: "F8_E4M3",
+    }
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -45,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How one job ended: done, failed, timeout, out-of-memory or refused. `peak` is the process's high water in bytes."""
+    """How one job ended: done, failed, timeout, out-of-memory or refused. `peak` is its high water in bytes."""
 
     key: str
     status: str
@@ -210,7 +211,7 @@ class OnRay:
             raise UsageError("--engine ray needs the extra `ray`: pip install 'brickyard[ray]'.") from None
         self.ray = ray
         if not ray.is_initialized():
-            ray.init(num_cpus=workers, include_dashboard=False, logging_level="error", log_to_driver=False)
+            ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Yield outcomes as jobs end; each worker process runs one job and is then replaced."""

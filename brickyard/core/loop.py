@@ -1,4 +1,4 @@
-"""The one training loop, on accelerate: step strategies, accumulation, schedules, exact checkpoint and resume, callbacks.
+"""The one training loop, on accelerate: step strategies, accumulation, schedules, exact resume, callbacks.
 
 Everything that decides an update is a pure function of (seed, step) or lies in the checkpoint, so an interrupted run
 that is resumed gives the same bits as one that was not (same machine, same thread count).
@@ -51,10 +51,17 @@ class Training:
 
     def __post_init__(self) -> None:
         checks = {
-            "lr": self.lr >= 0, "wd": self.wd >= 0, "epochs": self.epochs > 0 or self.steps > 0, "steps": self.steps >= 0,
-            "batch": self.batch >= 1, "accumulation": 1 <= self.accumulation <= self.batch, "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip >= 0, "patience": self.patience >= 0, "evaluate_every": self.evaluate_every >= 0,
-        }  # fmt: skip
+            "lr": self.lr >= 0,
+            "wd": self.wd >= 0,
+            "epochs": self.epochs > 0 or self.steps > 0,
+            "steps": self.steps >= 0,
+            "batch": self.batch >= 1,
+            "accumulation": 1 <= self.accumulation <= self.batch,
+            "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip >= 0,
+            "patience": self.patience >= 0,
+            "evaluate_every": self.evaluate_every >= 0,
+        }
         for name, ok in checks.items():
             if not ok:
                 raise UsageError(f"training {name}={getattr(self, name)!r} is out of range.")
@@ -155,7 +162,7 @@ class Backprop:
         return Order(lengths, training.batch, seed=training.seed, bucket=training.bucket)
 
     def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float:
-        """Return the mean loss of the batch (without the arm's regulariser). `batches` are (weight, micro-batch) pairs."""
+        """Return the batch's mean loss (without the arm's regulariser). `batches` are (weight, micro-batch) pairs."""
         total = 0.0
         for weight, inputs in batches:
             with autocast(state.accelerator, self.training.precision):

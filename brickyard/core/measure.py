@@ -36,11 +36,20 @@ from brickyard.core.errors import Refused
 Loss = Callable[[Tensor], Tensor]
 
 
-_DROPOUTS = frozenset({
-    torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
-    nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-    nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout,
-})  # fmt: skip
+_DROPOUTS = frozenset(
+    {
+        torch.dropout,
+        torch.alpha_dropout,
+        torch.feature_dropout,
+        torch.feature_alpha_dropout,
+        nn.functional.dropout,
+        nn.functional.dropout1d,
+        nn.functional.dropout2d,
+        nn.functional.dropout3d,
+        nn.functional.alpha_dropout,
+        nn.functional.feature_alpha_dropout,
+    }
+)
 
 
 class _NoDropout(TorchFunctionMode):

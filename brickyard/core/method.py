@@ -9,8 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FAMILIES = (
-    "tune", "optim", "private", "objective", "data", "merge", "route", "grow", "shrink", "audit", "serve", "distribute",
-)  # fmt: skip
+    "tune",
+    "optim",
+    "private",
+    "objective",
+    "data",
+    "merge",
+    "route",
+    "grow",
+    "shrink",
+    "audit",
+    "serve",
+    "distribute",
+)
 TASKS = ("text-classification", "pair-classification", "regression", "image-classification")
 
 

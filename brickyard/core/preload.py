@@ -11,6 +11,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import brickyard.core.trial
 
 __all__ = [
-    "AutoModelForSequenceClassification", "AutoTokenizer", "accelerate", "brickyard", "numpy", "peft", "scipy", "torch",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "accelerate",
+    "brickyard",
+    "numpy",
+    "peft",
+    "scipy",
+    "torch",
     "transformers",
-]  # fmt: skip
+]

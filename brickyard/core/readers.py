@@ -25,9 +25,15 @@ SPLITS = ("train", "validation", "test")
 FORMATS = ("parquet", "jsonl", "csv", "txt")
 COLUMNS = ("text", "text_pair", "image", "label", "prompt", "completion", "chosen", "rejected")
 _RENAMED = {
-    "training": "train", "tr": "train", "val": "validation", "valid": "validation", "dev": "validation",
-    "eval": "validation", "testing": "test", "tests": "test",
-}  # fmt: skip
+    "training": "train",
+    "tr": "train",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "testing": "test",
+    "tests": "test",
+}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
 
 

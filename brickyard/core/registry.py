@@ -77,7 +77,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def config(name: str, options: dict[str, Any]) -> Any:
-    """Build the method's Config from literal options; types are strict, `preset=NAME` sets the preset's options first."""
+    """Build the method's Config from literal options; types are strict, `preset=NAME` sets its options first."""
     from pydantic import ConfigDict, ValidationError, create_model
 
     check_options(name, options)

@@ -110,7 +110,8 @@ def _typed(value: Any, wanted: Wanted, where: str) -> Any:
     if type(value) is not wanted.kind:
         hint = ""
         if wanted.kind is str:
-            hint = f'; write it in quotes ("{str(value).lower() if isinstance(value, bool) else value}") if a word is meant'
+            word = str(value).lower() if isinstance(value, bool) else value
+            hint = f'; write it in quotes ("{word}") if a word is meant'
         elif wanted.kind in (int, float) and isinstance(value, str):
             hint = "; write it without quotes"
         raise UsageError(f"{where}={value!r} is a {type(value).__name__}; a {wanted.kind.__name__} was expected{hint}.")

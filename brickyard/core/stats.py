@@ -156,9 +156,13 @@ class _Variance:
         rest = min(self.rest, self.examples) / (examples * seeds)
         # df_seeds sums over arms of (seeds - 1): with g times as many seeds, at least g times as many.
         return _Variance(
-            math.ceil(self.n * examples), alone / examples + rest, self.beyond / seeds + rest, rest,
-            self.df_seeds * seeds, self.df_rest * examples * seeds,
-        )  # fmt: skip
+            math.ceil(self.n * examples),
+            alone / examples + rest,
+            self.beyond / seeds + rest,
+            rest,
+            self.df_seeds * seeds,
+            self.df_rest * examples * seeds,
+        )
 
 
 def _level(level: float) -> None:
@@ -403,9 +407,14 @@ def sign_flip(differences: ArrayLike, *, draws: int = 9999, seed: int = 0) -> fl
     if len(values) == 1:
         return 1.0  # both signs are equally far from 0
     found = permutation_test(
-        (values,), lambda x, axis: np.mean(x, axis=axis), permutation_type="samples", vectorized=True,
-        n_resamples=draws, batch=max(1, 10**7 // len(values)), rng=np.random.default_rng(seed),
-    )  # fmt: skip
+        (values,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=draws,
+        batch=max(1, 10**7 // len(values)),
+        rng=np.random.default_rng(seed),
+    )
     return float(found.pvalue)
 
 

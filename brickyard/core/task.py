@@ -74,8 +74,11 @@ def _confusion(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
 
 
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "accuracy": accuracy, "macro-f1": macro_f1, "matthews": matthews, "spearman": spearman,
-}  # fmt: skip
+    "accuracy": accuracy,
+    "macro-f1": macro_f1,
+    "matthews": matthews,
+    "spearman": spearman,
+}
 
 
 def metric_of(kind: str, metric: str | None = None) -> str:

@@ -17,7 +17,7 @@ from brickyard.core.task import Task
 
 
 class ArmCallback(TrainerCallback):
-    """Runs an arm's callbacks at Trainer's hook points; `after_step` is `on_optimizer_step`, gradients still present."""
+    """Runs an arm's callbacks at Trainer's hook points; `after_step` is `on_optimizer_step`, gradients still there."""
 
     def __init__(self, attached: Attached, task: Task, training: Training) -> None:
         self.hooks = Hooks(attached.callbacks)
@@ -51,7 +51,7 @@ class ArmCallback(TrainerCallback):
 
 
 class ArmTrainer(Trainer):
-    """`transformers.Trainer` for an attached arm: the task's loss, the arm's regulariser, parameter groups and hooks."""
+    """`transformers.Trainer` for an attached arm: the task's loss, the arm's regulariser, groups and hooks."""
 
     def __init__(self, attached: Attached, task: Task, *, args: TrainingArguments, **options: Any) -> None:
         self.attached, self.task_of_arm = attached, task

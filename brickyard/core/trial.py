@@ -105,7 +105,7 @@ def examples(ready: Prepared, attached: Attached) -> tuple[dict[str, Examples], 
             attention=ready.setting.attention,
             cache=ready.setting.cache,
             pool=getattr(attached.model.head, "frozen_pool", None),
-        )  # fmt: skip
+        )
         for name, rows in ready.encoded.items()
     }
     known = {
@@ -156,15 +156,29 @@ def tune(
     training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
     identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
     trained = train(
-        attached, sets["train"], sets.get("validation"), task, training, folder=folder / "checkpoints",
-        identity=identity, allow_change=allow_change, callbacks=callbacks, device=setting.device,
-    )  # fmt: skip
+        attached,
+        sets["train"],
+        sets.get("validation"),
+        task,
+        training,
+        folder=folder / "checkpoints",
+        identity=identity,
+        allow_change=allow_change,
+        callbacks=callbacks,
+        device=setting.device,
+    )
     proof = receipt(before, attached.model, attached, probe, base_logits)
     assert_effect(proof)
     result: dict[str, Any] = {
-        "arm": str(ready.plan.arm), "seed": setting.seed, "training": asdict(training),
-        "history": trained.history, "steps": trained.steps, "best_step": trained.best_step, "stopped": trained.stopped,
-        "receipt": proof, "retained": kept.after(attached.model) if kept else None,
+        "arm": str(ready.plan.arm),
+        "seed": setting.seed,
+        "training": asdict(training),
+        "history": trained.history,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "stopped": trained.stopped,
+        "receipt": proof,
+        "retained": kept.after(attached.model) if kept else None,
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
         "validation": _best(trained.history),
         "cost": {
@@ -172,7 +186,7 @@ def tune(
             "trainable_parameters": sum(p.numel() for p in attached.parameters()),
             **cost,
         },
-    }  # fmt: skip
+    }
     if evaluate is not None:
         logits = predict(attached.model, sets[evaluate], precision=training.precision)
         labels = sets[evaluate].labels.numpy()
@@ -180,9 +194,13 @@ def tune(
         write_answers(folder / "answers.parquet", task, logits, labels)
     about = {
         "data": {"name": ready.data.name, "fingerprint": ready.data.fingerprint, "rows": len(sets["train"])},
-        "training": asdict(training), "max_length": setting.max_length, "environment": measure.environment(),
-        "receipt": proof, "scores": {k: result[k] for k in ("score", "validation") if k in result}, "parents": [],
-    }  # fmt: skip
+        "training": asdict(training),
+        "max_length": setting.max_length,
+        "environment": measure.environment(),
+        "receipt": proof,
+        "scores": {k: result[k] for k in ("score", "validation") if k in result},
+        "parents": [],
+    }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
     return result
@@ -215,8 +233,11 @@ def write_answers(path: Path, task: Task, logits: np.ndarray, labels: np.ndarray
     """Write one row per example in the order of the data: index, label, prediction, loss and, for classes, logits."""
     losses = task.losses(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
     columns: dict[str, Any] = {
-        "index": np.arange(len(labels)), "label": labels, "prediction": task.predict(logits), "loss": losses,
-    }  # fmt: skip
+        "index": np.arange(len(labels)),
+        "label": labels,
+        "prediction": task.predict(logits),
+        "loss": losses,
+    }
     if task.labels is not None:
         columns["logits"] = pa.array(list(logits))
     temporary = path.with_name(path.name + ".tmp")

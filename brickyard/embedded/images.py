@@ -34,8 +34,19 @@ SIDE = 32
 NOT_APPLICABLE = -1  # label of a factor that an image does not show
 
 SHAPES = (
-    "disc", "square", "triangle", "rhombus", "cross", "ring", "star", "crescent", "bar", "ell", "frame", "arc",
-)  # fmt: skip
+    "disc",
+    "square",
+    "triangle",
+    "rhombus",
+    "cross",
+    "ring",
+    "star",
+    "crescent",
+    "bar",
+    "ell",
+    "frame",
+    "arc",
+)
 TEXTURES = ("plain", "stripes", "checks", "dots", "rings", "ramp", "grain", "waves")
 BACKDROPS = ("flat", "ramp", "clouds", "leaves", "weave")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")

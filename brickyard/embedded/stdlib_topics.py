@@ -202,9 +202,7 @@ def _capped(topics: dict[str, list[str]]) -> dict[str, list]:
     limit = max(len(texts) for texts in topics.values())
     while limit > LARGEST_CLASS * sum(min(len(texts), limit) for texts in topics.values()):
         limit -= 1
-    rows = [
-        (text, topic) for topic, texts in topics.items() for text in sorted(texts, key=_shuffled)[:limit]
-    ]  # fmt: skip
+    rows = [(text, topic) for topic, texts in topics.items() for text in sorted(texts, key=_shuffled)[:limit]]
     rows.sort(key=lambda row: _shuffled(row[0]))
     return {"text": [text for text, _ in rows], "label": [topic for _, topic in rows]}
 

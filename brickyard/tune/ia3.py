@@ -55,10 +55,7 @@ class Config:
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     """Put IA3 vectors on the target layers of `model`."""
     matched = targets(model, config.target)
-    inputs = (
-        {name for found in targets(model, config.feedforward).values() for name in found}
-        if config.feedforward
-        else set()
-    )
+    fed = targets(model, config.feedforward) if config.feedforward else {}
+    inputs = {name for found in fed.values() for name in found}
     known = {name for found in matched.values() for name in found}
-    return attach_peft(model, peft.IA3Config(feedforward_modules=inputs & known, task_type=None), matched)
+    return attach_peft(model, peft.IA3Config(feedforward_modules=sorted(inputs & known), task_type=None), matched)

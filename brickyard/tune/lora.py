@@ -29,7 +29,7 @@ RECORD = Record(
     training={"lr": 1e-3},
     claims=(
         Claim(
-            text="LoRA r=8 on query and value comes within 2 points of full fine-tuning with under 2 % of its parameters.",
+            text="LoRA r=8 on query and value comes within 2 points of full tuning with under 2 % of its parameters.",
             inequality="lora >= full - 2.0",
             arms={"lora": "lora", "full": "full", "probe": "linear-probe"},
             control={

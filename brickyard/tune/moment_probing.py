@@ -402,9 +402,19 @@ class MomentProbeClassifier:
     """
 
     def __init__(
-        self, *, p: int = 128, h: int = 4, pairs: Pairs = "near", center: Center = "channel", pooled: Pooled = "mean",
-        lr: float = 2e-3, wd: float = 0.05, epochs: int = 10, batch: int = 32, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        p: int = 128,
+        h: int = 4,
+        pairs: Pairs = "near",
+        center: Center = "channel",
+        pooled: Pooled = "mean",
+        lr: float = 2e-3,
+        wd: float = 0.05,
+        epochs: int = 10,
+        batch: int = 32,
+        seed: int = 0,
+    ) -> None:
         self.config = Config(p=p, h=h, pairs=pairs, center=center, pooled=pooled)
         self.lr, self.wd, self.epochs, self.batch, self.seed = lr, wd, epochs, batch, seed
 

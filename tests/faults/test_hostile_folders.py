@@ -142,9 +142,18 @@ def test_shards_open(sharded):
 
 @pytest.mark.parametrize(
     "to",
-    ["../part1.safetensors", "/etc/passwd", "sub/../../part1.safetensors", "link.safetensors", "part1.safetensors\0",
-     "missing.safetensors", "pytorch_model.bin", "", "pipe"],
-)  # fmt: skip
+    [
+        "../part1.safetensors",
+        "/etc/passwd",
+        "sub/../../part1.safetensors",
+        "link.safetensors",
+        "part1.safetensors\0",
+        "missing.safetensors",
+        "pytorch_model.bin",
+        "",
+        "pipe",
+    ],
+)
 def test_an_index_names_only_plain_files_of_its_folder(sharded, to):
     shutil.copy(sharded / "part1.safetensors", sharded.parent / "part1.safetensors")
     (sharded / "link.safetensors").symlink_to(sharded.parent / "part1.safetensors")
@@ -201,20 +210,38 @@ junk = st.recursive(
 )
 
 STRIPPED: dict[str, dict[str, Any]] = {
-    "auto_map": {"auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel",
-                              "AutoModelForSequenceClassification": "evil.EvilModel"}},
+    "auto_map": {
+        "auto_map": {
+            "AutoConfig": "evil.EvilConfig",
+            "AutoModel": "evil.EvilModel",
+            "AutoModelForSequenceClassification": "evil.EvilModel",
+        }
+    },
     "auto_map of a repository": {"auto_map": {"AutoConfig": "evil/repo--evil.C", "AutoModel": "evil/repo--evil.M"}},
     "trust_remote_code": {"trust_remote_code": True, "auto_map": {"AutoModel": "evil.EvilModel"}},
-    "attention from the hub": {"_attn_implementation_internal": "evil/kernel", "_attn_implementation": "evil/kernel",
-                               "attn_implementation": "evil/kernel", "_experts_implementation_internal": "evil/kernel"},
-    "other repositories": {"_name_or_path": "evil/repo", "name_or_path": "evil/repo",
-                           "base_model_name_or_path": "evil/repo"},
+    "attention from the hub": {
+        "_attn_implementation_internal": "evil/kernel",
+        "_attn_implementation": "evil/kernel",
+        "attn_implementation": "evil/kernel",
+        "_experts_implementation_internal": "evil/kernel",
+    },
+    "other repositories": {
+        "_name_or_path": "evil/repo",
+        "name_or_path": "evil/repo",
+        "base_model_name_or_path": "evil/repo",
+    },
     "weights elsewhere": {"transformers_weights": "../../evil.safetensors", "revision": "evil", "subfolder": "evil"},
     "pipelines": {"custom_pipelines": {"evil": {"impl": "evil.Pipe"}}, "custom_generate": "evil/repo"},
-    "devices and kernels": {"device_map": "auto", "use_kernels": True, "kernel_config": {"x": "evil/kernel"},
-                            "distributed_config": {"x": 1}, "fusion_config": {"x": "evil"}, "dtype": "load"},
+    "devices and kernels": {
+        "device_map": "auto",
+        "use_kernels": True,
+        "kernel_config": {"x": "evil/kernel"},
+        "distributed_config": {"x": 1},
+        "fusion_config": {"x": "evil"},
+        "dtype": "load",
+    },
     "nested": {"task_specific_params": {"x": {"auto_map": {"AutoModel": "evil.M"}, "_name_or_path": "evil/repo"}}},
-}  # fmt: skip
+}
 
 
 def plain_dict(config: Any) -> str:
@@ -242,10 +269,15 @@ def test_a_tokenizers_configuration_cannot_choose_code_or_files(base, name):
     (base / name).touch()
     known = json.loads((base / name).read_text() or "{}")
     hostile = {
-        "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}, "trust_remote_code": True,
-        "vocab_file": "/etc/passwd", "merges_file": "/etc/passwd", "tokenizer_file": "/etc/passwd",
-        "fast_tokenizer_files": ["../evil.json"], "name_or_path": "evil/repo", "init_inputs": ["/etc/passwd"],
-    }  # fmt: skip
+        "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]},
+        "trust_remote_code": True,
+        "vocab_file": "/etc/passwd",
+        "merges_file": "/etc/passwd",
+        "tokenizer_file": "/etc/passwd",
+        "fast_tokenizer_files": ["../evil.json"],
+        "name_or_path": "evil/repo",
+        "init_inputs": ["/etc/passwd"],
+    }
     (base / name).write_text(json.dumps({**known, **hostile}))
     tokenizer = open_base(str(base)).tokenizer
     assert tokenizer(["good film"])["input_ids"] == expected
@@ -301,12 +333,32 @@ def test_a_configuration_that_makes_no_sense_is_refused(base, change, raised, me
 
 
 @settings(derandomize=True, max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(change=st.dictionaries(
-    st.sampled_from(["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "hidden_act",
-                     "hidden_dropout_prob", "layer_norm_eps", "max_position_embeddings", "vocab_size", "pad_token_id",
-                     "type_vocab_size", "architectures", "is_decoder", "model_type", "id2label"]),
-    st.one_of(junk, st.sampled_from([0, 1, 2, 10**6, "llama", "gelu", math.inf])), min_size=1, max_size=2,
-))  # fmt: skip
+@given(
+    change=st.dictionaries(
+        st.sampled_from(
+            [
+                "hidden_size",
+                "num_attention_heads",
+                "num_hidden_layers",
+                "intermediate_size",
+                "hidden_act",
+                "hidden_dropout_prob",
+                "layer_norm_eps",
+                "max_position_embeddings",
+                "vocab_size",
+                "pad_token_id",
+                "type_vocab_size",
+                "architectures",
+                "is_decoder",
+                "model_type",
+                "id2label",
+            ]
+        ),
+        st.one_of(junk, st.sampled_from([0, 1, 2, 10**6, "llama", "gelu", math.inf])),
+        min_size=1,
+        max_size=2,
+    )
+)
 def test_any_configuration_opens_or_is_refused_with_a_reason(text_base, tmp_path, change):
     folder = Path(shutil.copytree(text_base, tmp_path / "base", dirs_exist_ok=True))
     edit(folder / "config.json", **change)
@@ -318,9 +370,12 @@ def test_any_configuration_opens_or_is_refused_with_a_reason(text_base, tmp_path
 
 @pytest.mark.parametrize(
     ("remove", "message"),
-    [("config.json", "has no config.json"), ("model.safetensors", r"neither model\.safetensors nor"),
-     ("tokenizer.json", "no usable tokenizer")],
-)  # fmt: skip
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", r"neither model\.safetensors nor"),
+        ("tokenizer.json", "no usable tokenizer"),
+    ],
+)
 def test_a_missing_file_is_named(base, remove, message):
     (base / remove).unlink()
     (base / "other.safetensors").touch()

@@ -45,13 +45,21 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
     "number of 10,000 digits": (b'{"a": ' + b"9" * 10_000 + b"}", DATA, None, "not JSON"),
     "duplicate tensor": (
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        DATA, None, "'a' is given twice",
+        DATA,
+        None,
+        "'a' is given twice",
     ),
     "duplicate field": (
-        b'{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}', DATA, None, "'shape' is given twice",
+        b'{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}',
+        DATA,
+        None,
+        "'shape' is given twice",
     ),
     "duplicate metadata": (
-        b'{"__metadata__":{"k":"1","k":"2"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', DATA, None, "'k'",
+        b'{"__metadata__":{"k":"1","k":"2"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        DATA,
+        None,
+        "'k'",
     ),
     "metadata of numbers": ({"__metadata__": {"k": 1}, "a": entry()}, DATA, None, "__metadata__"),
     "NUL in a name": ({"a\0b": entry()}, DATA, None, "unprintable"),
@@ -83,7 +91,7 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
     "hole at the start": ({"a": entry(offsets=[4, 12])}, bytes(12), None, "leaves a hole after the header"),
     "truncated data": ({"a": entry()}, bytes(5), None, "truncated"),
     "extended tail": ({"a": entry()}, bytes(9), None, "1 bytes follow the last tensor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
