@@ -17,7 +17,7 @@ demo: setup
 	$(VENV)/bin/brickyard compare --data embedded:stdlib-topics --methods moment-probing lora --minutes 5 --seeds 3 --out runs/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 lint: setup
 	$(VENV)/bin/ruff check brickyard tests benchmarks scripts

@@ -223,12 +223,12 @@ def _model(
 def _own(base: Base) -> Any:
     """Open a base with the classification head that its checkpoint holds; BadBase when it holds none."""
     labels = int(getattr(base.config, "num_labels", 0) or 0)
-    architecture = (base.config.architectures or [""])[0]
+    architecture = next(iter(base.config.architectures or []), "")
     if "Classification" not in architecture:
         raise BadBase(
             f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first."
         )
-    names = tuple(str(base.config.id2label[i]) for i in range(labels)) if labels > 1 else None
+    names = tuple(str(name) for _, name in sorted((base.config.id2label or {}).items())) if labels > 1 else None
     kind = "image-classification" if base.input == "image" else ("text-classification" if names else "regression")
     return base.model(
         Task(kind=kind, metric="accuracy" if names else "spearman", labels=names, width=labels, input=base.input),

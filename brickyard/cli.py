@@ -181,7 +181,7 @@ def _check(p: Parser) -> None:
     p.add_argument("--base", help="default: the claim's own")
     p.add_argument("--data", help="default: the claim's own (embedded)")
     p.add_argument("--full", action="store_true", help="all arms and seeds of the paper's check")
-    p.add_argument("--out", metavar="DIR", help="where results are written (default: the package's claims/results)")
+    p.add_argument("--out", metavar="DIR", help="where results are written (default: claims/results)")
     p.add_argument("--json", action="store_true")
 
 
@@ -255,7 +255,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             + (f"; did you mean {' or '.join(near)}?" if near else f". See: {parser.prog} --help")
         )
     args.verb = verb
+    _check_arms([*(getattr(args, "methods", None) or ()), *([args.arm] if "arm" in args else ())])
     return args
+
+
+def _check_arms(texts: Sequence[str]) -> None:
+    """Refuse unknown methods and options at once: importing torch to say so would take seconds."""
+    from brickyard.core import arm, registry
+
+    for text in texts:
+        for piece in arm.parse(text).pieces:
+            registry.check_options(piece.name, piece.options)
 
 
 def _own_options(parser: Parser, rest: list[str]) -> list[str]:

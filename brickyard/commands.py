@@ -26,9 +26,9 @@ def _print_json(value: Any) -> None:
 
 
 def _data(args: argparse.Namespace, default: str | None = None) -> str:
-    if args.data is None and default is None:
-        raise UsageError(f"--data is missing; {EXAMPLE}.")
-    return args.data or default
+    if given := args.data or default:
+        return given
+    raise UsageError(f"--data is missing; {EXAMPLE}.")
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:

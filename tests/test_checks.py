@@ -78,15 +78,15 @@ def test_a_claim_is_measured_with_its_gate_and_control(
     claim = Claim(
         text="learning beats not learning",
         inequality="lora > majority + 5.0",
-        arms={"lora": "lora:r=4,lr=1e-2,batch=16,target=all-linear"},
+        arms={"lora": "lora:r=8,lr=5e-3,batch=8,target=all-linear"},
         control={
             "what": "shuffled labels",
-            "arm": "lora:r=4,lr=1e-2,batch=16,target=all-linear",
+            "arm": "lora:r=8,lr=5e-3,batch=8,target=all-linear",
             "labels": "shuffled",
             "inequality": "lora > control + 5.0",
         },
         gate="lora > majority + 1.0",
-        epochs=10,
+        epochs=12,
         seeds=3,
     )
     found = check(monkeypatch, tmp_path, text_base, claim)["claims"][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from brickyard.compare.ledger import Ledger
 from brickyard.compare.plan import Request
 from brickyard.compare.results import slug
 from brickyard.core.arm import parse
-from brickyard.core.errors import Changed, Locked, UsageError
+from brickyard.core.errors import BadData, Changed, Locked, UsageError
 from brickyard.core.files import Lock
 
 TRAINING = {"epochs": 4, "precision": "float32", "batch": 16}
@@ -92,6 +93,7 @@ def test_result_has_the_schema_and_agrees_with_the_stored_answers(finished: tupl
             per_seed.append(np.mean(answers["label"].to_numpy() == answers["prediction"].to_numpy()))
         np.testing.assert_allclose(per_seed, row["score"]["per_seed"])
     assert rows["lora:lr=0.01,r=4"]["seeds"] == [1, 2] and rows["lora:lr=0.01,r=4 (2)"]["seeds"] == [1001, 1002]
+    assert stored["budget"]["search_seconds"] > 0 and rows["majority"]["cost"]["step_ms"] is None
     assert len(stored["pairs"]) == 10 and stored["verdict"]["sentence"]
     assert stored["confusion"]["arm"] == stored["verdict"]["recommended"]
     assert stored["without_overlap"]["removed"] == 2
@@ -106,7 +108,7 @@ def test_report_bricks_and_plan_are_there(finished: tuple[dict[str, Any], Path])
             assert brickyard.load(folder / row["brick"]).apply().model is not None
     assert not list(folder.glob("trials/*/brick")), "only the best brick of an arm is kept"
     plan = json.loads((folder / "plan.json").read_text())
-    assert plan["threads"] == 1 and [len(arm["settings"]) for arm in plan["arms"]] == [2, 2, 2, 2, 2]
+    assert plan["threads"] == 1 and [len(arm["settings"]) for arm in plan["arms"]] == [1, 1, 2, 2, 2]
 
 
 def test_the_ledger_is_rebuilt_from_the_folder(finished: tuple[dict[str, Any], Path]) -> None:
@@ -139,6 +141,28 @@ def test_another_request_in_the_same_folder_is_refused_with_the_differences(
     asked = json.loads((folder / "plan.json").read_text())["identity"]["request"]
     with pytest.raises(Changed, match=r"request\.seeds: was 2, now 3.*--allow-change request\.seeds"):
         brickyard.compare(out=folder, **{**asked, "seeds": 3})
+
+
+def test_too_few_test_rows_are_refused_before_anything_runs(text_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="19 test rows, too few"):
+        brickyard.compare(out=tmp_path / "run", **request(text_base, text_data(40, 19)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_that_failed_gets_another_try(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    result, folder = finished
+    copy = shutil.copytree(folder, tmp_path / "run")
+    plan = json.loads((copy / "plan.json").read_text())
+    for name in ("probes", "predicted_seconds"):
+        del plan[name]["linear-probe"]
+    plan["failed"]["linear-probe"] = {"status": "failed", "reason": "killed by the system"}
+    (copy / "plan.json").write_text(json.dumps(plan))
+    choices = json.loads((copy / "choices.json").read_text())
+    del choices["linear-probe"]
+    (copy / "choices.json").write_text(json.dumps(choices))
+    again = brickyard.compare(out=copy, **plan["identity"]["request"])
+    scores = [{row["arm"]: row["score"] for row in run["methods"]} for run in (result, again)]
+    assert scores[0]["linear-probe"] is not None and scores[0] == scores[1]
 
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path, text_base: Path) -> None:

@@ -129,7 +129,8 @@ def test_ray_gives_the_same_answers() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
-        runtime_env={"working_dir": None},
+        # A worker imports the functions of this file by name.
+        runtime_env={"env_vars": {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}},
     )
     try:
         ended = {o.key: o for o in engine("ray", 2).run([job("fine"), job("refuse"), job("die")])}

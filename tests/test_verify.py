@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,11 @@ from brickyard.core.errors import BadBase, BadBrick, UnsafeFile
 from brickyard.core.task import Task
 from brickyard.core.verify import PROBE_TEXTS, verify
 
-WIDTH = 32
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = sorted({word for text in PROBE_TEXTS for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text)})
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    """The libraries' own notices, raised while the test builds its models, are not under test."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(level)
+pytestmark = pytest.mark.usefixtures("quiet_libraries")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -59,23 +49,29 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def write_input(folder: Path, kind: str) -> Path:
+    if kind == "vit":
+        transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    else:
+        write_tokenizer(folder)
+    return folder
+
+
 def write_base(folder: Path, kind: str, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
         if kind == "vit":
             config = transformers.ViTConfig(**shape, image_size=16, patch_size=8, initializer_range=0.2)
             transformers.ViTModel(config).save_pretrained(folder)
-            transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-            return folder
+            return write_input(folder, kind)
         text = {**shape, "vocab_size": len(WORDS) + 4, "max_position_embeddings": 64, "initializer_range": 0.2}
         if kind == "bert":
             transformers.BertModel(transformers.BertConfig(**text)).save_pretrained(folder)
         else:
             config = transformers.LlamaConfig(**text, num_key_value_heads=2, eos_token_id=3, bos_token_id=2)
             transformers.LlamaForCausalLM(config).save_pretrained(folder)
-        write_tokenizer(folder)
-    return folder
+    return write_input(folder, kind)
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +145,7 @@ def unknown(result: dict[str, Any]) -> dict[str, str]:
 def write_merged(model: peft.PeftModel, folder: Path, kind: str = "bert", dtype: torch.dtype | None = None) -> Path:
     merged = model.merge_and_unload()
     (merged.to(dtype) if dtype else merged).save_pretrained(folder)
-    if kind == "vit":
-        transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    else:
-        write_tokenizer(folder)
-    return folder
+    return write_input(folder, kind)
 
 
 KINDS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -93,7 +94,13 @@ class Ledger:
             ),
         )
 
-    def forget_brick(self, key: str) -> None:
-        """Delete the brick and the checkpoints of a trial whose numbers are kept."""
+    def seconds(self, role: str) -> float:
+        """Sum the seconds of all finished trials of a role, "search" or "final"."""
+        with contextlib.closing(self._open()) as connection:
+            return connection.execute("select total(seconds) from trials where role = ?", (role,)).fetchone()[0]
+
+    def forget_bricks(self) -> None:
+        """Delete the bricks and checkpoints of all trials; their numbers and answers are kept."""
         for name in ("brick", "checkpoints"):
-            shutil.rmtree(self.trial(key) / name, ignore_errors=True)
+            for folder in (self.folder / "trials").glob(f"*/{name}"):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -222,7 +222,8 @@ def shorten(request: Request, probes: Mapping[str, Mapping[str, Any]], workers: 
         need = total(0.1, 1) / 60
         raise UsageError(
             f"--minutes {request.minutes:g} is too short: a tenth of the training with one setting and "
-            f"{request.seeds} seeds takes about {need:.1f} minutes here. Give more minutes, fewer methods or fewer seeds."
+            f"{request.seeds} seeds takes about {need:.1f} minutes here. "
+            "Give more minutes, fewer methods or fewer seeds."
         )
     said = (
         f"{request.minutes:g} minutes: {100 * share:.0f} % of the full training, {trials} of {request.trials} settings"

@@ -13,6 +13,7 @@ from brickyard.compare.verdict import pairs_table, verdict
 from brickyard.core.arm import parse
 from brickyard.core.base import Base
 from brickyard.core.data import Data
+from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.stats import interval
 from brickyard.core.task import Task
 
@@ -20,7 +21,14 @@ COSTS = ("trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step
 
 
 def assemble(
-    entries: Sequence[dict[str, Any]], plan: dict[str, Any], data: Data, base: Base, task: Task, command: str
+    entries: Sequence[dict[str, Any]],
+    plan: dict[str, Any],
+    data: Data,
+    base: Base,
+    task: Task,
+    command: str,
+    *,
+    search_seconds: float,
 ) -> dict[str, Any]:
     """Build result.json. `entries` are the rows of one run (see `run._Run.rows`), with answers where they are done."""
     labels = next((e["answers"][0]["label"] for e in entries if e["status"] == "done"), np.empty(0))
@@ -46,7 +54,7 @@ def assemble(
             "threads": plan["threads"],
             "workers": plan["workers"],
             "predicted_seconds": sum(plan["predicted_seconds"].values()),
-            "search_seconds": None,
+            "search_seconds": search_seconds,
             "allowed_changes": plan.get("allowed_changes", []),
         },
         "data": {
@@ -84,7 +92,7 @@ def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.nd
         "cost": {},
     }
     if "probe" in entry:
-        row["cost"] = {k: entry["probe"][k] for k in COSTS}
+        row["cost"] = {k: entry["probe"][k] for k in COSTS} | {"how": entry["probe"]["how"]}
     if entry["status"] != "done":
         return row
     found = interval(labels, answers[entry["name"]], task.metric)
@@ -155,7 +163,8 @@ def _majority(data: Data, labels: np.ndarray, task: Task, answers: dict[str, np.
         },
         "retained": None,
         "receipt": None,
-        "cost": {**dict.fromkeys(COSTS, 0), "train_seconds": 0.0, "brick_bytes": 0},
+        # It has no step, so memory and time of one are unknown, not zero.
+        "cost": {**dict.fromkeys(COSTS), "trainable_parameters": 0, "train_seconds": 0.0, "brick_bytes": 0},
     }
 
 
@@ -170,6 +179,9 @@ def _without_overlap(
     if not len(data.test_overlap) or not data.test_overlap.any() or not len(labels):
         return None
     keep = ~data.test_overlap
+    if keep.sum() < MINIMUM_EXAMPLES:
+        told = f"only {keep.sum()} rows remain, too few to judge ({MINIMUM_EXAMPLES} are needed)."
+        return {"rows": int(keep.sum()), "removed": int((~keep).sum()), "sentence": told, "verdict": None, "pairs": []}
     left = {name: a[:, keep] for name, a in answers.items()}
     rows = []
     for method in methods:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +23,9 @@ from brickyard.core.base import open_base
 from brickyard.core.build import resolve
 from brickyard.core.checkpoint import same_or_refuse
 from brickyard.core.data import read_data
-from brickyard.core.errors import Refused
+from brickyard.core.errors import BadData, Refused
 from brickyard.core.files import Lock, write_json
+from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.jobs import Engine, Job, Outcome, engine
 from brickyard.core.task import task_of
 
@@ -58,6 +59,11 @@ def compare(
         allow_overlap=request.allow_overlap,
     )
     task = task_of(data, kind=request.task, metric=request.metric)
+    if len(data.splits["test"]) < MINIMUM_EXAMPLES:
+        raise BadData(
+            f"{data.name} has {len(data.splits['test'])} test rows, too few to tell methods apart; "
+            f"expected at least {MINIMUM_EXAMPLES}. Move rows from train to test."
+        )
     base = open_base(request.base, trust_remote_code=request.trust_remote_code)
     folder = out or planning.default_folder(request, data.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +81,8 @@ def compare(
         listen({"event": "plan", "plan": plan, "folder": str(folder), "data": data, "base": base, "task": task})
         run.search(plan)
         run.final(plan)
-        result = assemble(run.rows(plan), plan, data, base, task, command)
+        searched = run.ledger.seconds("search")
+        result = assemble(run.rows(plan), plan, data, base, task, command, search_seconds=searched)
         run.keep_best(result)
         write_json(folder / "result.json", result)
         listen({"event": "done", "result": result})
@@ -104,20 +111,17 @@ class _Run:
             except Refused as error:
                 self.refused[arm.name] = str(error)
 
-    def _jobs_alone(self) -> Iterator[Job]:
-        for arm in self.arms:
-            if arm.name not in self.refused:
-                argument = {"setting": self.request.setting(arm.arm, 0, **arm.changes)}
-                yield Job(
-                    key=arm.name,
-                    function="brickyard.core.trial:probe",
-                    argument=argument,
-                    threads=self.request.threads,
-                    seconds=600,
-                    memory=self.request.memory,
-                    log=str(self.folder / "probe.log"),
-                    alone=True,
-                )
+    def _probe_of(self, arm: Contestant, key: str) -> Job:
+        return Job(
+            key=key,
+            function="brickyard.core.trial:probe",
+            argument={"setting": self.request.setting(arm.arm, 0, **arm.changes)},
+            threads=self.request.threads,
+            seconds=600,
+            memory=self.request.memory,
+            log=str(self.folder / "probe.log"),
+            alone=True,
+        )
 
     def fix_plan(self, identity: dict[str, Any], allow_change: Sequence[str]) -> dict[str, Any]:
         """Return the stored plan if there is one (refusing other requests), else probe, decide and store it."""
@@ -128,35 +132,12 @@ class _Run:
             if allowed:
                 plan.setdefault("allowed_changes", []).append({"at": _now(), "changes": allowed})
                 write_json(path, plan)
-            return plan
-        probes: dict[str, Any] = {}
-        failed: dict[str, dict[str, str]] = {}
-        same: dict[str, str] = {}
-        wanted = []
-        for job in self._jobs_alone():
-            # The copy in an A/A comparison costs what its twin costs.
-            twin = same.setdefault(json.dumps(job.argument, sort_keys=True), job.key)
-            if twin == job.key:
-                wanted.append(job)
-        self.listen({"event": "probe", "arms": len(wanted)})
-        for outcome in self.engine.run(wanted):
-            if outcome.status == "done":
-                probes[outcome.key] = outcome.value
-            else:
-                failed[outcome.key] = {"status": outcome.status, "reason": outcome.reason}
-        for arm in self.arms:
-            if arm.name not in probes and arm.name not in failed and arm.name not in self.refused:
-                twin = next(a.name for a in self.arms if a.arm == arm.arm)
-                source = probes if twin in probes else failed
-                source[arm.name] = source[twin]
+            return self._probe_again(plan, path)
+        probes, failed = self._probe([arm for arm in self.arms if arm.name not in self.refused])
         share, trials = 1.0, self.request.trials
         sentence = f"full training, up to {trials} settings an arm"
         if self.request.minutes is not None and probes:
             share, trials, sentence = planning.shorten(self.request, probes, self.workers)
-        seconds = {
-            name: planning.predict_seconds(p, share, self.workers, self.request.seeds, trials, self.request.search)
-            for name, p in probes.items()
-        }
         plan = {
             "identity": identity,
             "created": _now(),
@@ -167,7 +148,7 @@ class _Run:
             "threads": self.request.threads,
             "workers": self.workers,
             "sentence": sentence,
-            "predicted_seconds": seconds,
+            "predicted_seconds": self._predicted(probes, share, trials),
             "probes": probes,
             "failed": failed,
             "refused": self.refused,
@@ -186,6 +167,42 @@ class _Run:
         }
         write_json(path, plan)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def _probe(self, arms: Sequence[Contestant]) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+        """Probe the arms one at a time; return what was measured and, of the others, status and reason."""
+        probes: dict[str, Any] = {}
+        failed: dict[str, dict[str, str]] = {}
+        jobs: dict[str, Job] = {}
+        # The copy in an A/A comparison costs what its twin costs.
+        twin = {arm.name: str((arm.arm, sorted(arm.changes.items()))) for arm in arms}
+        for arm in arms:
+            jobs.setdefault(twin[arm.name], self._probe_of(arm, key=twin[arm.name]))
+        self.listen({"event": "probe", "arms": len(jobs)})
+        ended = {outcome.key: outcome for outcome in self.engine.run(list(jobs.values()))}
+        for name, key in twin.items():
+            if ended[key].status == "done":
+                probes[name] = ended[key].value
+            else:
+                failed[name] = {"status": ended[key].status, "reason": ended[key].reason}
+        return probes, failed
+
+    def _probe_again(self, plan: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Give arms whose probe crashed or ran out of time another try; what was planned for the others stays."""
+        again = [arm for arm in self.arms if plan["failed"].get(arm.name, {}).get("status") == "failed"]
+        if again:
+            probes, failed = self._probe(again)
+            plan["probes"] |= probes
+            plan["failed"] = {k: v for k, v in plan["failed"].items() if k not in probes} | failed
+            plan["predicted_seconds"] |= self._predicted(probes, plan["share"], plan["trials"])
+            write_json(path, plan)
+        return plan
+
+    def _predicted(self, probes: dict[str, Any], share: float, trials: int) -> dict[str, float]:
+        request = self.request
+        return {
+            name: planning.predict_seconds(p, share, self.workers, request.seeds, trials, request.search)
+            for name, p in probes.items()
+        }
 
     def _argument(
         self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, share: float
@@ -259,14 +276,14 @@ class _Run:
     def search(self, plan: dict[str, Any]) -> None:
         """Choose a setting for each arm on validation with seed 0; write choices.json."""
         path = self.folder / "choices.json"
-        if path.is_file():
-            return
+        chosen = self.choices() if path.is_file() else {}
+        arms = [arm for arm in self._able(plan) if arm["name"] not in chosen]
         shares = planning.RUNGS if plan["search"] == "halving" else (1.0,)
-        alive = {arm["name"]: list(range(len(arm["settings"]))) for arm in self._able(plan)}
+        alive = {arm["name"]: list(range(len(arm["settings"]))) for arm in arms}
         scores: dict[str, dict[str, Any]] = {name: {} for name in alive}
         for share in shares:
             wanted, places = [], []
-            for arm in self._able(plan):
+            for arm in arms:
                 if len(alive[arm["name"]]) > 1:
                     for i in alive[arm["name"]]:
                         wanted.append(
@@ -288,11 +305,11 @@ class _Run:
                     # A stable sort, so that equal scores keep the earlier setting: the default stands first.
                     best = sorted(left, key=lambda i, n=name: -_or_low(scores[n][str(i)]["validation"]))
                     alive[name] = best[: max(1, -(-len(best) // planning.KEEP))] if share != shares[-1] else best[:1]
-        chosen = {
-            arm["name"]: {"setting": arm["settings"][alive[arm["name"]][0]], "tried": scores[arm["name"]]}
-            for arm in self._able(plan)
-        }
-        write_json(path, chosen)
+        for arm in arms:
+            best = alive[arm["name"]][0]
+            chosen[arm["name"]] = {"setting": arm["settings"][best], "tried": scores[arm["name"]]}
+        if arms or not path.is_file():
+            write_json(path, chosen)
 
     def choices(self) -> dict[str, Any]:
         """Return what the search chose."""
@@ -351,7 +368,7 @@ class _Run:
         return out
 
     def keep_best(self, result: dict[str, Any]) -> None:
-        """Move the best seed's brick (by validation) of each arm to bricks/, and drop the others."""
+        """Move the best seed's brick (by validation) of each arm to bricks/, and drop all others."""
         plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         kept = {row["arm"]: row for row in result["methods"]}
         for entry in self.rows(plan):
@@ -369,7 +386,7 @@ class _Run:
             answers.mkdir(parents=True, exist_ok=True)
             for key, row in zip(entry["keys"], entry["trials"], strict=True):
                 shutil.copyfile(self.ledger.trial(key) / "answers.parquet", answers / f"seed{row['seed']}.parquet")
-                self.ledger.forget_brick(key)
+        self.ledger.forget_bricks()
 
 
 def _answers(path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from brickyard.core.data import Split
 from brickyard.core.errors import BadBase, BadData, UsageError
 from brickyard.core.task import Task
 
+if TYPE_CHECKING:
+    from brickyard.core.base import Base
+
 IGNORED = -100  # label of unlabelled rows: the index that torch's cross entropy skips
 MEGABATCH = 50  # batches among which rows are sorted by length
 PIXEL_LIMIT = 64_000_000  # of one image
@@ -32,19 +35,6 @@ CACHED_BYTES = 2**30  # of decoded images; beyond it they are decoded batch by b
 _CHUNK = 2048  # rows given to the tokenizer or image processor at once
 # Only formats whose decoders run inside Pillow: others start programs of the system.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-
-
-class _Base(Protocol):
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def processor(self) -> Any: ...
-    @property
-    def config(self) -> Any: ...
-    @property
-    def context(self) -> int | None: ...
-    @property
-    def input(self) -> str: ...
 
 
 class Encoded(ABC):
@@ -203,7 +193,7 @@ class EncodedImages(Encoded):
         return digest.hexdigest()
 
 
-def encode(split: Split, base: _Base, task: Task, *, max_length: int | None = None, multiple: int = 1) -> Encoded:
+def encode(split: Split, base: Base, task: Task, *, max_length: int | None = None, multiple: int = 1) -> Encoded:
     """Tokenise (or decode and resize) a split once.
 
     Args:
@@ -233,7 +223,7 @@ def encode(split: Split, base: _Base, task: Task, *, max_length: int | None = No
 
 
 def _encode_texts(
-    texts: list[list[str]], base: _Base, labels: Tensor, labelled: bool, max_length: int | None, multiple: int
+    texts: list[list[str]], base: Base, labels: Tensor, labelled: bool, max_length: int | None, multiple: int
 ) -> EncodedText:
     tokenizer = base.tokenizer
     limit = min((length for length in (max_length, base.context) if length is not None), default=None)

@@ -117,7 +117,7 @@ def save(
 
 
 def _write_adapter_config(folder: Path, attached: Attached, base: Base) -> None:
-    config = next(iter(attached.model.peft_config.values()))  # type: ignore[union-attr]
+    config: Any = next(iter(attached.model.peft_config.values()))  # type: ignore[union-attr]
     before, config.inference_mode = config.inference_mode, True
     config.base_model_name_or_path = base.spec
     config.save_pretrained(str(folder))

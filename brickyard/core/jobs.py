@@ -215,7 +215,7 @@ class OnRay:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Yield outcomes as jobs end; each worker process runs one job and is then replaced."""
-        ray = self.ray
+        ray: Any = self.ray  # the stubs of ray lack `exceptions`
         remote = ray.remote(max_retries=0, max_calls=1)(execute)
         pending = {remote.options(num_cpus=job.threads, memory=job.memory).remote(job): job for job in jobs}
         while pending:

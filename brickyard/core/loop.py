@@ -88,8 +88,9 @@ class Examples(Protocol):
 
     labels: Tensor
     lengths: np.ndarray
-    digest: str
 
+    @property
+    def digest(self) -> str: ...
     def __len__(self) -> int: ...
     def collate(self, index: np.ndarray) -> dict[str, Any]: ...
 
@@ -178,7 +179,7 @@ class Backprop:
             )
         parameters = list(self.named.values())
         norm = state.accelerator.clip_grad_norm_(parameters, self.training.clip or math.inf)
-        if not torch.isfinite(norm):
+        if norm is not None and not norm.isfinite():
             bad = next(
                 (n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()), "a norm"
             )

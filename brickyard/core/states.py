@@ -51,8 +51,9 @@ class Rows(Protocol):
 
     labels: Tensor
     lengths: np.ndarray
-    digest: str
 
+    @property
+    def digest(self) -> str: ...
     def __len__(self) -> int: ...
     def collate(self, index: np.ndarray) -> dict[str, Tensor]: ...
 

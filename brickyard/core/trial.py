@@ -6,7 +6,7 @@ These functions take and return plain dictionaries, because `jobs` runs them in 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,12 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
     return Prepared(setting, base, data, task, plan, training, encoded)
 
 
-def examples(ready: Prepared, attached: Attached) -> tuple[dict[str, Examples], dict[str, Any]]:
+def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:
     """Return what the loop reads, and what building it cost: cached states where only a head trains, else the rows."""
     if not attached.frozen_states:
-        return dict(ready.encoded), {}
-    backbone = attached.model.backbone.to(_device(ready.setting))  # type: ignore[union-attr]
+        return ready.encoded, {}
+    model: Any = attached.model  # a headed model over cached states
+    backbone = model.backbone.to(_device(ready.setting))
     made = {
         name: States.of(
             backbone,
@@ -104,7 +105,7 @@ def examples(ready: Prepared, attached: Attached) -> tuple[dict[str, Examples], 
             base=ready.base.fingerprint,
             attention=ready.setting.attention,
             cache=ready.setting.cache,
-            pool=getattr(attached.model.head, "frozen_pool", None),
+            pool=getattr(model.head, "frozen_pool", None),
         )
         for name, rows in ready.encoded.items()
     }
@@ -113,7 +114,7 @@ def examples(ready: Prepared, attached: Attached) -> tuple[dict[str, Examples], 
         "states_bytes": sum(s.bytes for s in made.values()),
         "streamed": [name for name, s in made.items() if s.streamed],
     }
-    return dict(made), known
+    return made, known
 
 
 def _device(setting: Setting) -> torch.device:
@@ -288,6 +289,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "saved_for_backward_bytes": saved.bytes,
         "hidden_saves": [str(h) for h in saved.hidden],
         "peak_bytes": peak.bytes,
+        "how": {"peak_bytes": peak.how},
         "gradient_bytes": 4 * sum(p.numel() for p in attached.parameters()),
         "optimiser_bytes": measure.optimiser_bytes(step.optimiser),
         "step_ms": 1000 * float(np.median(seconds)),
