@@ -61,7 +61,8 @@ class Live:
 
     def _start(self, event: dict[str, Any]) -> None:
         if event["finished"]:
-            self._say(f"{event['finished']} runs were already finished; they are not repeated.")
+            runs = "1 run was" if event["finished"] == 1 else f"{event['finished']} runs were"
+            self._say(f"{runs} already finished; nothing of that is repeated.")
         if not event["jobs"]:
             return
         if self.task is None:

@@ -100,7 +100,7 @@ def check(
             function = getattr(importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}"), claim.measure)
             measured[i] = {"text": claim.text, "kind": claim.kind, **function(claim)}
         else:
-            setup = (claim.base, claim.data, claim.epochs, claim.seeds, claim.lrs, claim.train_rows)
+            setup = (claim.base, claim.data, claim.epochs, claim.seeds, claim.lrs, claim.train_rows, claim.max_length)
             groups.setdefault(str(setup), []).append(i)
     for members in groups.values():
         run = _Run.of(name, [claims[i] for i in members], base, data, listen)
@@ -156,6 +156,7 @@ class _Run:
             seeds=first.seeds,
             trials=len(settings),
             train_rows=first.train_rows,
+            max_length=first.max_length or None,
             baselines=False,
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
         )
@@ -188,6 +189,7 @@ class _Run:
             "data": self.result["data"]["name"],
             "rows": self.result["data"]["rows"],
             "train_rows": claim.train_rows,
+            "max_length": claim.max_length or None,
             **judge(Inequality.read(claim.inequality), self.answers, metric),
             "control": None,
             "gate": None,

@@ -36,9 +36,8 @@ class Claim:
     text: str
     inequality: str = ""
     arms: dict[str, str] = field(default_factory=dict)
-    control: dict[str, str] = field(
-        default_factory=dict
-    )  # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
+    # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
+    control: dict[str, str] = field(default_factory=dict)
     gate: str = ""  # inequality that must hold for the set-up to be valid
     data: str = "embedded:stdlib-topics"
     base: str = "embedded:minilm"
@@ -48,6 +47,7 @@ class Claim:
     seeds: int = 3
     lrs: tuple[float, ...] = ()  # searched on validation with seed 0 by every arm alike; empty: each arm's own default
     train_rows: int = 0  # 0: all
+    max_length: int = 64  # tokens a text is cut to, so that a check takes minutes; 0: the base's context
     full: dict[str, Any] = field(default_factory=dict)  # fields replaced under --full
 
 

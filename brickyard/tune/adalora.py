@@ -60,7 +60,8 @@ RECORD = Record(
                 "inequality": "adalora > control + 5.0",
             },
             gate="lora > probe + 1.0",
-            train_rows=1200,
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0},
         ),
         Claim(
             text="Sharing ranks out by importance is no worse than sharing them out at random.",
@@ -71,7 +72,8 @@ RECORD = Record(
                 "probe": "linear-probe",
             },
             gate="adalora > probe + 1.0",
-            train_rows=1200,
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0},
         ),
     ),
 )

@@ -34,7 +34,8 @@ RECORD = Record(
                 "inequality": "full > control + 5.0",
             },
             gate="probe > majority + 5.0",
-            train_rows=1200,
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0},
         ),
     ),
 )

@@ -45,7 +45,7 @@ RECORD = Record(
             epochs=10,
             train_rows=2000,
             lrs=(3e-3, 1e-2, 3e-2),
-            full={"train_rows": 0, "seeds": 5},
+            full={"train_rows": 0, "max_length": 0, "seeds": 5},
         ),
     ),
 )

@@ -41,7 +41,8 @@ RECORD = Record(
             gate="full > probe + 1.0",
             data="embedded:stdlib-topics",
             epochs=3,
-            train_rows=1200,
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0},
         ),
     ),
 )

@@ -63,7 +63,7 @@ RECORD = Record(
             epochs=10,
             train_rows=2000,
             lrs=(1e-3, 2e-3, 5e-3, 1e-2),
-            full={"train_rows": 0, "seeds": 5},
+            full={"train_rows": 0, "max_length": 0, "seeds": 5},
         ),
         Claim(
             text="On frozen text tokens MP beats an MLP head with as many parameters.",
@@ -83,7 +83,7 @@ RECORD = Record(
             epochs=10,
             train_rows=2000,
             lrs=(1e-3, 2e-3, 5e-3),
-            full={"train_rows": 0, "seeds": 5},
+            full={"train_rows": 0, "max_length": 0, "seeds": 5},
         ),
         Claim(
             text="On frozen image tokens MP beats a linear probe, tuned alike, by 1 point.",
@@ -108,7 +108,7 @@ RECORD = Record(
             gate="mp > majority + 10.0",
             epochs=4,
             train_rows=800,
-            full={"train_rows": 0, "epochs": 10, "seeds": 5},
+            full={"train_rows": 0, "max_length": 0, "epochs": 10, "seeds": 5},
         ),
     ),
 )

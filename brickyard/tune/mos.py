@@ -58,8 +58,8 @@ RECORD = Record(
                 "inequality": "mos > control + 5.0",
             },
             gate="lora16 > probe + 1.0",
-            train_rows=1000,
-            full={"train_rows": 0, "lrs": (5e-4, 1e-3, 2e-3)},
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
         ),
         Claim(
             text="At equal trained parameters MoS is no worse than LoRA r=2 by more than 0.2 points.",
@@ -76,8 +76,8 @@ RECORD = Record(
                 "inequality": "mos > control + 5.0",
             },
             gate="lora2 > probe + 1.0",
-            train_rows=1000,
-            full={"train_rows": 0, "lrs": (5e-4, 1e-3, 2e-3)},
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
         ),
         Claim(
             text="What makes layers differ is what helps: MoS is at least as good as pure sharing of the same pools.",
@@ -93,8 +93,8 @@ RECORD = Record(
                 "inequality": "mos >= control",
             },
             gate="mos > probe + 1.0",
-            train_rows=1000,
-            full={"train_rows": 0, "lrs": (5e-4, 1e-3, 2e-3)},
+            train_rows=800,
+            full={"train_rows": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
         ),
     ),
 )
