@@ -70,7 +70,9 @@ def main() -> None:
     }
     for name, (precision, bucket, full) in WAYS.items():
         scores = []
-        for seed in range(1, args.seeds + 1 if not full else 1):
+        if full or (precision == "bfloat16" and not measure.cpu_bfloat16_is_fast()):
+            continue  # padding changes no number; emulated bfloat16 would take hours to say what fast bfloat16 scores
+        for seed in range(1, args.seeds + 1):
             attached = build(ready.plan, open_base("embedded:minilm"), ready.task, seed=seed)
             training = replace(ready.training, precision=precision, bucket=bucket, seed=seed, epochs=args.epochs)
             train(attached, rows, ready.encoded["validation"], ready.task, training, device="cpu")
