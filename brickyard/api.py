@@ -140,7 +140,7 @@ def _steps_for(minutes: float, setting: Setting, folder: Path) -> int:
     path = folder / "steps.txt"
     if path.is_file():
         return int(path.read_text())
-    probe = trial.probe({"setting": asdict(setting), "repeats": 3})
+    probe = trial.probe({"setting": asdict(setting)})
     steps = max(1, int(60_000 * minutes / max(probe["step_ms"], 1e-3)))
     path.write_text(str(steps))
     return steps

@@ -281,6 +281,21 @@ def test_the_copies_of_an_a_a_comparison_have_their_own_seeds_and_places() -> No
     assert [slug(a.name, a.arm) for a in arms] == ["lora", "lora-2", "linear-probe"]
 
 
+def test_ray_gives_the_numbers_of_the_local_engine(text_base: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    data = write_data(tmp_path / "data", text_data(48, 30))
+    asked = request(text_base, str(data), methods=["lora:r=4,lr=1e-2"], baselines=False)
+    asked["training"]["epochs"] = 1
+    try:
+        spread = brickyard.compare(out=tmp_path / "ray", engine="ray", **asked)
+    finally:
+        ray.shutdown()
+    here = brickyard.compare(out=tmp_path / "local", **asked)
+    assert [row["status"] for row in spread["methods"]] == ["done", "done"]
+    assert [row["score"] for row in spread["methods"]] == [row["score"] for row in here["methods"]]
+    assert spread["pairs"] == here["pairs"]
+
+
 def test_halving_spends_less_and_keeps_the_better(text_base: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", text_data(320, 40))
     asked = request(text_base, str(data), methods=["lora:r=4"], trials=3, seeds=1, search="halving", baselines=False)

@@ -5,6 +5,7 @@ These functions take and return plain dictionaries, because `jobs` runs them in 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
 
 _PROBE_ROWS = 16
+_SLOW = 0.3  # seconds of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +253,8 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     """Count and measure one training step of a setting on its longest batch, with no other job beside it.
 
     Returns trainable_parameters, saved_for_backward_bytes and peak_bytes (on the longest batch, dropout off for the
-    former), step_ms and mean_step_ms (median and mean over batches as training draws them, each the median of a few
-    repeats), forward_flops (of such a batch), gradient and optimiser bytes.
+    former), step_ms and mean_step_ms (median and mean over batches as training draws them; short steps are repeated),
+    forward_flops (of such a batch), gradient and optimiser bytes.
     """
     setting = Setting(**argument["setting"])
     ready = prepare(setting, ("train",))
@@ -279,10 +281,12 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     state = _bare_state(attached, ready, device)
     train_mode(attached.model)
     peak = measure.peak_bytes(lambda: step(state, [(1.0, long)]), device)
-    seconds = [
-        measure.step_time(lambda b=b: step(state, [(1.0, b)]), warmup=1, repeats=argument.get("repeats", 3))
-        for b in usual
-    ]
+    # The step that counted the peak was the warm-up. A slow step is little disturbed, and is not worth repeating.
+    seconds = []
+    for b in usual:
+        one = functools.partial(step, state, [(1.0, b)])
+        once = measure.step_time(one, warmup=0, repeats=1)
+        seconds.append(once if once > _SLOW else measure.step_time(one, warmup=0, repeats=3))
     flops = measure.forward_flops(attached.model, _inputs(usual[0], device))
     return {
         "trainable_parameters": sum(p.numel() for p in attached.parameters()),
