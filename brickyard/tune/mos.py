@@ -48,7 +48,7 @@ RECORD = Record(
             inequality="mos >= lora16 - 0.7",
             arms={
                 "mos": "mos:r=7,e=2,p=1,l=4",
-                "lora16": "lora:r=16,alpha=16,target=[query,key,value,out,up,down]",
+                "lora16": "lora:r=16,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
                 "probe": "linear-probe",
             },
             control={
@@ -66,7 +66,7 @@ RECORD = Record(
             inequality="mos >= lora2 - 0.2",
             arms={
                 "mos": "mos:r=7,e=2,p=1,l=4",
-                "lora2": "lora:r=2,alpha=16,target=[query,key,value,out,up,down]",
+                "lora2": "lora:r=2,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
                 "probe": "linear-probe",
             },
             control={
