@@ -342,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             from brickyard import commands as verbs
+
+            verbs.quiet_libraries()
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -6,10 +6,12 @@ import argparse
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.markup import escape
 
@@ -19,6 +21,12 @@ from brickyard.core.errors import UsageError
 
 DONE, FAILED, DOUBTFUL = 0, 1, 3
 EXAMPLE = "e.g. --data my-folder (train/validation/test files), or --data embedded:stdlib-topics"
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars, and notices to programmers who call the libraries themselves, out of the terminal."""
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
 
 
 def _print_json(value: Any) -> None:

@@ -100,7 +100,16 @@ def check(
             function = getattr(importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}"), claim.measure)
             measured[i] = {"text": claim.text, "kind": claim.kind, **function(claim)}
         else:
-            setup = (claim.base, claim.data, claim.epochs, claim.seeds, claim.lrs, claim.train_rows, claim.max_length)
+            setup = (
+                claim.base,
+                claim.data,
+                claim.epochs,
+                claim.seeds,
+                claim.lrs,
+                claim.train_rows,
+                claim.batch,
+                claim.max_length,
+            )
             groups.setdefault(str(setup), []).append(i)
     for members in groups.values():
         run = _Run.of(name, [claims[i] for i in members], base, data, listen)
@@ -157,6 +166,7 @@ class _Run:
             trials=len(settings),
             train_rows=first.train_rows,
             max_length=first.max_length or None,
+            batch=first.batch or None,
             baselines=False,
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
         )

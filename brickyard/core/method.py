@@ -47,6 +47,7 @@ class Claim:
     seeds: int = 3
     lrs: tuple[float, ...] = ()  # searched on validation with seed 0 by every arm alike; empty: each arm's own default
     train_rows: int = 0  # 0: all
+    batch: int = 0  # 0: each method's own
     max_length: int = 32  # tokens a text is cut to, so that a check takes minutes; 0: the base's context
     full: dict[str, Any] = field(default_factory=dict)  # fields replaced under --full
 

@@ -51,7 +51,6 @@ RECORD = Record(
             arms={
                 "adalora": "adalora:init_r=2,target_r=1,target=[query,key,value,out,up,down]",
                 "lora": "lora:r=1,alpha=8,target=[query,key,value,out,up,down]",
-                "probe": "linear-probe",
             },
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
@@ -59,9 +58,11 @@ RECORD = Record(
                 "labels": "shuffled",
                 "inequality": "adalora > control + 5.0",
             },
-            gate="lora > probe + 1.0",
+            gate="lora > majority + 10.0",
+            lrs=(2e-3,),
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0},
+            batch=8,
+            full={"train_rows": 0, "batch": 0, "max_length": 0},
         ),
         Claim(
             text="Sharing ranks out by importance is no worse than sharing them out at random.",
@@ -69,11 +70,12 @@ RECORD = Record(
             arms={
                 "adalora": "adalora:init_r=2,target_r=1,target=[query,key,value,out,up,down]",
                 "random": "adalora:init_r=2,target_r=1,target=[query,key,value,out,up,down],score=random",
-                "probe": "linear-probe",
             },
-            gate="adalora > probe + 1.0",
+            gate="adalora > majority + 10.0",
+            lrs=(2e-3,),
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0},
+            batch=8,
+            full={"train_rows": 0, "batch": 0, "max_length": 0},
         ),
     ),
 )

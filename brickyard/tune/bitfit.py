@@ -40,7 +40,8 @@ RECORD = Record(
             },
             gate="probe > majority + 5.0",
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0},
+            batch=8,
+            full={"train_rows": 0, "batch": 0, "max_length": 0},
         ),
     ),
 )

@@ -31,18 +31,19 @@ RECORD = Record(
         Claim(
             text="LoRA r=8 on query and value comes within 2 points of full tuning with under 2 % of its parameters.",
             inequality="lora >= full - 2.0",
-            arms={"lora": "lora", "full": "full", "probe": "linear-probe"},
+            arms={"lora": "lora", "full": "full"},
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
                 "arm": "lora",
                 "labels": "shuffled",
                 "inequality": "lora > control + 5.0",
             },
-            gate="full > probe + 1.0",
+            gate="full > majority + 10.0",
             data="embedded:stdlib-topics",
             epochs=3,
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0},
+            batch=8,
+            full={"train_rows": 0, "batch": 0, "max_length": 0},
         ),
     ),
 )

@@ -49,7 +49,6 @@ RECORD = Record(
             arms={
                 "mos": "mos:r=7,e=2,p=1,l=4",
                 "lora16": "lora:r=16,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
-                "probe": "linear-probe",
             },
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
@@ -57,9 +56,12 @@ RECORD = Record(
                 "labels": "shuffled",
                 "inequality": "mos > control + 5.0",
             },
-            gate="lora16 > probe + 1.0",
+            gate="lora16 > majority + 10.0",
+            epochs=2,
+            lrs=(2e-3,),
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
+            batch=8,
+            full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
         ),
         Claim(
             text="At equal trained parameters MoS is no worse than LoRA r=2 by more than 0.2 points.",
@@ -67,7 +69,6 @@ RECORD = Record(
             arms={
                 "mos": "mos:r=7,e=2,p=1,l=4",
                 "lora2": "lora:r=2,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
-                "probe": "linear-probe",
             },
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
@@ -75,9 +76,12 @@ RECORD = Record(
                 "labels": "shuffled",
                 "inequality": "mos > control + 5.0",
             },
-            gate="lora2 > probe + 1.0",
+            gate="lora2 > majority + 10.0",
+            epochs=2,
+            lrs=(2e-3,),
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
+            batch=8,
+            full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
         ),
         Claim(
             text="What makes layers differ is what helps: MoS is at least as good as pure sharing of the same pools.",
@@ -85,16 +89,18 @@ RECORD = Record(
             arms={
                 "mos": "mos:r=7,e=2,p=1,l=4",
                 "sharing": "mos:r=12,e=2,p=0,l=1,paired=true",
-                "probe": "linear-probe",
             },
             control={
                 "what": "no private shards (p=0): one of the differences between layers is gone",
                 "arm": "mos:r=7,e=2,p=0,l=4",
                 "inequality": "mos >= control",
             },
-            gate="mos > probe + 1.0",
+            gate="mos > majority + 10.0",
+            epochs=2,
+            lrs=(2e-3,),
             train_rows=800,
-            full={"train_rows": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
+            batch=8,
+            full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3)},
         ),
     ),
 )
