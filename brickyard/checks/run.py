@@ -24,6 +24,7 @@ from brickyard.core.method import Claim
 from brickyard.core.stats import examples_needed, paired
 
 RESULTS = Path("claims") / "results"  # of the current folder; in a checkout a link to what the package ships
+SETUP = ("base", "data", "epochs", "seeds", "lrs", "train_rows", "batch", "max_length")  # of a claim
 _INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
 
 

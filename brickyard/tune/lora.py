@@ -40,10 +40,10 @@ RECORD = Record(
             },
             gate="full > majority + 10.0",
             data="embedded:stdlib-topics",
-            epochs=3,
+            epochs=2,
             train_rows=800,
             batch=8,
-            full={"train_rows": 0, "batch": 0, "max_length": 0},
+            full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0},
         ),
     ),
 )
