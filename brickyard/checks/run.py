@@ -101,17 +101,7 @@ def check(
             function = getattr(importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}"), claim.measure)
             measured[i] = {"text": claim.text, "kind": claim.kind, **function(claim)}
         else:
-            setup = (
-                claim.base,
-                claim.data,
-                claim.epochs,
-                claim.seeds,
-                claim.lrs,
-                claim.train_rows,
-                claim.batch,
-                claim.max_length,
-            )
-            groups.setdefault(str(setup), []).append(i)
+            groups.setdefault(str([getattr(claim, name) for name in SETUP]), []).append(i)
     for members in groups.values():
         run = _Run.of(name, [claims[i] for i in members], base, data, listen)
         for i in members:
