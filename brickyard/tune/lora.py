@@ -41,7 +41,7 @@ RECORD = Record(
             gate="full > majority + 10.0",
             data="embedded:stdlib-topics",
             epochs=2,
-            train_rows=800,
+            train_rows=600,
             batch=8,
             full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0},
         ),
