@@ -284,7 +284,7 @@ def test_the_copies_of_an_a_a_comparison_have_their_own_seeds_and_places() -> No
 def test_ray_gives_the_numbers_of_the_local_engine(text_base: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
     data = write_data(tmp_path / "data", text_data(48, 30))
-    asked = request(text_base, str(data), methods=["lora:r=4,lr=1e-2"], baselines=False)
+    asked = request(text_base, str(data), methods=["lora:r=4,lr=1e-2"], baselines=False, seeds=1)
     asked["training"]["epochs"] = 1
     try:
         spread = brickyard.compare(out=tmp_path / "ray", engine="ray", **asked)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,32 @@ def test_leaving_early_ends_the_running_jobs() -> None:
     started = time.monotonic()
     running.close()
     assert time.monotonic() - started < 10
+
+
+def report_and_hang(argument: dict[str, Any]) -> None:
+    Path(argument["pid"]).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def test_a_job_ends_with_its_owner_even_when_that_is_killed(tmp_path: Any) -> None:
+    place = tmp_path / "pid"
+    code = (
+        "from brickyard.core.jobs import Job, Local\n"
+        f"job = Job(key='a', function='test_jobs:report_and_hang', argument={{'pid': {str(place)!r}}})\n"
+        "list(Local(1).run([job]))\n"
+    )
+    root = os.path.dirname(os.path.abspath(__file__))
+    owner = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root})
+    deadline = time.monotonic() + 120
+    while not (place.exists() and place.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(place.read_text())
+    assert Path(f"/proc/{child}").exists()
+    owner.kill()
+    owner.wait()
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:

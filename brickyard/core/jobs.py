@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 import types
@@ -97,6 +98,7 @@ def execute(job: Job) -> Outcome:
 
 def _child(job: Job, pipe: Connection) -> None:
     os.setpgid(0, 0)
+    threading.Thread(target=_end_with_owner, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its children itself
     if job.log:
         with open(job.log, "ab", buffering=0) as log:
@@ -111,6 +113,17 @@ def _child(job: Job, pipe: Connection) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a model's destructors and atexit hooks have nothing to say here, and take time
+
+
+def _end_with_owner() -> None:
+    """End this job and what it started when the process that wants its result is gone, by `kill -9` too.
+
+    A job that outlived its owner would go on writing into the folder in which the same command starts it again.
+    """
+    owner = multiprocessing.parent_process()
+    if owner is not None:
+        wait([owner.sentinel])
+        os.killpg(0, signal.SIGKILL)
 
 
 @contextlib.contextmanager
