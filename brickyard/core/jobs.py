@@ -224,6 +224,8 @@ class OnRay:
             raise UsageError("--engine ray needs the extra `ray`: pip install 'brickyard[ray]'.") from None
         self.ray = ray
         if not ray.is_initialized():
+            # By default Ray's workers yield to everything else (niceness 15), and their times would say so.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
