@@ -141,6 +141,15 @@ def test_few_seeds_are_named(seeds: int, words: str | None) -> None:
     assert (words in sentence) if words else ("With " not in sentence)
 
 
+def test_arms_cut_short_by_the_minutes_are_named() -> None:
+    labels, made = arms(lora=0.9, full=0.9)
+    pairs = pairs_table(labels, made, "accuracy")
+    rows = [row(name, labels, answers) for name, answers in made.items()]
+    assert "cut the training short" not in verdict(rows, pairs)["sentence"]
+    rows[0]["trained_share"] = 0.31
+    assert "cut the training short: lora for 31 % of its full length" in verdict(rows, pairs)["sentence"]
+
+
 def test_identical_arms_are_called_identical() -> None:
     labels, made = arms(lora=0.9)
     found = judged(labels, {"lora": made["lora"], "full": made["lora"].copy()})

@@ -26,6 +26,7 @@ from brickyard.core.trial import Setting
 
 SIDE_BY_SIDE = 1.25  # a trial beside others runs this much slower than in its exclusive probe (memory bandwidth)
 START = 3.0  # seconds to start a trial, open the base and read the data
+SHORTEST = 0.1  # of an arm's full training, below which its score would say nothing
 RUNGS = (1 / 8, 1 / 4)  # shares of the full training that successive halving spends
 KEEP = 3  # of a rung, one in KEEP goes on
 
@@ -205,30 +206,57 @@ def predict_seconds(
     return states + (seeds + searching) * (START + once + evaluating) / workers
 
 
-def shorten(request: Request, probes: Mapping[str, Mapping[str, Any]], workers: int) -> tuple[float, int, str]:
-    """Return (share of the full training, trials, a sentence) that fit `request.minutes`.
+def shorten(
+    request: Request, probes: Mapping[str, Mapping[str, Any]], workers: int
+) -> tuple[dict[str, float], int, str]:
+    """Return (each arm's share of its full training, trials, a sentence) that fit `request.minutes`.
 
-    Trials go first, then the length of training, down to a tenth; below that the request is refused.
+    Trials go first, then the length of training, down to a tenth; below that the request is refused. Every arm may
+    take the same time; what an arm does not need for its full training goes to the others, so that a slow arm does
+    not shorten the fast ones.
     """
 
-    def total(share: float, trials: int) -> float:
-        return sum(predict_seconds(p, share, workers, request.seeds, trials, request.search) for p in probes.values())
+    def seconds(name: str, share: float, trials: int) -> float:
+        return predict_seconds(probes[name], share, workers, request.seeds, trials, request.search)
 
     assert request.minutes is not None
     limit = 60 * request.minutes
-    trials = max((k for k in range(1, request.trials + 1) if total(1.0, k) <= limit), default=1)
-    share = next((s for s in np.linspace(1.0, 0.1, 19) if total(float(s), trials) <= limit), None)
-    if share is None:
-        need = total(0.1, 1) / 60
+    full = dict.fromkeys(probes, 1.0)
+    total = lambda shares, trials: sum(seconds(name, share, trials) for name, share in shares.items())  # noqa: E731
+    trials = max((k for k in range(1, request.trials + 1) if total(full, k) <= limit), default=1)
+    least = total(dict.fromkeys(probes, SHORTEST), trials)
+    if least > limit:
         raise UsageError(
             f"--minutes {request.minutes:g} is too short: a tenth of the training with one setting and "
-            f"{request.seeds} seeds takes about {need:.1f} minutes here. "
+            f"{request.seeds} seeds takes about {least / 60:.1f} minutes here. "
             "Give more minutes, fewer methods or fewer seeds."
         )
-    said = (
-        f"{request.minutes:g} minutes: {100 * share:.0f} % of the full training, {trials} of {request.trials} settings"
+    fixed = {name: seconds(name, 0.0, trials) for name in probes}
+    slope = {name: seconds(name, 1.0, trials) - fixed[name] for name in probes}
+
+    def within(level: float) -> dict[str, float]:
+        return {
+            name: min(1.0, max(SHORTEST, math.floor(100 * (level - fixed[name]) / slope[name]) / 100))
+            for name in probes
+        }
+
+    shares = full
+    if total(full, trials) > limit:
+        low, high = 0.0, limit
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if total(within(middle), trials) <= limit else (low, middle)
+        shares = within(low)
+    cut = [f"{name} {100 * share:.0f} %" for name, share in shares.items() if share < 1.0]
+    said = f"full training of all arms but {', '.join(cut)} of its own" if cut else "full training"
+    if len(cut) == len(shares):
+        said = f"of the full training, {', '.join(cut)}"
+    return (
+        shares,
+        trials,
+        f"{request.minutes:g} minutes: {said}; {trials} of {request.trials} settings an arm, "
+        f"about {total(shares, trials) / 60:.1f} minutes predicted.",
     )
-    return float(share), trials, f"{said} an arm, about {total(float(share), trials) / 60:.1f} minutes predicted."
 
 
 @cache

@@ -47,7 +47,7 @@ def assemble(
         "environment": plan["environment"],
         "budget": {
             "sentence": plan["sentence"],
-            "share": plan["share"],
+            "shares": plan["shares"],
             "seeds": plan["seeds"],
             "trials": plan["trials"],
             "search": plan["search"],
@@ -86,6 +86,7 @@ def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.nd
         "setting": entry.get("setting", {}),
         "setting_arm": with_setting(entry["arm"], entry.get("setting", {})),
         "tried": entry.get("tried", {}),
+        "trained_share": entry["trained_share"],
         "score": None,
         "retained": None,
         "receipt": None,

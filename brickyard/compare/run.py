@@ -134,21 +134,21 @@ class _Run:
                 write_json(path, plan)
             return self._probe_again(plan, path)
         probes, failed = self._probe([arm for arm in self.arms if arm.name not in self.refused])
-        share, trials = 1.0, self.request.trials
+        shares, trials = dict.fromkeys(probes, 1.0), self.request.trials
         sentence = f"full training, up to {trials} settings an arm"
         if self.request.minutes is not None and probes:
-            share, trials, sentence = planning.shorten(self.request, probes, self.workers)
+            shares, trials, sentence = planning.shorten(self.request, probes, self.workers)
         plan = {
             "identity": identity,
             "created": _now(),
-            "share": share,
+            "shares": shares,
             "trials": trials,
             "search": self.request.search,
             "seeds": self.request.seeds,
             "threads": self.request.threads,
             "workers": self.workers,
             "sentence": sentence,
-            "predicted_seconds": self._predicted(probes, share, trials),
+            "predicted_seconds": self._predicted(probes, shares, trials),
             "probes": probes,
             "failed": failed,
             "refused": self.refused,
@@ -193,23 +193,26 @@ class _Run:
             probes, failed = self._probe(again)
             plan["probes"] |= probes
             plan["failed"] = {k: v for k, v in plan["failed"].items() if k not in probes} | failed
-            plan["predicted_seconds"] |= self._predicted(probes, plan["share"], plan["trials"])
+            # Its time was not reserved, so it is trained no longer than the arm that was shortened most.
+            plan["shares"] |= dict.fromkeys(probes, min(plan["shares"].values(), default=1.0))
+            plan["predicted_seconds"] |= self._predicted(probes, plan["shares"], plan["trials"])
             write_json(path, plan)
         return plan
 
-    def _predicted(self, probes: dict[str, Any], share: float, trials: int) -> dict[str, float]:
+    def _predicted(self, probes: dict[str, Any], shares: dict[str, float], trials: int) -> dict[str, float]:
         request = self.request
         return {
-            name: planning.predict_seconds(p, share, self.workers, request.seeds, trials, request.search)
+            name: planning.predict_seconds(p, shares[name], self.workers, request.seeds, trials, request.search)
             for name, p in probes.items()
         }
 
     def _argument(
-        self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, share: float
+        self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, rung: float = 1.0
     ) -> dict[str, Any]:
         text = planning.with_setting(arm["arm"], point)
         known = plan["probes"][arm["name"]]
         setting = self.request.setting(text, seed, **arm["changes"])
+        share = rung * plan["shares"][arm["name"]]
         if share < 1.0:
             training = known["training"]
             per_epoch = -(-known["rows"] // known["batch"])
@@ -286,9 +289,7 @@ class _Run:
             for arm in arms:
                 if len(alive[arm["name"]]) > 1:
                     for i in alive[arm["name"]]:
-                        wanted.append(
-                            (arm, self._argument(plan, arm, arm["settings"][i], 0, "search", plan["share"] * share))
-                        )
+                        wanted.append((arm, self._argument(plan, arm, arm["settings"][i], 0, "search", share)))
                         places.append((arm["name"], i))
             rows = self._go(plan, wanted)
             for (name, i), (arm, argument) in zip(places, wanted, strict=True):
@@ -321,7 +322,7 @@ class _Run:
         able = self._able(plan)
         most = max((len(arm["seeds"]) for arm in able), default=0)
         return [
-            (arm, self._argument(plan, arm, chosen[arm["name"]]["setting"], arm["seeds"][k], "final", plan["share"]))
+            (arm, self._argument(plan, arm, chosen[arm["name"]]["setting"], arm["seeds"][k], "final"))
             for k in range(most)
             for arm in able
             if k < len(arm["seeds"])
@@ -349,6 +350,7 @@ class _Run:
                 "trials": [],
                 "status": "done",
                 "reason": "",
+                "trained_share": plan["shares"].get(name, 1.0),
             }
             if name in plan["refused"]:
                 entry |= {"status": "refused", "reason": plan["refused"][name]}

@@ -111,6 +111,7 @@ def verdict(
     candidates = [best, *(m for m in ranked[1:] if view.word(best, m) == "cannot tell")]
     chosen = min(candidates, key=view.price)
     sentences = [view.lead(chosen, candidates, ranked), *view.trivial(chosen, ranked), *_few_seeds(candidates)]
+    sentences += _cut_short(ranked)
     return {
         "recommended": chosen["arm"],
         "sentence": " ".join(sentences),
@@ -235,6 +236,15 @@ def _few_seeds(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     if seeds == 1:
         return ["With one seed this speaks of trained models, not of methods: run at least 3 seeds."]
     return ["With two seeds the noise between seeds is hardly known: run at least 3."] if seeds == 2 else []
+
+
+def _cut_short(ranked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the arms that the minutes given cut short: more of them might change the order."""
+    cut = [(m, share) for m in ranked if (share := m.get("trained_share", 1.0)) < 1.0]
+    if not cut:
+        return []
+    told = ", ".join(f"{_name(m)} for {100 * share:.0f} %" for m, share in cut)
+    return [f"The minutes given cut the training short: {told} of its full length; more might change the order."]
 
 
 def _nothing(lost: Sequence[Mapping[str, Any]]) -> str:
