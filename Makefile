@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(VENV)/bin/brickyard compare --data embedded:stdlib-topics --methods moment-probing lora --max-length 32 --minutes 5 --seeds 3 --out runs/demo
+	$(VENV)/bin/brickyard compare --data embedded:stdlib-topics --methods moment-probing lora --max-length 32 --batch-size 8 --minutes 4.5 --seeds 3 --out runs/demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2

@@ -263,12 +263,15 @@ def test_minutes_become_steps_or_a_refusal() -> None:
         "batch": 32,
         "mean_step_ms": 400,
         "states_ms_per_row": 0.0,
+        "states_of": "",
+        "validation_rows": 320,
+        "test_rows": 320,
     }
     full = planning.predict_seconds(probe, 1.0, 1, 3, 1, "random")
     assert full > 3 * 300 * 0.4
     long = planning.shorten(Request(minutes=full / 60 + 1), {"a": probe}, 1)
     short = planning.shorten(Request(minutes=full / 120), {"a": probe}, 1)
-    assert long[0] == {"a": 1.0} and 0.1 <= short[0]["a"] < 0.6
+    assert long[0] == {"a": 1.0} and 0.05 <= short[0]["a"] < 0.6
     more = planning.shorten(Request(minutes=4 * full / 60, trials=3), {"a": probe}, 1)
     assert more[1] == 3 and planning.shorten(Request(minutes=full / 60 + 1, trials=3), {"a": probe}, 1)[1] == 1
     with pytest.raises(UsageError, match="too short"):
@@ -282,6 +285,9 @@ def test_a_slow_arm_does_not_shorten_the_fast_ones() -> None:
         "batch": 32,
         "mean_step_ms": 400,
         "states_ms_per_row": 0.0,
+        "states_of": "",
+        "validation_rows": 320,
+        "test_rows": 320,
     }
     probes = {"slow": slow, "slower": slow | {"mean_step_ms": 800}, "fast": slow | {"mean_step_ms": 4}}
     shares, _, sentence = planning.shorten(Request(minutes=10), probes, 1)
@@ -289,6 +295,10 @@ def test_a_slow_arm_does_not_shorten_the_fast_ones() -> None:
     times = {name: planning.predict_seconds(probes[name], shares[name], 1, 3, 1, "random") for name in probes}
     assert 0.98 * 600 < sum(times.values()) <= 600 and abs(times["slow"] / times["slower"] - 1) < 0.05
     assert f"slow {100 * shares['slow']:.0f} %" in sentence and "fast" not in sentence
+    reader = slow | {"mean_step_ms": 1, "states_ms_per_row": 10.0, "states_of": "mean"}
+    one, both = planning.states_seconds({"a": reader}), planning.states_seconds({"a": reader, "b": reader})
+    assert one == both == pytest.approx(38.4)
+    assert planning.states_seconds({"a": reader, "b": reader | {"states_of": "None"}}) == pytest.approx(2 * 38.4)
 
 
 def test_the_copies_of_an_a_a_comparison_have_their_own_seeds_and_places() -> None:

@@ -26,7 +26,7 @@ from brickyard.core.trial import Setting
 
 SIDE_BY_SIDE = 1.25  # a trial beside others runs this much slower than in its exclusive probe (memory bandwidth)
 START = 3.0  # seconds to start a trial, open the base and read the data
-SHORTEST = 0.1  # of an arm's full training, below which its score would say nothing
+SHORTEST = 0.05  # of an arm's full training, below which its score would say nothing
 RUNGS = (1 / 8, 1 / 4)  # shares of the full training that successive halving spends
 KEEP = 3  # of a rung, one in KEEP goes on
 
@@ -191,19 +191,32 @@ def record_of(arm: str) -> Record:
 def predict_seconds(
     probe: Mapping[str, Any], share: float, workers: int, seeds: int, trials: int, search: str
 ) -> float:
-    """Predict the seconds of all runs of one arm at `share` of its full training, divided over the workers."""
+    """Predict the seconds of all runs of one arm at `share` of its full training, divided over the workers.
+
+    Building the states it may read is not counted: see `states_seconds`.
+    """
     training = probe["training"]
     per_epoch = math.ceil(probe["rows"] / probe["batch"])
     steps = training["steps"] or training["epochs"] * per_epoch
     slow = SIDE_BY_SIDE if workers > 1 else 1.0
     once = slow * steps * share * probe["mean_step_ms"] / 1000
-    # Validation and test rows pass forward only: about a third of a step each, some three times over a run.
-    evaluating = slow * per_epoch * probe["mean_step_ms"] / 1000 / 3
-    states = probe["states_ms_per_row"] * probe["rows"] * 1.4 / 1000
+    # Validation rows pass forward once an epoch, test rows once: about a third of a step's time each.
+    times = max(1, math.ceil(share * steps / per_epoch))
+    passed = times * probe["validation_rows"] + probe["test_rows"]
+    evaluating = slow * passed / probe["batch"] * probe["mean_step_ms"] / 1000 / 3
     searching = (
         (trials if search == "random" else trials * RUNGS[0] + math.ceil(trials / KEEP) * RUNGS[1]) if trials > 1 else 0
     )
-    return states + (seeds + searching) * (START + once + evaluating) / workers
+    return (seeds + searching) * (START + once + evaluating) / workers
+
+
+def states_seconds(probes: Mapping[str, Mapping[str, Any]]) -> float:
+    """Predict the seconds of building the states that arms read; arms that read the same ones wait for one building."""
+    built: dict[str, float] = {}
+    for probe in probes.values():
+        rows = probe["rows"] + probe["validation_rows"] + probe["test_rows"]
+        built[probe["states_of"]] = max(built.get(probe["states_of"], 0.0), probe["states_ms_per_row"] * rows / 1000)
+    return sum(built.values())
 
 
 def shorten(
@@ -211,7 +224,7 @@ def shorten(
 ) -> tuple[dict[str, float], int, str]:
     """Return (each arm's share of its full training, trials, a sentence) that fit `request.minutes`.
 
-    Trials go first, then the length of training, down to a tenth; below that the request is refused. Every arm may
+    Trials go first, then the length of training, down to a twentieth; below that the request is refused. Every arm may
     take the same time; what an arm does not need for its full training goes to the others, so that a slow arm does
     not shorten the fast ones.
     """
@@ -222,12 +235,16 @@ def shorten(
     assert request.minutes is not None
     limit = 60 * request.minutes
     full = dict.fromkeys(probes, 1.0)
-    total = lambda shares, trials: sum(seconds(name, share, trials) for name, share in shares.items())  # noqa: E731
+    states = states_seconds(probes)
+
+    def total(shares: Mapping[str, float], trials: int) -> float:
+        return states + sum(seconds(name, share, trials) for name, share in shares.items())
+
     trials = max((k for k in range(1, request.trials + 1) if total(full, k) <= limit), default=1)
     least = total(dict.fromkeys(probes, SHORTEST), trials)
     if least > limit:
         raise UsageError(
-            f"--minutes {request.minutes:g} is too short: a tenth of the training with one setting and "
+            f"--minutes {request.minutes:g} is too short: a twentieth of the training with one setting and "
             f"{request.seeds} seeds takes about {least / 60:.1f} minutes here. "
             "Give more minutes, fewer methods or fewer seeds."
         )

@@ -202,7 +202,8 @@ class _Run:
     def _predicted(self, probes: dict[str, Any], shares: dict[str, float], trials: int) -> dict[str, float]:
         request = self.request
         return {
-            name: planning.predict_seconds(p, shares[name], self.workers, request.seeds, trials, request.search)
+            name: planning.states_seconds({name: p})
+            + planning.predict_seconds(p, shares[name], self.workers, request.seeds, trials, request.search)
             for name, p in probes.items()
         }
 

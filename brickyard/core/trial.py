@@ -254,7 +254,8 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
 
     Returns trainable_parameters, saved_for_backward_bytes and peak_bytes (on the longest batch, dropout off for the
     former), step_ms and mean_step_ms (median and mean over batches as training draws them; short steps are repeated),
-    forward_flops (of such a batch), gradient and optimiser bytes.
+    forward_flops (of such a batch), gradient and optimiser bytes, and for an arm on cached states the milliseconds a
+    row's states take and which states they are (`states_of`: arms of one name share them).
     """
     setting = Setting(**argument["setting"])
     ready = prepare(setting, ("train",))
@@ -300,7 +301,10 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "mean_step_ms": 1000 * float(np.mean(seconds)),
         "forward_flops": flops,
         "states_ms_per_row": 1000 * states["states_seconds"] / int(ends[-1]) if states else 0.0,
+        "states_of": str(getattr(getattr(attached.model, "head", None), "frozen_pool", None)) if states else "",
         "rows": len(lengths),
+        "validation_rows": len(ready.data.splits.get("validation", ())),
+        "test_rows": len(ready.data.splits.get("test", ())),
         "batch": batch,
         "longest": int(lengths.max()),
         "training": asdict(ready.training),
