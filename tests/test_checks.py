@@ -117,3 +117,11 @@ def test_a_closed_gate_says_set_up_invalid(monkeypatch: pytest.MonkeyPatch, tmp_
         seeds=2,
     )
     assert check(monkeypatch, tmp_path, text_base, claim)["claims"][0]["holds"] == "set-up invalid"
+    # "Re-measured on demand": a finished check that is asked for again trains again, an interrupted one goes on.
+    trials = (tmp_path / "runs").glob("checks/*/trials/*/result.json")
+    old = {path: path.stat().st_mtime_ns for path in trials}
+    (next(iter(old)).parents[2] / checks.FINISHED).unlink()
+    check(monkeypatch, tmp_path, text_base, claim)
+    assert {path: path.stat().st_mtime_ns for path in old} == old
+    check(monkeypatch, tmp_path, text_base, claim)
+    assert len(old) == 2 and all(path.stat().st_mtime_ns > before for path, before in old.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from brickyard.compare.plan import Contestant, Request, key_of
+from brickyard.compare.plan import Contestant, Request, code_digest, key_of
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
 from brickyard.core.arm import parse
@@ -25,6 +26,7 @@ from brickyard.core.stats import examples_needed, paired
 
 RESULTS = Path("claims") / "results"  # of the current folder; in a checkout a link to what the package ships
 SETUP = ("base", "data", "epochs", "seeds", "lrs", "train_rows", "batch", "max_length")  # of a claim
+FINISHED = "finished"  # a mark in the folder of a run whose check ended: the next one measures anew
 _INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
 
 
@@ -87,7 +89,8 @@ def check(
 ) -> dict[str, Any]:
     """Re-measure every claim of a method and write `NAME.json`; return what was written.
 
-    Interrupted checks go on where they stopped. RunFailed names an arm that did not finish.
+    An interrupted check goes on where it stopped, as long as the code is the same; a finished one is measured anew.
+    RunFailed names an arm that did not finish.
     """
     entry, started = registry.find(name), time.monotonic()
     if not entry.record.claims:
@@ -102,8 +105,10 @@ def check(
             measured[i] = {"text": claim.text, "kind": claim.kind, **function(claim)}
         else:
             groups.setdefault(str([getattr(claim, name) for name in SETUP]), []).append(i)
+    folders = []
     for members in groups.values():
         run = _Run.of(name, [claims[i] for i in members], base, data, listen)
+        folders.append(run.folder)
         for i in members:
             measured[i] = run.judge(claims[i])
     result = {
@@ -117,6 +122,8 @@ def check(
     folder = Path(out) if out else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
+    for done in folders:
+        (done / FINISHED).touch()
     return result
 
 
@@ -124,6 +131,7 @@ def check(
 class _Run:
     """The finished comparison behind one or more claims with the same set-up."""
 
+    folder: Path
     result: dict[str, Any]
     rows: dict[str, dict[str, Any]]
     answers: dict[str, Answers]
@@ -161,11 +169,11 @@ class _Run:
             baselines=False,
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
         )
-        about = [sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values()), str(request)]
-        folder = Path("runs") / "checks" / f"{name}-{key_of(about)}"
-        result, folder = compare(
-            request, folder, arms=list(arms.values()), listen=listen, allow_change=("code", "request.methods")
-        )
+        listed = sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values())
+        folder = Path("runs") / "checks" / f"{name}-{key_of([listed, str(request), code_digest()])}"
+        if (folder / FINISHED).exists():
+            shutil.rmtree(folder)
+        result, folder = compare(request, folder, arms=list(arms.values()), listen=listen)
         rows = {row["arm"]: row for row in result["methods"]}
         for label, row in rows.items():
             if row["status"] != "done":
@@ -174,7 +182,7 @@ class _Run:
         some = next(iter(answers.values()))
         most = np.bincount(some.labels.astype(int)).argmax()
         answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
-        return cls(result, rows, answers, controls)
+        return cls(folder, result, rows, answers, controls)
 
     def judge(self, claim: Claim) -> dict[str, Any]:
         """Judge one claim with its gate and its control."""
