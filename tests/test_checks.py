@@ -64,6 +64,15 @@ def test_every_claim_in_the_records_is_well_formed() -> None:
             )
 
 
+def test_learning_rates_are_searched_on_each_arms_own_scale() -> None:
+    claim = Claim(text="t", inequality="a >= b", lr_factors=(1.0, 3.0))
+    assert checks._settings(claim, "full") == ({"lr": 1e-4}, {"lr": 3e-4})
+    assert checks._settings(claim, "lora") == ({"lr": 1e-3}, {"lr": 3e-3})
+    assert checks._settings(claim, "lora:lr=1e-2") == ({},)
+    assert checks._settings(Claim(text="t", inequality="a >= b", lrs=(2e-3,)), "full") == ({"lr": 2e-3},)
+    assert checks._settings(Claim(text="t", inequality="a >= b"), "full") == ({},)
+
+
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, claim: Claim) -> dict[str, Any]:
     entry = registry.find("lora")
     faked = registry.Entry(Record(name="lora", family="tune", title="t", claims=(claim,)), entry.path, entry.options)

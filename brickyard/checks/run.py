@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from brickyard.compare.plan import Contestant, Request, code_digest, key_of
+from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
 from brickyard.core.arm import parse
@@ -25,7 +25,7 @@ from brickyard.core.method import Claim
 from brickyard.core.stats import examples_needed, paired
 
 RESULTS = Path("claims") / "results"  # of the current folder; in a checkout a link to what the package ships
-SETUP = ("base", "data", "epochs", "seeds", "lrs", "train_rows", "batch", "max_length")  # of a claim
+SETUP = ("base", "data", "epochs", "seeds", "lrs", "lr_factors", "train_rows", "batch", "max_length")  # of a claim
 FINISHED = "finished"  # a mark in the folder of a run whose check ended: the next one measures anew
 _INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
 
@@ -141,13 +141,12 @@ class _Run:
     def of(cls, name: str, claims: list[Claim], base: str | None, data: Any, listen: Listener) -> _Run:
         """Run every arm and control that the claims name, once each; RunFailed names one that did not finish."""
         first = claims[0]
-        settings = tuple({"lr": lr} for lr in first.lrs) or ({},)
         seeds = tuple(range(1, first.seeds + 1))
         arms: dict[str, Contestant] = {}
         controls: dict[str, str] = {}
         for claim in claims:
             for label, text in claim.arms.items():
-                found = Contestant(label, str(parse(text)), _fixed(text, settings), seeds)
+                found = Contestant(label, str(parse(text)), _settings(first, text), seeds)
                 if arms.setdefault(label, found) != found:
                     raise UsageError(
                         f"the claims of {name} mean two arms by {label!r}: {arms[label].arm} and {found.arm}."
@@ -156,13 +155,13 @@ class _Run:
                 label = controls[_control(claim)] = f"control{len(controls) + 1 if controls else ''}"
                 changes = {"shuffle_labels": True} if claim.control.get("labels") == "shuffled" else {}
                 text = claim.control["arm"]
-                arms[label] = Contestant(label, str(parse(text)), _fixed(text, settings), seeds, changes=changes)
+                arms[label] = Contestant(label, str(parse(text)), _settings(first, text), seeds, changes=changes)
         request = Request(
             methods=tuple(a.arm for a in arms.values()),
             base=base or first.base,
             data=data or first.data,
             seeds=first.seeds,
-            trials=len(settings),
+            trials=len(first.lrs or first.lr_factors) or 1,
             train_rows=first.train_rows,
             max_length=first.max_length or None,
             batch=first.batch or None,
@@ -240,9 +239,13 @@ def _arm(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fixed(text: str, settings: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """Search the claim's learning rates, except for an arm that fixes its own."""
-    return ({},) if "lr" in parse(text).training else settings
+def _settings(claim: Claim, text: str) -> tuple[dict[str, Any], ...]:
+    """Return the learning rates that a claim searches for one arm; none for an arm that fixes its own."""
+    arm = parse(text)
+    if "lr" in arm.training or not (claim.lrs or claim.lr_factors):
+        return ({},)
+    own = default_point(arm, [("", "lr")])["", "lr"]
+    return tuple({"lr": lr} for lr in claim.lrs or [float(f"{own * factor:.6g}") for factor in claim.lr_factors])
 
 
 def _read(folder: Path, place: str) -> Answers:

@@ -38,9 +38,11 @@ RECORD = Record(
                 "inequality": "ia3 > control + 5.0",
             },
             gate="probe > majority + 5.0",
-            train_rows=800,
+            epochs=2,
+            lr_factors=(1.0, 3.0),
+            train_rows=600,
             batch=8,
-            full={"train_rows": 0, "batch": 0, "max_length": 0},
+            full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0},
         ),
     ),
 )
