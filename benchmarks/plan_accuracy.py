@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 
 from brickyard import api, compare
@@ -11,15 +12,16 @@ ARMS = ("lora", "linear-probe", "bitfit")
 
 
 def main() -> None:
-    """Plan, run, and print the ratios."""
+    """Plan, run, and print the ratios of the arms given (default: ARMS)."""
+    arms = sys.argv[1:] or list(ARMS)
     options = {"train_rows": 600}
     planned = {
         row["arm"]: row
-        for row in api.plan(data="embedded:stdlib-topics", methods=ARMS, training={"epochs": 1}, **options)
+        for row in api.plan(data="embedded:stdlib-topics", methods=arms, training={"epochs": 1}, **options)
     }
     with tempfile.TemporaryDirectory() as folder:
         result = compare(
-            methods=list(ARMS), seeds=1, workers=1, baselines=False, training={"epochs": 1}, out=folder, **options
+            methods=arms, seeds=1, workers=1, baselines=False, training={"epochs": 1}, out=folder, **options
         )
     out = {}
     for row in result["methods"]:

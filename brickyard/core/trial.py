@@ -273,6 +273,8 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     ready.setting = Setting(**{**argument["setting"], "cache": False})
     sets, states = examples(ready, attached)
     ends = np.cumsum([0, *map(len, drawn), len(longest)])
+    # The longest batch is among the measured rows: a row's time goes by its tokens, and those of all rows are known.
+    longer = float(lengths.mean() / sets["train"].lengths.sum())
     *usual, long = (to_device(sets["train"].collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
     labels = long["labels"]
     saved = measure.saved_for_backward(
@@ -300,7 +302,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "step_ms": 1000 * float(np.median(seconds)),
         "mean_step_ms": 1000 * float(np.mean(seconds)),
         "forward_flops": flops,
-        "states_ms_per_row": 1000 * states["states_seconds"] / int(ends[-1]) if states else 0.0,
+        "states_ms_per_row": 1000 * states["states_seconds"] * longer if states else 0.0,
         "states_of": str(getattr(getattr(attached.model, "head", None), "frozen_pool", None)) if states else "",
         "rows": len(lengths),
         "validation_rows": len(ready.data.splits.get("validation", ())),
