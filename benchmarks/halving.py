@@ -15,7 +15,7 @@ def main() -> None:
     """Search LoRA's grid both ways and print the scores and the training steps spent."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=6)
-    parser.add_argument("--train-rows", type=int, default=800)
+    parser.add_argument("--train-rows", type=int, default=600)
     args = parser.parse_args()
     out = {}
     for search in ("random", "halving"):
@@ -26,6 +26,8 @@ def main() -> None:
                 seeds=1,
                 search=search,
                 train_rows=args.train_rows,
+                max_length=32,
+                batch=8,
                 baselines=False,
                 out=folder,
             )
