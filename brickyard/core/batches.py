@@ -352,8 +352,8 @@ def _encode_documents(texts: list[str], base: Base, task: Task, max_length: int 
     total = int(length_D.sum())
     if total < size:
         raise BadData(
-            f"all {len(texts):,} documents together have {total:,} tokens, fewer than one block of {size}; give more text, "
-            "or a smaller --max-length."
+            f"all {len(texts):,} documents together have {total:,} tokens, fewer than one block of {size}; give more "
+            "text, or a smaller --max-length."
         )
     start_D = np.cumsum(length_D) - length_D
     document = np.repeat(np.arange(len(parts)), length_D)
