@@ -30,8 +30,9 @@ from brickyard.core.batches import Encoded, EncodedBlocks, encode
 from brickyard.core.brick import Brick
 from brickyard.core.build import build, resolve
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadBase, BadBrick, Refused, UsageError
+from brickyard.core.errors import BadBase, BadBrick, UsageError
 from brickyard.core.files import Lock
+from brickyard.core.generate import Decoding, continuations
 from brickyard.core.loop import Answers, answer
 from brickyard.core.loop import predict as logits_of
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
@@ -227,7 +228,7 @@ def _own(base: Base) -> Any:
     """Open a base with the classification head that its checkpoint holds; BadBase when it holds none."""
     labels = int(getattr(base.config, "num_labels", 0) or 0)
     architecture = next(iter(base.config.architectures or []), "")
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if base.generative:
         return base.model(Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0)
     if "Classification" not in architecture:
         raise BadBase(
@@ -273,11 +274,17 @@ def predict(
     force: bool = False,
     device: str | None = None,
     max_length: int | None = None,
+    decoding: Decoding | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write predictions for rows that need no labels: index, prediction (the class's name, or a number), logits."""
+    """Write predictions for rows that need no labels: index, prediction (the class's name, or a number), logits.
+
+    A language model continues each row's text instead, as `decoding` says (greedy by default).
+    """
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, task, made = _model(opened, brick, force, device)
+    if task is None and opened.generative:
+        task = Task("causal-lm", "bits_per_byte", None, 1, "text")
     if task is None:
         names = tuple(str(v) for v in model.config.id2label.values())
         task = Task(
@@ -287,9 +294,13 @@ def predict(
             width=len(names),
             input=opened.input,
         )
-    if task.generative:
-        raise Refused("predict writes classes and values; a language model's continuations are not supported yet.")
+    if decoding is not None and not task.generative:
+        raise UsageError(f"decoding options belong to language models; this task is {task.kind}.")
     rows = read_data(data, need=("test",), labelled=False)
+    if task.generative:
+        made_up = continuations(model, opened, rows.splits["test"]["text"], decoding or Decoding())
+        _write(out, {"index": np.arange(len(made_up)), "prediction": made_up})
+        return {"rows": len(made_up), "out": str(out), "encoding": {}}
     if rows.input != task.input:
         raise UsageError(f"the brick reads {task.input}; the data holds {rows.input}.")
     encoded = encode(
@@ -303,9 +314,13 @@ def predict(
     }
     if task.labels is not None:
         columns["logits"] = pa.array(list(logits))
+    _write(out, columns)
+    return {"rows": len(answers), "out": str(out), "encoding": encoded.report}
+
+
+def _write(out: str | Path, columns: dict[str, Any]) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), out)
-    return {"rows": len(answers), "out": str(out), "encoding": encoded.report}
 
 
 def plan(

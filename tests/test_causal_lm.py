@@ -6,15 +6,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import documents, make_text_base, write_data
+from conftest import WORDS, documents, make_text_base, write_data
 
 import brickyard
 from brickyard.core.base import open_base
 from brickyard.core.batches import EncodedBlocks, encode
 from brickyard.core.data import Split, read_data
 from brickyard.core.errors import BadBase, BadData, Refused, UsageError
+from brickyard.core.generate import Decoding, continuations
 from brickyard.core.influence import influence
 from brickyard.core.loop import answer
 from brickyard.core.task import Task, task_of
@@ -122,6 +124,37 @@ def test_plain_text_files_are_documents(tmp_path: Path, causal_base: Path) -> No
     assert data.kind == "causal-lm" and task_of(data).metric == "bits_per_byte"
     assert data.splits["train"]["text"][0] + data.splits["validation"]["text"][0] == text + "\n"
     assert data.report["cut"]["from"].startswith("the end")
+
+
+def test_continuations_are_those_of_one_prompt_alone(causal_base: Path, tmp_path: Path) -> None:
+    prompts = [" ".join(WORDS[i % 15 : i % 15 + 2 + i % 5]) for i in range(24)]
+    data = {"test": {"text": prompts}}
+    asked = Decoding(new_tokens=6)
+    brickyard.predict(base=str(causal_base), data=data, out=tmp_path / "out.parquet", decoding=asked, device="cpu")
+    found = pq.read_table(tmp_path / "out.parquet")["prediction"].to_pylist()
+    opened = open_base(str(causal_base))
+    model, end = opened.model(LM, seed=0), opened.tokenizer.eos_token_id
+    for prompt, text in zip(prompts[:6], found[:6], strict=True):
+        ids = [end, *opened.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        made: list[int] = []
+        while len(made) < 6:
+            with torch.no_grad():
+                token = int(model(input_ids=torch.tensor([[*ids, *made]])).logits[0, -1].argmax())
+            if token == end:
+                break
+            made.append(token)
+        assert text == opened.tokenizer.decode(made)
+    sampled = [
+        continuations(model, opened, prompts[:4], Decoding(new_tokens=8, temperature=1.5, top_p=0.9, seed=s))
+        for s in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert len(continuations(model, opened, prompts[:4], Decoding(new_tokens=5, beams=3))) == 4
+    with pytest.raises(BadData, match="context of 64"):
+        continuations(model, opened, [" ".join(WORDS * 3)], asked)
+    for wrong in ({"top_p": 0.5}, {"beams": 2, "temperature": 1.0}, {"new_tokens": 0}):
+        with pytest.raises(UsageError):
+            Decoding(**wrong)
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path, causal_base: Path, text_base: Path) -> None:

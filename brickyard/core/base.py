@@ -74,6 +74,11 @@ class Base:
         """SHA-256, in hex, of the tensors and of what of the architecture they cannot show."""
         return base_files.fingerprint(self.weights, architecture(self.config))
 
+    @property
+    def generative(self) -> bool:
+        """Whether the checkpoint is a causal language model with its output layer."""
+        return next(iter(self.config.architectures or []), "").endswith(("LMHeadModel", "ForCausalLM"))
+
     @cached_property
     def tokenizer(self) -> Any:
         """The base's tokenizer; pads on the right with the token that the model takes for padding.
@@ -154,8 +159,8 @@ class Base:
         """Return the base with its own output layer over the vocabulary."""
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code:
             raise Refused(f"transformers has no causal language model for {self.config.model_type}; give a decoder.")
-        architecture = next(iter(self.config.architectures or []), "")
-        if not architecture.endswith(("LMHeadModel", "ForCausalLM")):
+        if not self.generative:
+            architecture = next(iter(self.config.architectures or []), "")
             raise Refused(
                 f"base {self.spec} is a {architecture or 'bare backbone'}, not a causal language model; give a decoder "
                 "such as embedded:pylm."
