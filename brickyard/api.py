@@ -26,12 +26,14 @@ from brickyard.core import brick as bricks
 from brickyard.core import measure, trial
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
-from brickyard.core.batches import Encoded, encode
+from brickyard.core.batches import Encoded, EncodedBlocks, encode
 from brickyard.core.brick import Brick
 from brickyard.core.build import build, resolve
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadBase, BadBrick, UsageError
 from brickyard.core.files import Lock
+from brickyard.core.generate import Decoding, continuations
+from brickyard.core.loop import Answers, answer
 from brickyard.core.loop import predict as logits_of
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.retention import inner
@@ -184,14 +186,16 @@ def evaluate(
     encoded.labels = _in_order(encoded, rows, known)
     labels, kind = encoded.labels.numpy(), precision(dtype, device)
 
-    def scored() -> tuple[np.ndarray, dict[str, Any]]:
-        logits = logits_of(model, encoded, precision=kind)
-        found = interval(labels, wanted.predict(logits)[None], wanted.metric)
-        return logits, {"metric": wanted.metric, "mean": found.mean, "low": found.low, "high": found.high}
+    def scored() -> tuple[Answers, dict[str, Any]]:
+        answers = answer(model, encoded, wanted, precision=kind)
+        found = interval(labels, answers.predictions[None], wanted.metric)
+        return answers, {"metric": wanted.metric, "mean": found.mean, "low": found.low, "high": found.high}
 
-    logits, score = scored()
+    answers, score = scored()
     if predictions is not None:
-        trial.write_answers(Path(predictions), wanted, logits, labels)
+        trial.write_answers(Path(predictions), answers, labels)
+    if isinstance(encoded, EncodedBlocks):
+        score["nats_per_token"] = float(answers.predictions.sum() / encoded.tokens.sum())
     out: dict[str, Any] = {
         "score": score,
         "examples": len(labels),
@@ -224,6 +228,8 @@ def _own(base: Base) -> Any:
     """Open a base with the classification head that its checkpoint holds; BadBase when it holds none."""
     labels = int(getattr(base.config, "num_labels", 0) or 0)
     architecture = next(iter(base.config.architectures or []), "")
+    if base.generative:
+        return base.model(Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0)
     if "Classification" not in architecture:
         raise BadBase(
             f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first."
@@ -240,7 +246,7 @@ def _own(base: Base) -> Any:
 def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
     if known is None:
         return found
-    if found.input != known.input or (found.labels is None) != (known.labels is None):
+    if (found.input, found.labels is None, found.generative) != (known.input, known.labels is None, known.generative):
         raise UsageError(f"the brick was trained for {known.kind}; the data is for {found.kind}.")
     extra = sorted(set(found.labels or ()) - set(known.labels or ()))
     if extra:
@@ -268,11 +274,17 @@ def predict(
     force: bool = False,
     device: str | None = None,
     max_length: int | None = None,
+    decoding: Decoding | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write predictions for rows that need no labels: index, prediction (the class's name, or a number), logits."""
+    """Write predictions for rows that need no labels: index, prediction (the class's name, or a number), logits.
+
+    A language model continues each row's text instead, as `decoding` says (greedy by default).
+    """
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, task, made = _model(opened, brick, force, device)
+    if task is None and opened.generative:
+        task = Task("causal-lm", "bits_per_byte", None, 1, "text")
     if task is None:
         names = tuple(str(v) for v in model.config.id2label.values())
         task = Task(
@@ -282,7 +294,13 @@ def predict(
             width=len(names),
             input=opened.input,
         )
+    if decoding is not None and not task.generative:
+        raise UsageError(f"decoding options belong to language models; this task is {task.kind}.")
     rows = read_data(data, need=("test",), labelled=False)
+    if task.generative:
+        made_up = continuations(model, opened, rows.splits["test"]["text"], decoding or Decoding())
+        _write(out, {"index": np.arange(len(made_up)), "prediction": made_up})
+        return {"rows": len(made_up), "out": str(out), "encoding": {}}
     if rows.input != task.input:
         raise UsageError(f"the brick reads {task.input}; the data holds {rows.input}.")
     encoded = encode(
@@ -296,9 +314,13 @@ def predict(
     }
     if task.labels is not None:
         columns["logits"] = pa.array(list(logits))
+    _write(out, columns)
+    return {"rows": len(answers), "out": str(out), "encoding": encoded.report}
+
+
+def _write(out: str | Path, columns: dict[str, Any]) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), out)
-    return {"rows": len(answers), "out": str(out), "encoding": encoded.report}
 
 
 def plan(

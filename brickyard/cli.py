@@ -149,6 +149,12 @@ def _predict(p: Parser) -> None:
     p.add_argument("--brick", metavar="DIR")
     p.add_argument("--out", metavar="FILE.parquet", required=True)
     p.add_argument("--force", action="store_true", help="use a brick on another base than its own")
+    d = p.add_argument_group("continuations of a language model")
+    d.add_argument("--new-tokens", type=int, metavar="N", help="at most so many (128)")
+    d.add_argument("--temperature", type=float, metavar="T", help="sample; 0 takes the most probable token (0)")
+    d.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that make up this probability (1)")
+    d.add_argument("--beams", type=int, metavar="N", help="beam search (1: none)")
+    d.add_argument("--seed", type=int, metavar="S", help="of the sampling (0)")
     _common(p)
 
 

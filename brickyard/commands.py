@@ -18,6 +18,7 @@ from rich.markup import escape
 from brickyard import api
 from brickyard.console import Live
 from brickyard.core.errors import UsageError
+from brickyard.core.generate import Decoding
 
 DONE, FAILED, DOUBTFUL = 0, 1, 3
 EXAMPLE = "e.g. --data my-folder (train/validation/test files), or --data embedded:stdlib-topics"
@@ -198,7 +199,10 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def predict(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Write predictions for unlabelled rows."""
+    """Write predictions for unlabelled rows, or a language model's continuations."""
+    chosen = {
+        k: v for k in ("new_tokens", "temperature", "top_p", "beams", "seed") if (v := getattr(args, k)) is not None
+    }
     result = api.predict(
         base=None if args.brick and args.base == "embedded:minilm" else args.base,
         brick=args.brick,
@@ -208,6 +212,7 @@ def predict(args: argparse.Namespace, argv: Sequence[str]) -> int:
         force=args.force,
         device=args.device,
         max_length=args.max_length,
+        decoding=Decoding(**chosen) if chosen else None,
         trust_remote_code=args.trust_remote_code,
     )
     sys.stdout.write(f"{result['rows']} predictions in {result['out']}\n")

@@ -40,11 +40,13 @@ WORDS = [
 ]
 
 
-def make_text_base(folder: Path, *, seed: int = 0, layers: int = 2, decoder: bool = False) -> Path:
-    """Write a small BERT (or Llama) with a word-level tokenizer."""
+def make_text_base(
+    folder: Path, *, seed: int = 0, layers: int = 2, decoder: bool = False, causal: bool = False
+) -> Path:
+    """Write a small BERT (or Llama, with `causal` a language model) with a word-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -55,9 +57,11 @@ def make_text_base(folder: Path, *, seed: int = 0, layers: int = 2, decoder: boo
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
+    if causal:
+        fast.eos_token = "[SEP]"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if decoder:
+        if decoder or causal:
             config = LlamaConfig(
                 vocab_size=len(vocabulary),
                 hidden_size=32,
@@ -69,8 +73,9 @@ def make_text_base(folder: Path, *, seed: int = 0, layers: int = 2, decoder: boo
                 pad_token_id=0,
                 bos_token_id=2,
                 eos_token_id=3,
+                tie_word_embeddings=True,
             )
-            model = LlamaModel(config)
+            model = LlamaForCausalLM(config) if causal else LlamaModel(config)
         else:
             config = BertConfig(
                 vocab_size=len(vocabulary),
@@ -133,6 +138,23 @@ def text_data(train: int = 96, test: int = 60, **options: bool) -> dict[str, dic
     }
 
 
+def documents(train: int = 60, test: int = 40) -> dict[str, dict[str, list]]:
+    """Documents in which a word is mostly followed by the next one of the list: a language to be learned."""
+
+    def rows(n: int, seed: int) -> dict[str, list]:
+        g = np.random.Generator(np.random.PCG64(seed))
+        out = []
+        for _ in range(n):
+            at, words = int(g.integers(len(WORDS))), []
+            for _ in range(int(g.integers(5, 40))):
+                words.append(WORDS[at])
+                at = (at + 1) % len(WORDS) if g.random() < 0.9 else int(g.integers(len(WORDS)))
+            out.append(" ".join(words))
+        return {"text": out}
+
+    return {"train": rows(train, 0), "validation": rows(20, 1), "test": rows(test, 2)}
+
+
 def image_data(train: int = 64, test: int = 40) -> dict[str, dict[str, list]]:
     """Noise images that are bright at the top or at the bottom."""
     import io
@@ -173,6 +195,11 @@ def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def decoder_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_base(tmp_path_factory.mktemp("decoder-base"), decoder=True)
+
+
+@pytest.fixture(scope="session")
+def causal_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_base(tmp_path_factory.mktemp("causal-base"), causal=True)
 
 
 @pytest.fixture(scope="session")

@@ -29,13 +29,17 @@ def assemble(
     command: str,
     *,
     search_seconds: float,
+    untouched: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Build result.json. `entries` are the rows of one run (see `run._Run.rows`), with answers where they are done."""
     labels = next((e["answers"][0]["label"] for e in entries if e["status"] == "done"), np.empty(0))
     answers = {e["name"]: np.stack([a["prediction"] for a in e["answers"]]) for e in entries if e["status"] == "done"}
     methods = [_method(e, answers, labels, task) for e in entries]
     if task.labels is not None and len(labels) and not any(e["name"] == "majority" for e in entries):
-        methods.append(_majority(data, labels, task, answers))
+        most = int(np.bincount(np.asarray(data.splits["train"]["label"], dtype=int)).argmax())
+        methods.append(_constant("majority", np.full(len(labels), most), labels, task, answers))
+    if untouched is not None and len(labels):
+        methods.append(_constant("untouched base", untouched, labels, task, answers))
     pairs = pairs_table(labels, answers, task.metric)
     judged = verdict(methods, pairs, metric=task.metric)
     best = judged.get("recommended")
@@ -140,19 +144,20 @@ def _retained(rows: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     return out
 
 
-def _majority(data: Data, labels: np.ndarray, task: Task, answers: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The class that train holds most often, as an arm that costs nothing; it joins `answers` for the pairs."""
+def _constant(
+    name: str, predictions: np.ndarray, labels: np.ndarray, task: Task, answers: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Answers [N] that no training gave, as an arm that costs nothing; they join `answers` for the pairs."""
     seeds = max((len(a) for a in answers.values()), default=1)
-    most = int(np.bincount(np.asarray(data.splits["train"]["label"], dtype=int)).argmax())
-    answers["majority"] = np.full((seeds, len(labels)), most)
-    found = interval(labels, answers["majority"], task.metric)
+    answers[name] = np.tile(predictions, (seeds, 1))
+    found = interval(labels, answers[name], task.metric)
     return {
-        "arm": "majority",
+        "arm": name,
         "status": "done",
         "reason": "",
         "trivial": True,
         "setting": {},
-        "setting_arm": "majority",
+        "setting_arm": name,
         "tried": {},
         "score": {
             "metric": task.metric,
@@ -179,6 +184,8 @@ def _without_overlap(
     """Judge once more without the test rows that also stand in train."""
     if not len(data.test_overlap) or not data.test_overlap.any() or not len(labels):
         return None
+    if len(data.test_overlap) != len(labels):
+        return None  # pieces of documents; the report of the data names the documents that stand in both
     keep = ~data.test_overlap
     if keep.sum() < MINIMUM_EXAMPLES:
         told = f"only {keep.sum()} rows remain, too few to judge ({MINIMUM_EXAMPLES} are needed)."

@@ -27,7 +27,7 @@ from brickyard.core.errors import BadData, Refused
 from brickyard.core.files import Lock, write_json
 from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.jobs import Engine, Job, Outcome, engine
-from brickyard.core.task import task_of
+from brickyard.core.task import Task, task_of
 
 LIMIT = 15.0  # a trial may take this many times its predicted seconds
 FLOOR = 900.0  # seconds; no trial's limit is below
@@ -59,7 +59,7 @@ def compare(
         allow_overlap=request.allow_overlap,
     )
     task = task_of(data, kind=request.task, metric=request.metric)
-    if len(data.splits["test"]) < MINIMUM_EXAMPLES:
+    if len(data.splits["test"]) < MINIMUM_EXAMPLES and not task.generative:
         raise BadData(
             f"{data.name} has {len(data.splits['test'])} test rows, too few to tell methods apart; "
             f"expected at least {MINIMUM_EXAMPLES}. Move rows from train to test."
@@ -82,7 +82,9 @@ def compare(
         run.search(plan)
         run.final(plan)
         searched = run.ledger.seconds("search")
-        result = assemble(run.rows(plan), plan, data, base, task, command, search_seconds=searched)
+        result = assemble(
+            run.rows(plan), plan, data, base, task, command, search_seconds=searched, untouched=run.untouched(plan)
+        )
         run.keep_best(result)
         write_json(folder / "result.json", result)
         listen({"event": "done", "result": result})
@@ -103,13 +105,20 @@ class _Run:
         self.workers = planning.workers_of(request)
         self.engine: Engine = engine(request.engine, self.workers)
 
-    def refuse(self, task: Any) -> None:
+    def _goodness(self, score: float | None) -> float:
+        return -np.inf if score is None else self.task.goodness(score)
+
+    def refuse(self, task: Task) -> None:
         """Find out, before anything runs, which arms do not fit the task or themselves."""
-        for arm in self.arms:
+        self.task = task
+        for arm in list(self.arms):
             try:
                 resolve(parse(arm.arm), task)
             except Refused as error:
-                self.refused[arm.name] = str(error)
+                if arm.trivial:
+                    self.arms.remove(arm)  # a baseline that joined by itself and has no meaning here
+                else:
+                    self.refused[arm.name] = str(error)
 
     def _probe_of(self, arm: Contestant, key: str) -> Job:
         return Job(
@@ -238,7 +247,7 @@ class _Run:
                 continue
             shutil.rmtree(self.ledger.trial(key), ignore_errors=True)
             self.ledger.trial(key).mkdir(parents=True)
-            predicted = plan["predicted_seconds"][arm["name"]]
+            predicted = plan["predicted_seconds"].get(arm["name"], 0.0)
             jobs.append(
                 Job(
                     key=key,
@@ -305,7 +314,7 @@ class _Run:
             for name, left in alive.items():
                 if len(left) > 1:
                     # A stable sort, so that equal scores keep the earlier setting: the default stands first.
-                    best = sorted(left, key=lambda i, n=name: -_or_low(scores[n][str(i)]["validation"]))
+                    best = sorted(left, key=lambda i, n=name: -self._goodness(scores[n][str(i)]["validation"]))
                     alive[name] = best[: max(1, -(-len(best) // planning.KEEP))] if share != shares[-1] else best[:1]
         for arm in arms:
             best = alive[arm["name"]][0]
@@ -332,6 +341,16 @@ class _Run:
     def final(self, plan: dict[str, Any]) -> None:
         """Retrain every arm's chosen setting with all its seeds."""
         self._go(plan, self._finals(plan))
+
+    def untouched(self, plan: dict[str, Any]) -> np.ndarray | None:
+        """Return what the base says without any training, where it can answer: language models. None elsewhere."""
+        able = self._able(plan)
+        if not (self.task.generative and self.request.baselines and able):
+            return None
+        arm = {**able[0], "name": "untouched base"}
+        argument = {"setting": self.request.setting(able[0]["arm"], 0), "role": "untouched"}
+        [(key, row)] = self._go(plan, [(arm, argument)]).items()
+        return _answers(self.ledger.trial(key) / "answers.parquet")["prediction"] if row["status"] == "done" else None
 
     def rows(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
         """Return one entry per contestant: its status, its final trials in the order of the seeds, their answers."""
@@ -377,7 +396,9 @@ class _Run:
         for entry in self.rows(plan):
             if entry["status"] != "done":
                 continue
-            best = max(range(len(entry["keys"])), key=lambda i, e=entry: _or_low(e["trials"][i]["value"]["validation"]))
+            best = max(
+                range(len(entry["keys"])), key=lambda i, e=entry: self._goodness(e["trials"][i]["value"]["validation"])
+            )
             target = self.folder / "bricks" / slug(entry["name"], entry["arm"])
             source = self.ledger.trial(entry["keys"][best]) / "brick"
             if source.is_dir():
@@ -395,10 +416,6 @@ class _Run:
 def _answers(path: Path) -> dict[str, np.ndarray]:
     table = pq.read_table(path, columns=["label", "prediction"])
     return {name: table[name].to_numpy() for name in ("label", "prediction")}
-
-
-def _or_low(value: float | None) -> float:
-    return -np.inf if value is None else value
 
 
 def _now() -> str:

@@ -18,10 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -71,6 +73,11 @@ class Base:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the tensors and of what of the architecture they cannot show."""
         return base_files.fingerprint(self.weights, architecture(self.config))
+
+    @property
+    def generative(self) -> bool:
+        """Whether the checkpoint is a causal language model with its output layer."""
+        return next(iter(self.config.architectures or []), "").endswith(("LMHeadModel", "ForCausalLM"))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -130,6 +137,8 @@ class Base:
         wanted = "image" if task.input == "image" else "text"
         if wanted != self.input:
             raise Refused(f"base {self.spec} reads {self.input}, the task is about {task.input}; give another --base.")
+        if task.generative:
+            return self._language_model(attention)
         mapping, auto = _FORMS[self.input]
         if type(self.config) not in mapping and not self.trust_remote_code:
             raise Refused(
@@ -145,6 +154,18 @@ class Base:
         if self.input == "text" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.tokenizer.pad_token_id
         return self._load(auto, config, seed, attention, stored_head)
+
+    def _language_model(self, attention: str) -> nn.Module:
+        """Return the base with its own output layer over the vocabulary."""
+        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code:
+            raise Refused(f"transformers has no causal language model for {self.config.model_type}; give a decoder.")
+        if not self.generative:
+            architecture = next(iter(self.config.architectures or []), "")
+            raise Refused(
+                f"base {self.spec} is a {architecture or 'bare backbone'}, not a causal language model; give a decoder "
+                "such as embedded:pylm."
+            )
+        return self._load(AutoModelForCausalLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
 
     def backbone(self, attention: str = "sdpa") -> nn.Module:
         """Return the base without any head, in float32 and evaluation mode."""

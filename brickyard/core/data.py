@@ -26,6 +26,8 @@ VALIDATION_SHARE = 0.1
 OVERLAP_LIMIT = 0.05  # of the test rows
 EMPTY_LIMIT = 0.01  # of a split's rows; more blank texts mean a broken column
 ROW_LIMIT = 1_000_000  # bytes of text in one row
+FEW_DOCUMENTS = 10  # fewer than these in train: validation is cut from the end of each, not from their number
+DOCUMENT_LIMIT = 50_000_000  # bytes of one document of a language model
 _LANGUAGE = ("prompt", "completion", "chosen", "rejected")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
@@ -89,7 +91,7 @@ def read_data(
     allow_overlap: bool = False,
     labelled: bool = True,
     labels: Sequence[str] | None = None,
-    row_limit: int = ROW_LIMIT,
+    row_limit: int | None = None,
 ) -> Data:
     """Read and check a data set.
 
@@ -103,7 +105,9 @@ def read_data(
         allow_overlap: accept more than 5 % of test rows that stand in train.
         labelled: False reads rows without their labels.
         labels: class names that the labels must be among, in this order (those of a brick).
-        row_limit: bytes of text that one row may have.
+        row_limit: bytes of text that one row may have; by default ROW_LIMIT, for documents DOCUMENT_LIMIT.
+
+    Text without labels is for language models: a row is a document, and so is a whole .txt file.
 
     Raises:
         BadData: anything about the rows or files, with the place. UnknownName: an unknown embedded set, task or metric.
@@ -121,9 +125,18 @@ def read_data(
             f"{source.name} has no {' and no '.join(absent)} split; found: {', '.join(source.splits) or 'none'}"
             f"{' (and, not read: ' + ', '.join(source.ignored[:5]) + ')' if source.ignored else ''}."
         )
+    generative = task == "causal-lm" or (task is None and labelled and _plain(source))
+    if generative:
+        labelled, task = False, "causal-lm"
+        metric_of(task, metric)
+        _whole_files(source)
+    if row_limit is None:
+        row_limit = DOCUMENT_LIMIT if generative else ROW_LIMIT
     kind_of_input = _input_of(source, labelled)
     wanted = _INPUTS[kind_of_input]
-    if task not in (None, "regression", _KINDS[kind_of_input]):
+    if generative and kind_of_input != "text":
+        raise UsageError(f"the task 'causal-lm' does not fit the columns {', '.join(wanted)}; expected text.")
+    if task not in (None, "regression", "causal-lm", _KINDS[kind_of_input]):
         fits = _KINDS[kind_of_input]
         raise UsageError(f"the task {task!r} does not fit the columns {', '.join(wanted)}; expected {fits!r}.")
     empty = {
@@ -144,7 +157,10 @@ def read_data(
     mask, overlap = _overlap(keys, allow_overlap)
     cut = None
     if "train" in need and "validation" not in splits:
-        cut = _cut(splits, keys, None if names is None else raw["train"])
+        if generative and len(splits["train"]) < FEW_DOCUMENTS:
+            cut = _cut_ends(splits)
+        else:
+            cut = _cut(splits, keys, None if names is None else raw["train"])
     splits = {split: splits[split] for split in SPLITS if split in splits}
     report = {
         "name": source.name,
@@ -168,6 +184,18 @@ def read_data(
     return Data(source.name, kind, kind_of_input, splits, names, report, fingerprint, mask)
 
 
+def _plain(source: Source) -> bool:
+    """Whether all splits are text without labels: documents for a language model."""
+    return all(names == ["text"] for names in source.found.values())
+
+
+def _whole_files(source: Source) -> None:
+    """Make one document of each .txt file, whose lines were read as rows."""
+    for split, columns in source.splits.items():
+        if source.formats.get(split) == "txt" and columns["text"]:
+            columns["text"] = ["\n".join(columns["text"]) + "\n"]
+
+
 def _input_of(source: Source, labelled: bool) -> str:
     """Say what the inputs are, once every split is known to have the same columns."""
     first, found = next(iter(source.found.items()), ("", []))
@@ -180,12 +208,6 @@ def _input_of(source: Source, labelled: bool) -> str:
     if {"text", "image"} <= set(found):
         raise BadData(f"split {first!r} has both a text and an image column; expected one kind of input.")
     kind = "image" if "image" in found else "pair" if "text_pair" in found else "text"
-    plain = all(names == ["text"] for names in source.found.values())
-    if labelled and plain and set(source.formats.values()) <= {"txt", "embedded"}:
-        raise Refused(
-            f"{source.name} is plain text without labels: language models are not supported yet by this task. "
-            "For classification give a column label as .parquet, .jsonl or .csv."
-        )
     for split, names in source.found.items():
         for wanted in (*_INPUTS[kind], *(("label",) if labelled else ())):
             if wanted not in names:
@@ -431,6 +453,28 @@ def _cut(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[i
         "share": VALIDATION_SHARE,
         "seed": 0,
         "stratified": classes is not None,
+    }
+
+
+def _cut_ends(splits: dict[str, Split]) -> dict[str, Any]:
+    """Move the last tenth of each of a few documents of train to a new validation split, cut at a line break."""
+    heads, tails = [], []
+    for text in splits["train"]["text"]:
+        place = text.rfind("\n", 0, int((1 - VALIDATION_SHARE) * len(text))) + 1
+        if not text[:place].strip() or not text[place:].strip():
+            raise BadData(
+                "train is too short, or has too few lines, to cut a validation split from; add a validation file."
+            )
+        heads.append(text[:place])
+        tails.append(text[place:])
+    splits["train"], splits["validation"] = Split({"text": heads}), Split({"text": tails})
+    return {
+        "split": "validation",
+        "from": "the end of each document of train",
+        "rows": len(tails),
+        "share": VALIDATION_SHARE,
+        "seed": 0,
+        "stratified": False,
     }
 
 

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 
 from brickyard.core.errors import BadData, NotFinite, UnknownName, UsageError
 
-METRICS = ("accuracy", "macro-f1", "matthews", "spearman", "loss")
-LOWER_IS_BETTER = frozenset({"loss"})
+_PER_UNIT = {"bits_per_byte": math.log(2), "nats_per_token": 1.0}  # nats in one of the metric's own units
+METRICS = ("accuracy", "macro-f1", "matthews", "spearman", "loss", *_PER_UNIT)
+LOWER_IS_BETTER = frozenset({"loss", *_PER_UNIT})
 MINIMUM_EXAMPLES = 20  # below, no interval is worth its name: one answer moves the score by 5 points
 
 
@@ -26,9 +27,12 @@ def influence(
     """Return the score of each seed [S] and the influence psi of each example on it [S, N]; each row sums to 0.
 
     Args:
-        labels: [N] class ids or numbers; None for "loss".
-        predictions: [S, N] or [N], class ids, or numbers for "spearman"; for "loss" the loss of each example.
-        metric: accuracy, macro-f1, matthews, spearman, or loss (the mean, weighted by `weights`: tokens, bytes).
+        labels: [N] class ids or numbers; None for "loss"; for "bits_per_byte" and "nats_per_token" each document's
+            bytes or tokens.
+        predictions: [S, N] or [N], class ids, or numbers for "spearman"; for "loss" the loss of each example, for the
+            metrics of language models each document's nats.
+        metric: accuracy, macro-f1, matthews, spearman, loss (the mean, weighted by `weights`), bits_per_byte,
+            nats_per_token (ratios of sums).
         weights: [N], only for "loss".
 
     Raises:
@@ -41,6 +45,10 @@ def influence(
     if metric == "loss":
         score_S = answers_SN @ weight / weight.sum()
         return score_S, weight / weight.mean() * (answers_SN - score_S[:, None])
+    if metric in _PER_UNIT:
+        unit_N = true * _PER_UNIT[metric]
+        score_S = answers_SN.sum(axis=1) / unit_N.sum()
+        return score_S, (answers_SN - score_S[:, None] * unit_N) / unit_N.mean()
     if metric == "accuracy":
         hit_SN = (answers_SN == true).astype(np.float64)
         return hit_SN.mean(axis=1), hit_SN - hit_SN.mean(axis=1, keepdims=True)
@@ -81,6 +89,8 @@ def checked(
     for what, array in (("prediction", answers), ("label", true), ("weight", weight)):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise NotFinite(f"a {what} is NaN or infinite; no score can be given.")
+    if metric in _PER_UNIT and not (true > 0).all():
+        raise BadData(f"metric {metric!r}: a document without bytes or tokens stands among the test examples.")
     if (weight < 0).any() or weight.sum() == 0:
         raise BadData("weights must be 0 or more, and not all 0.")
     return true, answers, weight

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from brickyard.core.attached import Attached
-from brickyard.core.batches import Order
+from brickyard.core.batches import EncodedBlocks, Order
 from brickyard.core.checkpoint import Checkpoints
 from brickyard.core.errors import NotFinite, UsageError
 from brickyard.core.task import Task
@@ -336,13 +336,15 @@ def _point(state: State, scores: dict[str, float]) -> None:
 
 def _evaluate(state: State, validation: Examples) -> bool:
     """Evaluate, keep the best tensors, and say whether patience has run out."""
-    logits = predict(state.attached.model, validation, precision=state.training.precision)
-    labels = validation.labels.numpy()
-    score = state.task.score(labels, state.task.predict(logits))
-    loss = float(state.task.losses(torch.from_numpy(logits), validation.labels).mean())
+    answers = answer(state.attached.model, validation, state.task, precision=state.training.precision)
+    score = state.task.score(validation.labels.numpy(), answers.predictions)
+    loss = float(np.average(answers.losses, weights=answers.weights))
     _point(state, {"validation_score": score, "validation_loss": loss})
     assert state.hooks is not None
-    if state.hooks.ready(state) and (state.best is None or (score, -loss) > (state.best["score"], -state.best["loss"])):
+    found = (state.task.goodness(score), -loss)
+    if state.hooks.ready(state) and (
+        state.best is None or found > (state.task.goodness(state.best["score"]), -state.best["loss"])
+    ):
         state.best = {"score": score, "loss": loss, "step": state.step}
         state.best_tensors = state.attached.tensors()
         state.waited = 0
@@ -350,6 +352,53 @@ def _evaluate(state: State, validation: Examples) -> bool:
         state.waited += 1
     state.hooks("evaluated", state)
     return bool(state.training.patience) and state.waited >= state.training.patience
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of the examples, in the order of the data.
+
+    predictions: [N] classes, values, or a document's nats; losses: [N] nats (of a language model, per token) or squared
+    errors; weights: [N] what an example counts in a mean loss; logits: [N, W], None of a language model.
+    """
+
+    predictions: np.ndarray
+    losses: np.ndarray
+    weights: np.ndarray
+    logits: np.ndarray | None
+
+
+def answer(model: nn.Module, examples: Examples, task: Task, *, precision: str = "float32") -> Answers:
+    """Run `model` over all examples in evaluation mode; NotFinite where it gives no finite number."""
+    if task.generative:
+        assert isinstance(examples, EncodedBlocks)
+        nats = _nats(model, examples, precision)
+        return Answers(nats, nats / examples.tokens, examples.tokens.astype(np.float64), None)
+    logits = predict(model, examples, precision=precision)
+    losses = task.losses(torch.from_numpy(logits), examples.labels).numpy()
+    return Answers(task.predict(logits), losses, np.ones(len(losses)), logits)
+
+
+@torch.no_grad()
+def _nats(model: nn.Module, examples: EncodedBlocks, precision: str) -> np.ndarray:
+    """Return the nats of every unit: [U]."""
+    device = next(model.parameters()).device
+    kind = nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=torch.bfloat16)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(len(examples.labels), dtype=torch.float64)
+    batch = max(1, 4096 // int(examples.lengths[0]))
+    with kind:
+        for rows in np.array_split(np.arange(len(examples)), math.ceil(len(examples) / batch)):
+            inputs = to_device(examples.collate(rows), device)
+            targets = inputs.pop("labels").flatten()
+            logits = model(**inputs).logits.float().flatten(0, 1)
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # 0 where nothing is asked
+            total.index_add_(0, examples.units(rows).flatten(), losses.double().cpu())
+    model.train(was_training)
+    if not total.isfinite().all():
+        raise NotFinite(f"the loss of {examples.report['unit']} {int((~total.isfinite()).nonzero()[0])} is not finite.")
+    return total.numpy()
 
 
 @torch.no_grad()

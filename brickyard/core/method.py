@@ -22,7 +22,7 @@ FAMILIES = (
     "serve",
     "distribute",
 )
-TASKS = ("text-classification", "pair-classification", "regression", "image-classification")
+TASKS = ("text-classification", "pair-classification", "regression", "image-classification", "causal-lm")
 
 
 @dataclass(frozen=True, kw_only=True)

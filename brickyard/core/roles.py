@@ -49,18 +49,36 @@ def own_head(model: nn.Module) -> list[str]:
 
     They are the top-level modules beside the backbone (`["classifier"]`, `["head"]`), in order, and, where the
     checkpoint had no pooler but the model needs one, that pooler too (`["classifier", "bert.pooler"]`): it is new, so
-    it must train with the head.
+    it must train with the head. A language model has none: its output layer came with it.
     """
     model = _unwrapped(model)
+    if _vocabulary_layer(model) is not None:
+        return []
+    return [*_beside(model), *getattr(model, "new_modules", ())]
+
+
+def _beside(model: nn.Module) -> list[str]:
+    """The top-level modules with parameters beside the backbone."""
     backbone = _backbone(model)
     if backbone is None:
         return []
-    beside = [
+    return [
         name
         for name, module in model.named_children()
         if module is not backbone and any(True for _ in module.parameters())
     ]
-    return [*beside, *getattr(model, "new_modules", ())]
+
+
+def _vocabulary_layer(model: nn.Module) -> nn.Module | None:
+    """The layer of a language model that scores the vocabulary; it is pre-trained, unlike the head of a task."""
+    find = getattr(model, "get_output_embeddings", None)
+    found = find() if callable(find) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """The modules that no method may take for a layer of the backbone: the task's head, or the output layer."""
+    return own_head(model) or _beside(model)
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -70,14 +88,13 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     which themselves are made of a list of equal blocks (ResNet, Swin), the blocks are the inner ones.
     """
     model = _unwrapped(model)
-    heads = own_head(model)
-    return list(_walk(model, "", heads))
+    return list(_walk(model, "", _heads(model)))
 
 
 def roles(model: nn.Module) -> dict[str, str]:
     """Return the role of every leaf, a module without children that holds parameters: dotted name -> one of ROLES."""
     model = _unwrapped(model)
-    heads = own_head(model)
+    heads = _heads(model)
     inside = tuple(f"{name}." for name, _ in blocks(model))
     found: dict[str, str] = {}
     for name, module in _leaves(model):

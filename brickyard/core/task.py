@@ -1,6 +1,8 @@
 """What is learned: the kind of task, its loss and its metric.
 
-Shapes: R resamples, N examples, K classes, W outputs of the model (K, or 1 for regression).
+Shapes: R resamples, N examples, K classes, W outputs of the model (K, or 1 for regression). A language model's outputs
+are [B, T, V] over blocks of T positions; its examples are documents, whose "labels" are their bytes (or tokens) and
+whose "predictions" are the nats that the model needs for them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brickyard.core.errors import BadData, NotFinite, UnknownName, UsageError
+from brickyard.core.influence import LOWER_IS_BETTER
 from brickyard.core.method import TASKS
 
 if TYPE_CHECKING:
@@ -73,12 +76,25 @@ def _confusion(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     return np.bincount(cell_RN.ravel(), minlength=rows * classes**2).reshape(*lead, classes, classes)
 
 
+def bits_per_byte(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return the bits that all documents need over their bytes: bytes [..., N] and nats [..., N] -> [...]."""
+    return nats_per_token(labels, predictions) / np.log(2)
+
+
+def nats_per_token(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return the nats that all documents need over their tokens: tokens [..., N] and nats [..., N] -> [...]."""
+    return predictions.sum(axis=-1) / labels.sum(axis=-1)
+
+
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "accuracy": accuracy,
     "macro-f1": macro_f1,
     "matthews": matthews,
     "spearman": spearman,
+    "bits_per_byte": bits_per_byte,
+    "nats_per_token": nats_per_token,
 }
+_FITTING = {"regression": ("spearman",), "causal-lm": ("bits_per_byte", "nats_per_token")}
 
 
 def metric_of(kind: str, metric: str | None = None) -> str:
@@ -90,7 +106,7 @@ def metric_of(kind: str, metric: str | None = None) -> str:
     """
     if kind not in TASKS:
         raise UnknownName.among("task", kind, TASKS)
-    fitting = ("spearman",) if kind == "regression" else ("accuracy", "macro-f1", "matthews")
+    fitting = _FITTING.get(kind, ("accuracy", "macro-f1", "matthews"))
     if metric is None:
         return fitting[0]
     if metric not in _METRICS:
@@ -112,9 +128,10 @@ class Task:
 
     Attributes:
         kind: one of `method.TASKS`.
-        metric: "accuracy", "macro-f1" or "matthews" for classes, "spearman" for regression.
-        labels: class names in the order of the outputs; None for regression.
-        width: outputs of the model.
+        metric: "accuracy", "macro-f1" or "matthews" for classes, "spearman" for regression, "bits_per_byte" or
+            "nats_per_token" for language models.
+        labels: class names in the order of the outputs; None for regression and language models.
+        width: outputs of the model; 1 for language models, whose outputs are the base's own.
         input: "text", "pair" or "image".
     """
 
@@ -132,7 +149,16 @@ class Task:
     @property
     def regression(self) -> bool:
         """Whether labels are numbers, not classes."""
-        return self.labels is None
+        return self.kind == "regression"
+
+    @property
+    def generative(self) -> bool:
+        """Whether the base's own output layer is used, and every position is predicted."""
+        return self.kind == "causal-lm"
+
+    def goodness(self, score: float) -> float:
+        """Return `score` so that more is better."""
+        return -score if self.metric in LOWER_IS_BETTER else score
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each example in float32: cross entropy in nats, or squared error.
@@ -146,7 +172,9 @@ class Task:
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean of `losses`, a scalar."""
+        """Return the mean of `losses`, a scalar; of a language model, the mean over the positions that have a label."""
+        if self.generative:
+            return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         return self.losses(logits, labels).mean()
 
     def predict(self, logits: ArrayLike | Tensor) -> np.ndarray:

@@ -25,7 +25,7 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
 from brickyard.core.build import Plan, build, resolve, training_of
 from brickyard.core.data import Data, read_data
-from brickyard.core.loop import Backprop, Examples, Training, predict, to_device, train, train_mode
+from brickyard.core.loop import Answers, Backprop, Examples, Training, answer, to_device, train, train_mode
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import Drift, Retention
 from brickyard.core.states import States
@@ -128,13 +128,23 @@ def _device(setting: Setting) -> torch.device:
 def run(argument: dict[str, Any]) -> dict[str, Any]:
     """Train and evaluate one setting in `folder`; see `finish` for the result.
 
-    argument: {"setting": dict of Setting, "folder": path, "role": "search"|"final", "code": digest of the code}.
+    argument: {"setting": dict of Setting, "folder": path, "role": "search"|"final"|"untouched", "code": digest of the
+    code}. Of an untouched base only the answers are taken.
     """
     setting = Setting(**argument["setting"])
     folder = Path(argument["folder"])
+    if argument.get("role") == "untouched":
+        return _untouched(prepare(setting, ("test",)), folder)
     final = argument.get("role", "final") == "final"
     ready = prepare(setting, ("train", "validation", "test") if final else ("train", "validation"))
     return tune(ready, folder, evaluate="test" if final else None, code=argument.get("code", ""))
+
+
+def _untouched(ready: Prepared, folder: Path) -> dict[str, Any]:
+    model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(_device(ready.setting))
+    answers, labels = answer(model, ready.encoded["test"], ready.task), ready.encoded["test"].labels.numpy()
+    write_answers(folder / "answers.parquet", answers, labels)
+    return {"score": {"metric": ready.task.metric, "mean": ready.task.score(labels, answers.predictions)}}
 
 
 def tune(
@@ -153,7 +163,8 @@ def tune(
     attached.model.to(_device(setting))
     sets, cost = examples(ready, attached)
     kept = _retention(ready, attached)
-    probe = _inputs(sets["train"].collate(np.arange(min(_PROBE_ROWS, len(sets["train"])))), _device(setting))
+    few = max(1, 512 // int(sets["train"].lengths[0])) if task.generative else _PROBE_ROWS  # a vocabulary is wide
+    probe = _inputs(sets["train"].collate(np.arange(min(few, len(sets["train"])))), _device(setting))
     base_logits = _logits(attached, probe)
     before = snapshot(attached.model)
     training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
@@ -183,7 +194,7 @@ def tune(
         "receipt": proof,
         "retained": kept.after(attached.model) if kept else None,
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
-        "validation": _best(trained.history),
+        "validation": _best(trained.history, task),
         "cost": {
             "train_seconds": trained.seconds + cost.get("states_seconds", 0.0),
             "trainable_parameters": sum(p.numel() for p in attached.parameters()),
@@ -191,10 +202,10 @@ def tune(
         },
     }
     if evaluate is not None:
-        logits = predict(attached.model, sets[evaluate], precision=training.precision)
+        answers = answer(attached.model, sets[evaluate], task, precision=training.precision)
         labels = sets[evaluate].labels.numpy()
-        result["score"] = {"metric": task.metric, "mean": task.score(labels, task.predict(logits))}
-        write_answers(folder / "answers.parquet", task, logits, labels)
+        result["score"] = {"metric": task.metric, "mean": task.score(labels, answers.predictions)}
+        write_answers(folder / "answers.parquet", answers, labels)
     about = {
         "data": {"name": ready.data.name, "fingerprint": ready.data.fingerprint, "rows": len(sets["train"])},
         "training": asdict(training),
@@ -209,8 +220,8 @@ def tune(
     return result
 
 
-def _best(history: list[dict[str, Any]]) -> float | None:
-    return max((p["validation_score"] for p in history if "validation_score" in p), default=None)
+def _best(history: list[dict[str, Any]], task: Task) -> float | None:
+    return max((p["validation_score"] for p in history if "validation_score" in p), key=task.goodness, default=None)
 
 
 def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -232,17 +243,19 @@ def _retention(ready: Prepared, attached: Attached) -> Drift | Retention | None:
     return Retention.before(attached.model, ready.base, ready.setting.retain, max_length=ready.setting.max_length)
 
 
-def write_answers(path: Path, task: Task, logits: np.ndarray, labels: np.ndarray) -> None:
-    """Write one row per example in the order of the data: index, label, prediction, loss and, for classes, logits."""
-    losses = task.losses(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
+def write_answers(path: Path, answers: Answers, labels: np.ndarray) -> None:
+    """Write one row per example in the order of the data: index, label, prediction, loss and, for classes, logits.
+
+    Of a language model, an example is a document, its label its bytes (or tokens) and its prediction its nats.
+    """
     columns: dict[str, Any] = {
         "index": np.arange(len(labels)),
         "label": labels,
-        "prediction": task.predict(logits),
-        "loss": losses,
+        "prediction": answers.predictions,
+        "loss": answers.losses,
     }
-    if task.labels is not None:
-        columns["logits"] = pa.array(list(logits))
+    if answers.logits is not None and answers.logits.shape[1] > 1:
+        columns["logits"] = pa.array(list(answers.logits))
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), temporary)
@@ -305,12 +318,20 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "states_ms_per_row": 1000 * states["states_seconds"] * longer if states else 0.0,
         "states_of": str(getattr(getattr(attached.model, "head", None), "frozen_pool", None)) if states else "",
         "rows": len(lengths),
-        "validation_rows": len(ready.data.splits.get("validation", ())),
-        "test_rows": len(ready.data.splits.get("test", ())),
+        **{f"{split}_rows": _rows_like(ready, split, len(lengths)) for split in ("validation", "test")},
         "batch": batch,
         "longest": int(lengths.max()),
         "training": asdict(ready.training),
     }
+
+
+def _rows_like(ready: Prepared, split: str, rows: int) -> int:
+    """Return the rows of a split that is not encoded; where rows are blocks of text, by its share of the bytes."""
+    found = ready.data.splits.get(split)
+    if found is None or not ready.task.generative:
+        return len(found) if found else 0
+    size = lambda texts: sum(map(len, texts["text"]))  # noqa: E731
+    return round(rows * size(found) / size(ready.data.splits["train"]))
 
 
 def _bare_state(attached: Attached, ready: Prepared, device: torch.device) -> Any:

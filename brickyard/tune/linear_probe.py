@@ -28,6 +28,7 @@ RECORD = Record(
     family="tune",
     title="linear layer on the pooled final state of a frozen base",
     paper="arXiv 1610.01644",
+    needs=("text-classification", "pair-classification", "regression", "image-classification"),
     slot="head",
     search={"lr": (3e-3, 1e-2, 3e-2)},
     training={"lr": 1e-2, "wd": 0.0, "epochs": 10, "batch": 32},

@@ -42,6 +42,7 @@ RECORD = Record(
     family="tune",
     title="head on the mean and the covariance of frozen tokens",
     paper="arXiv 2307.11342",
+    needs=("text-classification", "pair-classification", "regression", "image-classification"),
     slot="head",
     presets={
         "paper": {"p": 512, "h": 4, "pooled": "cls", "init": "paper"},
