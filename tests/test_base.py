@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import nn
 
 from brickyard.core.base import HeadedModel, blocks, match, open_base, own_head, roles
 from brickyard.core.errors import BadBase, NotFinite, Refused, Unmatched, UsageError
+from brickyard.core.task import Task
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {**SIZES, "vocab_size": 99, "max_position_embeddings": 40}
@@ -51,9 +51,9 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "convnext": (hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[2, 1], num_stages=2), hf.ConvNextModel),
 }
 IMAGES = ("vit", "resnet", "convnext")
-CLASSES = SimpleNamespace(kind="text-classification", labels=("no", "yes", "maybe"), width=3, input="text")
-PICTURES = SimpleNamespace(kind="image-classification", labels=("0", "1", "2"), width=3, input="image")
-NUMBER = SimpleNamespace(kind="regression", labels=None, width=1, input="pair")
+CLASSES = Task("text-classification", "accuracy", ("no", "yes", "maybe"), 3, "text")
+PICTURES = Task("image-classification", "accuracy", ("0", "1", "2"), 3, "image")
+NUMBER = Task("regression", "spearman", None, 1, "pair")
 
 
 def write_tokenizer(folder: Path, eos: bool = False) -> None:

@@ -93,7 +93,8 @@ def test_a_few_long_documents_are_judged_by_their_pieces(causal_base: Path) -> N
 
 def test_compare_gives_a_paired_table_with_the_untouched_base(causal_base: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", documents())
-    options = {"seeds": 2, "batch": 4, "training": {"epochs": 6}, "device": "cpu", "max_length": 32}
+    asked = {"task": "causal-lm", "max_length": 32, "device": "cpu"}
+    options = {"seeds": 2, "batch": 4, "training": {"epochs": 6}, **asked}
     result = brickyard.compare(
         base=str(causal_base),
         data=str(data),
@@ -110,9 +111,9 @@ def test_compare_gives_a_paired_table_with_the_untouched_base(causal_base: Path,
     assert result["verdict"]["recommended"] == "full:lr=0.01"
     assert (tmp_path / "run" / rows["full:lr=0.01"]["brick"] / "brick.json").is_file()
     brick = tmp_path / "run" / rows["full:lr=0.01"]["brick"]
-    scored = brickyard.evaluate(brick=brick, data=str(data), max_length=32, metric="nats_per_token", device="cpu")
+    scored = brickyard.evaluate(brick=brick, data=str(data), metric="nats_per_token", **asked)
     assert min(abs(scored["score"]["mean"] - s) for s in rows["full:lr=0.01"]["score"]["per_seed"]) < 1e-4
-    bare_again = brickyard.evaluate(base=str(causal_base), data=str(data), max_length=32, device="cpu")
+    bare_again = brickyard.evaluate(base=str(causal_base), data=str(data), **asked)
     assert bare_again["score"]["metric"] == "bits_per_byte"
     assert bare_again["score"]["nats_per_token"] == pytest.approx(bare, rel=1e-4)
 
@@ -164,7 +165,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path, causal_base
     with pytest.raises(Refused, match="causal language model"):
         open_base(str(text_base)).model(LM, seed=0)
     with pytest.raises(UsageError, match="does not fit"):
-        read_data({"train": {"text": texts}, "test": {"text": texts[:20]}}, metric="accuracy")
+        read_data({"train": {"text": texts}, "test": {"text": texts[:20]}}, task="causal-lm", metric="accuracy")
     with pytest.raises(BadData, match="50,000,000"):
         read_data({"train": {"text": ["a" * 60_000_000]}}, task="causal-lm", need=("train",))
     small = make_text_base(tmp_path / "small", causal=True)

@@ -109,7 +109,7 @@ def test_columns_that_are_missing_or_too_many(tmp_path: Path) -> None:
     )
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).write_text("a\nb\n", encoding="utf-8")
-    fails(tmp_path, "plain text without labels", "not supported yet", error=Refused)
+    fails(tmp_path, "no column .label.; found: text", task="text-classification")
 
 
 def test_the_same_column_twice(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from brickyard import embedded
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadBase, BadData, DiskFull, Refused, UnknownName
+from brickyard.core.errors import BadBase, BadData, DiskFull, UnknownName
 from brickyard.embedded import digits, python_source, stdlib_topics
 
 Splits = dict[str, dict[str, list]]
@@ -225,8 +225,8 @@ def test_python_source_is_split_by_file() -> None:
     assert min(sizes.values()) > 200_000
     assert max(map(len, texts)) < 1_000_000
     assert (LIBRARY / "argparse.py").read_text("utf-8") in texts
-    with pytest.raises(Refused, match="language models are not supported yet"):
-        read_data("embedded:python-source")
+    read = read_data("embedded:python-source")
+    assert read.kind == "causal-lm" and read.labels is None
 
 
 def test_a_file_keeps_its_side_between_versions(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_file_keeps_its_side_between_versions(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert embedded.DATA == ("digits", "python-source", "stdlib-topics")
+    assert embedded.DATA == ("digits", "python-source", "python-tests", "stdlib-topics")
     assert embedded.BASES == ("minilm", "tiny-conv", "tiny-vit")
     with pytest.raises(UnknownName, match="unknown embedded data set 'stdlib_topic'; did you mean stdlib-topics"):
         embedded.data("stdlib_topic")

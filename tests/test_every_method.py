@@ -49,7 +49,14 @@ def setting(arm: str, task: str, base: Path, **changes: object) -> trial.Setting
     batch = 4 if task == "causal-lm" else 16  # blocks are few
     training = {"epochs": 2, "precision": "float32", "batch": batch, **changes.pop("training", {})}  # type: ignore[dict-item]
     return trial.Setting(
-        arm=arm, base=str(base), data=TASKS[task], training=training, cache=False, device="cpu", **changes
+        arm=arm,
+        base=str(base),
+        data=TASKS[task],
+        task=task if task == "causal-lm" else None,
+        training=training,
+        cache=False,
+        device="cpu",
+        **changes,
     )  # type: ignore[arg-type]
 
 

@@ -107,7 +107,7 @@ def read_data(
         labels: class names that the labels must be among, in this order (those of a brick).
         row_limit: bytes of text that one row may have; by default ROW_LIMIT, for documents DOCUMENT_LIMIT.
 
-    Text without labels is for language models: a row is a document, and so is a whole .txt file.
+    A .txt file is a document for a language model. Rows of a table are such documents with task="causal-lm".
 
     Raises:
         BadData: anything about the rows or files, with the place. UnknownName: an unknown embedded set, task or metric.
@@ -185,8 +185,12 @@ def read_data(
 
 
 def _plain(source: Source) -> bool:
-    """Whether all splits are text without labels: documents for a language model."""
-    return all(names == ["text"] for names in source.found.values())
+    """Whether all splits are of a kind that has no labels: documents for a language model.
+
+    A table with a column `text` alone may as well lack its labels, so there `task="causal-lm"` must be said.
+    """
+    plain = all(names == ["text"] for names in source.found.values())
+    return plain and set(source.formats.values()) <= {"txt", "embedded"}
 
 
 def _whole_files(source: Source) -> None:
@@ -215,7 +219,7 @@ def _input_of(source: Source, labelled: bool) -> str:
                 raise BadData(
                     f"split {split!r} of {source.name} has no column {wanted!r}; found: {', '.join(names) or 'none'}."
                     f"{f' Rename {near[0]!r} to {wanted!r}?' if near else ''} Expected text[, text_pair], label or "
-                    "image, label."
+                    "image, label; for a language model's documents, which have none, say --task causal-lm."
                 )
         if kind == "text" and "text_pair" in names:
             raise BadData(f"split {split!r} has a column text_pair, split {first!r} has none; give it to all or none.")
