@@ -26,10 +26,11 @@ from brickyard.core import brick as bricks
 from brickyard.core import measure, trial
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
-from brickyard.core.batches import Encoded, EncodedBlocks, encode
+from brickyard.core.batches import Encoded, encode
 from brickyard.core.brick import Brick
 from brickyard.core.build import build, resolve
 from brickyard.core.data import read_data
+from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import BadBase, BadBrick, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations

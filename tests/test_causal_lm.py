@@ -13,8 +13,9 @@ from conftest import WORDS, documents, make_text_base, write_data
 
 import brickyard
 from brickyard.core.base import open_base
-from brickyard.core.batches import EncodedBlocks, encode
+from brickyard.core.batches import encode
 from brickyard.core.data import Split, read_data
+from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import BadBase, BadData, Refused, UsageError
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.influence import influence

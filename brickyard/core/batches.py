@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -22,64 +21,19 @@ from PIL import Image
 from torch import Tensor
 
 from brickyard.core.data import Split
+from brickyard.core.documents import encode_documents
+from brickyard.core.encoded import IGNORED, Encoded, chunks, known_to
 from brickyard.core.errors import BadBase, BadData, UsageError
-from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.task import Task
 
 if TYPE_CHECKING:
     from brickyard.core.base import Base
 
-IGNORED = -100  # label of unlabelled rows: the index that torch's cross entropy skips
 MEGABATCH = 50  # batches among which rows are sorted by length
 PIXEL_LIMIT = 64_000_000  # of one image
 CACHED_BYTES = 2**30  # of decoded images; beyond it they are decoded batch by batch
-_BLOCK = 1024  # positions of a language model's block, where the base allows as many
-_CHUNK = 2048  # rows given to the tokenizer or image processor at once
 # Only formats whose decoders run inside Pillow: others start programs of the system.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-
-
-class Encoded(ABC):
-    """The rows of a split as a model reads them.
-
-    Attributes:
-        labels: [N] class indices (int64) or values (float32); -100 throughout where the split has no labels.
-        lengths: [N] tokens of each row (1 for images).
-        report: rows, truncated, longest, max_length, ...: what encoding did; JSON-serialisable.
-    """
-
-    labels: Tensor
-    lengths: np.ndarray
-    report: dict[str, Any]
-    labelled: bool
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def collate(self, index: ArrayLike) -> dict[str, Tensor]:
-        """Return the model inputs of the rows at `index` and, of labelled rows, their "labels"."""
-        rows = np.asarray(index, dtype=np.int64)
-        inputs = self._inputs(rows)
-        if self.labelled:
-            inputs["labels"] = self.labels[torch.from_numpy(rows)]
-        return inputs
-
-    @property
-    def digest(self) -> str:
-        """sha256 over everything that a batch can hold."""
-        labels = self.labels.numpy()
-        return hashlib.sha256(f"{self._content} {labels.dtype} ".encode() + labels.tobytes()).hexdigest()
-
-    @abstractmethod
-    def take(self, index: ArrayLike) -> Encoded:
-        """Return the rows at `index`, in its order; the report stays that of the whole."""
-
-    @property
-    @abstractmethod
-    def _content(self) -> str: ...
-
-    @abstractmethod
-    def _inputs(self, rows: np.ndarray) -> dict[str, Tensor]: ...
 
 
 class EncodedText(Encoded):
@@ -141,59 +95,6 @@ class EncodedText(Encoded):
         digest = hashlib.sha256(f"text {self.pad} {self.multiple}".encode())
         for part in (self.lengths.astype(np.int64), self.ids, *(() if self.types is None else (self.types,))):
             digest.update(f" {part.dtype} {part.shape} ".encode() + part.tobytes())
-        return digest.hexdigest()
-
-
-class EncodedBlocks(Encoded):
-    """Documents behind one another, cut into blocks of T positions, for language models.
-
-    Each document starts with the end token, which stands for "nothing before", and its last target is the end token. A
-    document that crosses into the next block goes on there as a new piece: it sees nothing before the cut, and no
-    piece ever sees another (`position_ids` start at 0 in each, by which transformers keeps them apart). Only the last
-    block may have positions without a target.
-
-    Attributes:
-        labels: [U] bytes (or tokens, as the metric wants) of each unit, the denominators of the metric. A unit is a
-            document, or a piece where there are too few documents for statistics (`report["unit"]`).
-        bytes, tokens: [U] of each unit.
-        lengths: [N] T for every block.
-    """
-
-    def __init__(
-        self,
-        columns: dict[str, np.ndarray],
-        sizes: tuple[np.ndarray, np.ndarray],
-        labels: Tensor,
-        *,
-        report: dict[str, Any],
-    ) -> None:
-        self.columns, self.labels, self.report, self.labelled = columns, labels, report, True
-        self.bytes, self.tokens = sizes
-        self.lengths = np.full(columns["ids"].shape[0], columns["ids"].shape[1], dtype=np.int64)
-
-    def collate(self, index: ArrayLike) -> dict[str, Tensor]:
-        """Return `input_ids`, `position_ids` and `labels` of blocks, all [n, T]; -100 marks what is not predicted."""
-        rows = np.asarray(index, dtype=np.int64)
-        return {**self._inputs(rows), "labels": torch.from_numpy(self.columns["targets"][rows].astype(np.int64))}
-
-    def units(self, index: ArrayLike) -> Tensor:
-        """Return the unit of every position of blocks: [n, T]."""
-        return torch.from_numpy(self.columns["units"][np.asarray(index, dtype=np.int64)].astype(np.int64))
-
-    def _inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
-        names = {"input_ids": "ids", "position_ids": "positions"}
-        return {name: torch.from_numpy(self.columns[key][rows].astype(np.int64)) for name, key in names.items()}
-
-    def take(self, index: ArrayLike) -> EncodedBlocks:
-        rows = np.asarray(index, dtype=np.int64)
-        columns = {name: values[rows] for name, values in self.columns.items()}
-        return EncodedBlocks(columns, (self.bytes, self.tokens), self.labels, report=self.report)
-
-    @cached_property
-    def _content(self) -> str:
-        digest = hashlib.sha256(b"blocks")
-        for name, values in self.columns.items():
-            digest.update(f" {name} {values.dtype} {values.shape} ".encode() + values.tobytes())
         return digest.hexdigest()
 
 
@@ -267,7 +168,7 @@ def encode(split: Split, base: Base, task: Task, *, max_length: int | None = Non
     if base.input != kind:
         raise UsageError(f"the base reads {base.input}, the data hold {task.input}; choose a base that reads {kind}.")
     if task.generative:
-        return _encode_documents(split["text"], base, task, max_length)
+        return encode_documents(split["text"], base, task, max_length)
     if multiple < 1 or (max_length is not None and max_length < 4):
         raise UsageError(f"max_length={max_length} or multiple={multiple} is out of range; expected at least 4 and 1.")
     labels = torch.full((len(split),), IGNORED, dtype=torch.float32 if task.regression else torch.int64)
@@ -292,7 +193,7 @@ def _encode_texts(
     types: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     longest = truncated = 0
-    for part in _chunks(len(texts[0])):
+    for part in chunks(len(texts[0])):
         rows = [column[part] for column in texts]
         made = tokenizer(*rows, verbose=False, return_attention_mask=False)
         full = np.fromiter(map(len, made["input_ids"]), dtype=np.int64)
@@ -314,7 +215,7 @@ def _encode_texts(
         if "token_type_ids" in made:
             types.append(np.fromiter(chain.from_iterable(made["token_type_ids"]), dtype=np.int8, count=count))
     flat = np.concatenate(ids)
-    _known(int(flat.max()), pad, base)
+    known_to(int(flat.max()), pad, base)
     report = {
         "rows": len(labels),
         "tokens": len(flat),
@@ -334,90 +235,6 @@ def _encode_texts(
     )
 
 
-def _encode_documents(texts: list[str], base: Base, task: Task, max_length: int | None) -> EncodedBlocks:
-    tokenizer = base.tokenizer
-    end = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None), None)
-    if end is None:
-        raise BadBase("the base's tokenizer has no end-of-text token; a language model needs one between documents.")
-    size = min(max_length or _BLOCK, base.context or _BLOCK)
-    if size < 8:
-        raise UsageError(f"max_length={max_length}: a block of a language model needs at least 8 positions.")
-    parts: list[np.ndarray] = []
-    for part in _chunks(len(texts)):
-        made = tokenizer(texts[part], verbose=False, return_attention_mask=False, add_special_tokens=False)
-        parts += [np.fromiter(ids, dtype=np.int32, count=len(ids)) for ids in made["input_ids"]]
-    flat = np.concatenate(parts)
-    _known(int(flat.max(initial=0)), end, base)
-    length_D = np.fromiter(map(len, parts), dtype=np.int64) + 1  # positions: every token and the end is a target
-    total = int(length_D.sum())
-    if total < size:
-        raise BadData(
-            f"all {len(texts):,} documents together have {total:,} tokens, fewer than one block of {size}; give more "
-            "text, or a smaller --max-length."
-        )
-    start_D = np.cumsum(length_D) - length_D
-    document = np.repeat(np.arange(len(parts)), length_D)
-    target = np.empty(total, dtype=np.int32)
-    last = start_D + length_D - 1
-    inside = np.ones(total, dtype=bool)
-    inside[last] = False
-    target[inside], target[last] = flat, end
-    given = np.empty(total, dtype=np.int32)
-    given[1:], given[start_D] = target[:-1], end
-    place = np.arange(total)
-    position = place - np.maximum(start_D[document], place // size * size)
-    blocks = -(-total // size)
-    unit, names, weights = document, "document", (np.fromiter(map(_size, texts), dtype=np.int64), length_D)
-    if len(texts) < MINIMUM_EXAMPLES:
-        # A handful of long documents: their pieces are the sample.
-        unit = np.cumsum(position == 0) - 1
-        tokens = np.bincount(unit)
-        share = weights[0][document[position == 0]] * tokens / length_D[document[position == 0]]
-        names, weights = "piece of a document", (share, tokens)
-    columns = {"ids": given, "targets": target, "positions": position.astype(np.int32), "units": unit.astype(np.int32)}
-    fill = {"ids": end, "targets": IGNORED, "positions": 0, "units": 0}
-    for name, values in columns.items():
-        padded = np.full(blocks * size, fill[name], dtype=np.int32)
-        padded[:total] = values
-        columns[name] = padded.reshape(blocks, size)
-    spare = blocks * size - total
-    columns["positions"][-1, size - spare :] = np.arange(spare)  # a piece of its own, so nothing attends to it
-    labels = torch.from_numpy(np.asarray(weights[0] if task.metric == "bits_per_byte" else weights[1], np.float64))
-    report = {
-        "rows": blocks,
-        "documents": len(texts),
-        "tokens": total,
-        "bytes": int(sum(map(_size, texts))),
-        "unit": names,
-        "units": len(labels),
-        "cut": int((position == 0).sum()) - len(texts),
-        "wasted": spare / (blocks * size),
-        "truncated": 0,
-        "longest": size,
-        "max_length": size,
-    }
-    return EncodedBlocks(columns, weights, labels, report=report)
-
-
-def _size(text: str) -> int:
-    return len(text.encode())
-
-
-def _known(highest: int, pad: int, base: Base) -> None:
-    """Stop where the tokenizer gives ids that the base has no embedding for."""
-    vocabulary = getattr(base.config, "vocab_size", None)
-    if vocabulary is not None and max(highest, pad) >= vocabulary:
-        raise BadBase(
-            f"the tokenizer gives the id {max(highest, pad)}, but the base has embeddings for {vocabulary} ids only: "
-            "the tokenizer belongs to another model. Put the right tokenizer files into the base's folder."
-        )
-
-
-def _chunks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, _CHUNK):
-        yield slice(start, min(rows, start + _CHUNK))
-
-
 def _encode_images(files: list[bytes], processor: Any, labels: Tensor, labelled: bool) -> EncodedImages:
     exact = _affine(processor)
     probe, _ = _decoded(files[0], 1)
@@ -433,7 +250,7 @@ def _encode_images(files: list[bytes], processor: Any, labels: Tensor, labelled:
     pixels = np.empty((len(files), *kept.shape[1:]), dtype=kept.dtype) if cached else None
     modes: Counter[str] = Counter()
     sizes: set[tuple[int, int]] = set()
-    for part in _chunks(len(files)):
+    for part in chunks(len(files)):
         images = []
         for row, file in enumerate(files[part], part.start + 1):
             image, mode = _decoded(file, row)

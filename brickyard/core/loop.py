@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from brickyard.core.attached import Attached
-from brickyard.core.batches import EncodedBlocks, Order
+from brickyard.core.batches import Order
 from brickyard.core.checkpoint import Checkpoints
+from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import NotFinite, UsageError
 from brickyard.core.task import Task
 

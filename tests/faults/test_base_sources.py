@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from brickyard.core.base import open_base
 from brickyard.core.errors import BadBase, UnknownName, UnsafeFile
+from brickyard.core.task import Task
 
 CANARY = "BRICKYARD_TRUSTED"
 CODE = f"""
@@ -61,7 +61,7 @@ class TinyClassifier(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.score(self.tiny(**batch).last_hidden_state.mean(1)))
 """
 NAMES = {"AutoConfig": "TinyConfig", "AutoModel": "TinyModel", "AutoModelForSequenceClassification": "TinyClassifier"}
-CLASSES = SimpleNamespace(kind="text-classification", labels=("no", "yes"), width=2, input="text")
+CLASSES = Task("text-classification", "accuracy", ("no", "yes"), 2, "text")
 
 
 @pytest.fixture

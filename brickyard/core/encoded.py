@@ -1,0 +1,80 @@
+"""What every kind of encoded rows has in common: labels, lengths, batches, a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from brickyard.core.errors import BadBase
+
+if TYPE_CHECKING:
+    from brickyard.core.base import Base
+
+IGNORED = -100  # label of unlabelled rows: the index that torch's cross entropy skips
+_CHUNK = 2048  # rows given to the tokenizer or image processor at once
+
+
+class Encoded(ABC):
+    """The rows of a split as a model reads them.
+
+    Attributes:
+        labels: [N] class indices (int64) or values (float32); -100 throughout where the split has no labels.
+        lengths: [N] tokens of each row (1 for images).
+        report: rows, truncated, longest, max_length, ...: what encoding did; JSON-serialisable.
+    """
+
+    labels: Tensor
+    lengths: np.ndarray
+    report: dict[str, Any]
+    labelled: bool
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def collate(self, index: ArrayLike) -> dict[str, Tensor]:
+        """Return the model inputs of the rows at `index` and, of labelled rows, their "labels"."""
+        rows = np.asarray(index, dtype=np.int64)
+        inputs = self._inputs(rows)
+        if self.labelled:
+            inputs["labels"] = self.labels[torch.from_numpy(rows)]
+        return inputs
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that a batch can hold."""
+        labels = self.labels.numpy()
+        return hashlib.sha256(f"{self._content} {labels.dtype} ".encode() + labels.tobytes()).hexdigest()
+
+    @abstractmethod
+    def take(self, index: ArrayLike) -> Encoded:
+        """Return the rows at `index`, in its order; the report stays that of the whole."""
+
+    @property
+    @abstractmethod
+    def _content(self) -> str: ...
+
+    @abstractmethod
+    def _inputs(self, rows: np.ndarray) -> dict[str, Tensor]: ...
+
+
+def known_to(highest: int, pad: int, base: Base) -> None:
+    """Stop where the tokenizer gives ids that the base has no embedding for."""
+    vocabulary = getattr(base.config, "vocab_size", None)
+    if vocabulary is not None and max(highest, pad) >= vocabulary:
+        raise BadBase(
+            f"the tokenizer gives the id {max(highest, pad)}, but the base has embeddings for {vocabulary} ids only: "
+            "the tokenizer belongs to another model. Put the right tokenizer files into the base's folder."
+        )
+
+
+def chunks(rows: int) -> Iterator[slice]:
+    """Cut `rows` into slices that are worked on at once."""
+    for start in range(0, rows, _CHUNK):
+        yield slice(start, min(rows, start + _CHUNK))
