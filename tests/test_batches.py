@@ -88,7 +88,7 @@ def test_truncation_is_counted_and_keeps_the_special_tokens() -> None:
     assert encode(texts(TEXTS), base(context=16), TEXT, max_length=400).report["max_length"] == 16
 
 
-def test_rows_areencoding_alike_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_encoded_alike_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode(texts(TEXTS), base(), TEXT, max_length=12)
     monkeypatch.setattr(encoding, "_CHUNK", 2)
     parts = encode(texts(TEXTS), base(), TEXT, max_length=12)
