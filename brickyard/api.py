@@ -299,6 +299,8 @@ def predict(
         raise UsageError(f"decoding options belong to language models; this task is {task.kind}.")
     rows = read_data(data, need=("test",), labelled=False)
     if task.generative:
+        if max_length is not None:
+            raise UsageError("max_length cuts no prompt of a language model; shorten the prompts themselves.")
         made_up = continuations(model, opened, rows.splits["test"]["text"], decoding or Decoding())
         _write(out, {"index": np.arange(len(made_up)), "prediction": made_up})
         return {"rows": len(made_up), "out": str(out), "encoding": {}}

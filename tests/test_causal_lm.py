@@ -134,6 +134,8 @@ def test_continuations_are_those_of_one_prompt_alone(causal_base: Path, tmp_path
     asked = Decoding(new_tokens=6)
     brickyard.predict(base=str(causal_base), data=data, out=tmp_path / "out.parquet", decoding=asked, device="cpu")
     found = pq.read_table(tmp_path / "out.parquet")["prediction"].to_pylist()
+    with pytest.raises(UsageError, match="cuts no prompt"):
+        brickyard.predict(base=str(causal_base), data=data, out=tmp_path / "no.parquet", max_length=8, device="cpu")
     opened = open_base(str(causal_base))
     model, end = opened.model(LM, seed=0), opened.tokenizer.eos_token_id
     for prompt, text in zip(prompts[:6], found[:6], strict=True):

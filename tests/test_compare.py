@@ -256,17 +256,20 @@ def test_settings_start_with_the_default_and_leave_out_what_the_arm_fixes() -> N
     )
 
 
+PROBE = {
+    "training": {"steps": 0, "epochs": 3},
+    "rows": 3200,
+    "batch": 32,
+    "mean_step_ms": 400,
+    "states_ms_per_row": 0.0,
+    "states_of": "",
+    "validation_rows": 320,
+    "test_rows": 320,
+}
+
+
 def test_minutes_become_steps_or_a_refusal() -> None:
-    probe = {
-        "training": {"steps": 0, "epochs": 3},
-        "rows": 3200,
-        "batch": 32,
-        "mean_step_ms": 400,
-        "states_ms_per_row": 0.0,
-        "states_of": "",
-        "validation_rows": 320,
-        "test_rows": 320,
-    }
+    probe = PROBE
     full = planning.predict_seconds(probe, 1.0, 1, 3, 1, "random")
     assert full > 3 * 300 * 0.4
     long = planning.shorten(Request(minutes=full / 60 + 1), {"a": probe}, 1)
@@ -279,16 +282,7 @@ def test_minutes_become_steps_or_a_refusal() -> None:
 
 
 def test_a_slow_arm_does_not_shorten_the_fast_ones() -> None:
-    slow = {
-        "training": {"steps": 0, "epochs": 3},
-        "rows": 3200,
-        "batch": 32,
-        "mean_step_ms": 400,
-        "states_ms_per_row": 0.0,
-        "states_of": "",
-        "validation_rows": 320,
-        "test_rows": 320,
-    }
+    slow = PROBE
     probes = {"slow": slow, "slower": slow | {"mean_step_ms": 800}, "fast": slow | {"mean_step_ms": 4}}
     shares, _, sentence = planning.shorten(Request(minutes=10), probes, 1)
     assert shares["fast"] == 1.0 and 0.2 < shares["slower"] < shares["slow"] < 1.0

@@ -163,7 +163,7 @@ class Base:
             architecture = next(iter(self.config.architectures or []), "")
             raise Refused(
                 f"base {self.spec} is a {architecture or 'bare backbone'}, not a causal language model; give a decoder "
-                "such as embedded:pylm."
+                "with its output layer."
             )
         return self._load(AutoModelForCausalLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
 

@@ -1,7 +1,7 @@
 """`embedded:python-tests`: test files, a domain beside the library files of `embedded:python-source`.
 
 They come from the standard library's `test` package, where the interpreter has it, and from numpy, which is always
-installed. A file's split is a hash of its path. `embedded:pylm` was trained without any test file.
+installed. A file's split is a hash of its path.
 """
 
 from __future__ import annotations
