@@ -16,10 +16,11 @@ import torch
 from accelerate import Accelerator
 
 from brickyard.core import measure, trial
+from brickyard.core.answers import predict
 from brickyard.core.base import open_base
 from brickyard.core.batches import Order
 from brickyard.core.build import build
-from brickyard.core.loop import Backprop, Hooks, State, Training, predict, train, train_mode
+from brickyard.core.loop import Backprop, Hooks, State, Training, train, train_mode
 
 WAYS = {
     "padded float32": ("float32", False, True),

@@ -23,24 +23,25 @@ from brickyard.compare.plan import Request, code_digest, key_of, states_seconds
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
-from brickyard.core import measure, trial
+from brickyard.core import measure, readers, trial
+from brickyard.core.answers import Answers, answer, nats
+from brickyard.core.answers import predict as logits_of
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, encode
 from brickyard.core.brick import Brick
 from brickyard.core.build import build, resolve
-from brickyard.core.data import read_data
+from brickyard.core.completions import EncodedCompletions
+from brickyard.core.data import Data, read_data
 from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import BadBase, BadBrick, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
-from brickyard.core.loop import Answers, answer
-from brickyard.core.loop import predict as logits_of
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.retention import inner
 from brickyard.core.scale import scaled, sweep_points
 from brickyard.core.stats import interval
-from brickyard.core.task import Task, task_of
+from brickyard.core.task import PER_TEXT, Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 
@@ -171,13 +172,10 @@ def evaluate(
     """
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, known, made = _model(opened, brick, force, device)
-    rows = read_data(
-        data,
-        task=task or (known.kind if known else None),
-        metric=metric or (known.metric if known else None),
-        need=("test",),
-    )
-    wanted = _same_task(task_of(rows, kind=task or (known.kind if known else None), metric=metric), known, metric)
+    source = readers.read(data)
+    task = task or _kind(source, known)
+    rows = read_data(source, task=task, metric=metric, need=("test",))
+    wanted = _same_task(task_of(rows, kind=task, metric=metric), known, metric)
     encoded = encode(
         rows.splits["test"],
         opened,
@@ -186,6 +184,11 @@ def evaluate(
     )
     encoded.labels = _in_order(encoded, rows, known)
     labels, kind = encoded.labels.numpy(), precision(dtype, device)
+    if wanted.kind == "preference" and isinstance(encoded, EncodedCompletions):
+        if made is None:
+            raise UsageError("a preference is judged against the untouched base; add --brick to have what changed it.")
+        bare = opened.model(wanted, seed=0).to(next(model.parameters()).device)
+        encoded.reference = nats(bare, encoded, precision=kind)
 
     def scored() -> tuple[Answers, dict[str, Any]]:
         answers = answer(model, encoded, wanted, precision=kind)
@@ -195,7 +198,7 @@ def evaluate(
     answers, score = scored()
     if predictions is not None:
         trial.write_answers(Path(predictions), answers, labels)
-    if isinstance(encoded, EncodedBlocks):
+    if isinstance(encoded, EncodedBlocks | EncodedCompletions) and wanted.metric in PER_TEXT:
         score["nats_per_token"] = float(answers.predictions.sum() / encoded.tokens.sum())
     out: dict[str, Any] = {
         "score": score,
@@ -211,6 +214,13 @@ def evaluate(
             with scaled(model, opened, made, s):
                 out["scale"].append({"scale": s, **scored()[1]})
     return out
+
+
+def _kind(source: readers.Source, known: Task | None) -> str | None:
+    """Say for which task data are read: a brick's own, except that any text can be put to a language model."""
+    if known is None or not known.generative:
+        return None if known is None else known.kind
+    return "causal-lm" if any("text" in names for names in source.found.values()) else None
 
 
 def _model(
@@ -247,8 +257,12 @@ def _own(base: Base) -> Any:
 def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
     if known is None:
         return found
-    if (found.input, found.labels is None, found.generative) != (known.input, known.labels is None, known.generative):
+    if found.generative != known.generative or (
+        not found.generative and (found.input, found.labels is None) != (known.input, known.labels is None)
+    ):
         raise UsageError(f"the brick was trained for {known.kind}; the data is for {found.kind}.")
+    if found.generative and found.kind != known.kind:
+        return found
     extra = sorted(set(found.labels or ()) - set(known.labels or ()))
     if extra:
         raise UsageError(
@@ -301,9 +315,7 @@ def predict(
     if task.generative:
         if max_length is not None:
             raise UsageError("max_length cuts no prompt of a language model; shorten the prompts themselves.")
-        made_up = continuations(model, opened, rows.splits["test"]["text"], decoding or Decoding())
-        _write(out, {"index": np.arange(len(made_up)), "prediction": made_up})
-        return {"rows": len(made_up), "out": str(out), "encoding": {}}
+        return _continue(model, opened, rows, decoding, out)
     if rows.input != task.input:
         raise UsageError(f"the brick reads {task.input}; the data holds {rows.input}.")
     encoded = encode(
@@ -319,6 +331,24 @@ def predict(
         columns["logits"] = pa.array(list(logits))
     _write(out, columns)
     return {"rows": len(answers), "out": str(out), "encoding": encoded.report}
+
+
+def _continue(model: Any, base: Base, rows: Data, decoding: Decoding | None, out: str | Path) -> dict[str, Any]:
+    """Write what a language model says of each row: a continuation of its text or prompt, or the choice it makes."""
+    test = rows.splits["test"]
+    if rows.input == "choice":
+        if decoding is not None:
+            raise UsageError("decoding options have no meaning where the model chooses among given answers.")
+        task = Task("multiple-choice", "accuracy", None, 1, "choice")
+        encoded = encode(test, base, task)
+        chosen = answer(model, encoded, task).predictions
+        texts = [test["choices"][i][int(c)] for i, c in enumerate(chosen)]
+        _write(out, {"index": np.arange(len(chosen)), "prediction": chosen, "choice": texts})
+        return {"rows": len(chosen), "out": str(out), "encoding": encoded.report}
+    prompts = test["prompt" if rows.input == "prompt" else "text"]
+    texts = continuations(model, base, prompts, decoding or Decoding(), chat=rows.input == "prompt")
+    _write(out, {"index": np.arange(len(texts)), "prediction": texts})
+    return {"rows": len(texts), "out": str(out), "encoding": {}}
 
 
 def _write(out: str | Path, columns: dict[str, Any]) -> None:

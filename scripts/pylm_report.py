@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from brickyard.core.answers import answer
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Split
-from brickyard.core.loop import answer
 from brickyard.core.task import Task
 
 TASK = Task("causal-lm", "bits_per_byte", None, 1, "text")

@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 
 from brickyard.core import brick as bricks
 from brickyard.core import trial
+from brickyard.core.answers import predict
 from brickyard.core.build import build
 from brickyard.core.errors import NoEffect, Refused, UsageError
-from brickyard.core.loop import predict, train
+from brickyard.core.loop import train
 from brickyard.core.trainer import ArmTrainer
 from brickyard.core.wrap import ADAPTER
 from brickyard.tune.adalora import Config, keep_best, residual

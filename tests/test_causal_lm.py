@@ -12,6 +12,7 @@ import torch
 from conftest import WORDS, documents, make_text_base, write_data
 
 import brickyard
+from brickyard.core.answers import answer
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Split, read_data
@@ -19,7 +20,6 @@ from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import BadBase, BadData, Refused, UsageError
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.influence import influence
-from brickyard.core.loop import answer
 from brickyard.core.task import Task, task_of
 from brickyard.embedded import base_folder
 

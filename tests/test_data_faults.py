@@ -12,7 +12,7 @@ import pytest
 from tabular import fails, labelled, rows, three, write
 
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadData, Refused, UnknownName, UsageError
+from brickyard.core.errors import BadData, UnknownName, UsageError
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,6 @@ def test_columns_that_are_missing_or_too_many(tmp_path: Path) -> None:
     fails({s: {"text": ["a", "b"]} for s in three()}, "no column 'label'; found: text")
     fails(three(train={**rows(), "image": [b"x"] * 20}), "both a text and an image")
     fails(three(test={**rows(), "text_pair": ["x"] * 20}), "'test' has a column text_pair, split 'train' has none")
-    fails(
-        {"train": {"prompt": ["a"], "completion": ["b"]}, "test": {"prompt": ["a"], "completion": ["b"]}},
-        "prompt, completion",
-        "not supported yet by this task",
-        error=Refused,
-    )
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).write_text("a\nb\n", encoding="utf-8")
     fails(tmp_path, "no column .label.; found: text", task="text-classification")

@@ -14,11 +14,11 @@ from peft import PeftModel
 
 from brickyard.core import brick as bricks
 from brickyard.core import measure, registry, trial
+from brickyard.core.answers import answer, predict
 from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBrick, NoEffect, Refused, UnsafeFile, WrongBase
-from brickyard.core.loop import answer, predict
 
 # One row a method: the smallest legal arm on a two-layer base of width 32.
 METHODS = {

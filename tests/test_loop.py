@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from brickyard.core.answers import predict
 from brickyard.core.attached import Attached, attach_in_place
 from brickyard.core.errors import Changed, NotFinite, UsageError
-from brickyard.core.loop import State, Training, predict, train, train_mode
+from brickyard.core.loop import State, Training, train, train_mode
 from brickyard.core.task import Task
 
 TASK = Task(kind="text-classification", metric="accuracy", labels=("a", "b", "c"), width=3, input="text")

@@ -128,6 +128,23 @@ def test_losses_of_one_model_get_students_interval_and_test() -> None:
     assert (pair.p, pair.low, pair.high) == pytest.approx((expected.pvalue, between.low, between.high))
 
 
+@pytest.mark.parametrize("metric", ["bits_per_byte", "nats_per_token"])
+def test_the_loss_of_texts_has_no_upper_bound(metric: str) -> None:
+    """A score above 1 must lie inside its interval, which is that of a ratio of sums."""
+    rng = np.random.default_rng(6)
+    sizes = rng.integers(20, 200, 60)
+    nats = sizes * rng.gamma(9, 0.3, 60)
+    found = interval(sizes, nats, metric)
+    drawn = rng.integers(0, 60, (4000, 60))
+    ratios = nats[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) / (math.log(2) if metric == "bits_per_byte" else 1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    assert 1.0 < found.low < found.mean < found.high
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02)
+    assert found.high - found.mean == pytest.approx(found.mean - found.low)
+    pair = paired(sizes, nats, nats * 1.01, metric)
+    assert pair.low < pair.difference < pair.high < 0
+
+
 def test_noise_of_seeds_alone_gives_welchs_test() -> None:
     a, b = np.array([0.80, 0.83, 0.81]), np.array([0.78, 0.77, 0.80, 0.70])
     pair = paired(None, np.tile(a[:, None], 50), np.tile(b[:, None], 50), "loss")

@@ -59,7 +59,7 @@ def compare(
         allow_overlap=request.allow_overlap,
     )
     task = task_of(data, kind=request.task, metric=request.metric)
-    if len(data.splits["test"]) < MINIMUM_EXAMPLES and not task.generative:
+    if len(data.splits["test"]) < MINIMUM_EXAMPLES and task.kind != "causal-lm":
         raise BadData(
             f"{data.name} has {len(data.splits['test'])} test rows, too few to tell methods apart; "
             f"expected at least {MINIMUM_EXAMPLES}. Move rows from train to test."
@@ -345,7 +345,7 @@ class _Run:
     def untouched(self, plan: dict[str, Any]) -> np.ndarray | None:
         """Return what the base says without any training, where it can answer: language models. None elsewhere."""
         able = self._able(plan)
-        if not (self.task.generative and self.request.baselines and able):
+        if not (self.task.generative and self.task.kind != "preference" and self.request.baselines and able):
             return None
         arm = {**able[0], "name": "untouched base"}
         argument = {"setting": self.request.setting(able[0]["arm"], 0), "role": "untouched"}

@@ -19,6 +19,7 @@ class Attached:
     `tensors` returns what a brick stores (detached, on the CPU); `load` takes the same names and shapes back, strictly;
     `detach` gives the model as it was before. `matched` maps each target pattern to the modules that it matched.
     `frozen_states` says that only a head on the last token states trains, so that the loop may feed cached states.
+    `objective` stands in place of the task's own loss: (model, batch) -> scalar.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Attached:
     frozen_states: bool = False
     callbacks: tuple[Any, ...] = ()
     extra_loss: Callable[[], Tensor] | None = None
+    objective: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
     peft: bool = False
 
     def parameters(self) -> list[nn.Parameter]:

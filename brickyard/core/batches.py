@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
+from brickyard.core.completions import encode_completions
 from brickyard.core.data import Split
 from brickyard.core.documents import encode_documents
 from brickyard.core.encoded import IGNORED, Encoded, chunks, known_to
@@ -167,8 +168,10 @@ def encode(split: Split, base: Base, task: Task, *, max_length: int | None = Non
     kind = "image" if task.input == "image" else "text"
     if base.input != kind:
         raise UsageError(f"the base reads {base.input}, the data hold {task.input}; choose a base that reads {kind}.")
-    if task.generative:
+    if task.kind == "causal-lm":
         return encode_documents(split["text"], base, task, max_length)
+    if task.generative:
+        return encode_completions(split, base, task, max_length)
     if multiple < 1 or (max_length is not None and max_length < 4):
         raise UsageError(f"max_length={max_length} or multiple={multiple} is out of range; expected at least 4 and 1.")
     labels = torch.full((len(split),), IGNORED, dtype=torch.float32 if task.regression else torch.int64)

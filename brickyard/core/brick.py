@@ -60,9 +60,8 @@ class Brick:
                 f"brick {self.folder} was made for base {self.manifest['base']['spec']} (fingerprint {made_for[:12]}), "
                 f"the base given is {base.spec} ({base.fingerprint[:12]}). Give the right --base, or --force."
             )
-        attached = build(
-            resolve(parse(self.manifest["arm"])), base, self.task, seed=self.manifest["seed"], attention=attention
-        )
+        plan, seed = resolve(parse(self.manifest["arm"])), self.manifest["seed"]
+        attached = build(plan, base, self.task, seed=seed, attention=attention, objective=False)
         attached.load(self.tensors())
         attached.model.eval()
         return Applied(attached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,10 @@ from brickyard.core.attached import Attached, attach_in_place
 from brickyard.core.base import Base, HeadedModel
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.loop import Training
+from brickyard.core.objective import Objective
 from brickyard.core.task import Task
+
+PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Plan:
     arm: Arm
     tuner: str | None
     head: str | None
+    objective: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
 
@@ -40,8 +45,10 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     training: dict[str, Any] = {}
     for piece in arm.pieces:
         record = registry.find(piece.name).record
-        if record.slot not in ("tuner", "head"):
-            raise UsageError(f"{piece.name} is a {record.family} method; an arm is made of tuners and heads for now.")
+        if record.slot not in ("tuner", "head", "objective"):
+            raise UsageError(
+                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head and an objective."
+            )
         if record.slot in slots:
             raise Refused(f"{slots[record.slot]} and {piece.name} are both a {record.slot}; an arm takes one of each.")
         if task is not None and task.kind not in record.needs:
@@ -53,11 +60,15 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         raise Refused(
             f"{slots['head']}:plus=true changes the backbone itself and cannot stand beside {slots['tuner']}."
         )
-    for slot in ("head", "tuner"):
+    if task is not None and task.kind == "preference" and "objective" not in slots:
+        slots["objective"], configs[PREFERENCE] = PREFERENCE, registry.config(PREFERENCE, {})
+    if "objective" in slots and not slots.keys() & {"tuner", "head"}:
+        raise UsageError(f"{arm} trains nothing; put a tuner before the objective: 'lora + {slots['objective']}'.")
+    for slot in ("objective", "head", "tuner"):
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
     training.update(arm.training)
-    return Plan(arm, slots.get("tuner"), slots.get("head"), configs, training)
+    return Plan(arm, slots.get("tuner"), slots.get("head"), slots.get("objective"), configs, training)
 
 
 def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:
@@ -67,8 +78,13 @@ def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Traini
     )
 
 
-def build(plan: Plan, base: Base, task: Task, *, seed: int, attention: str = "sdpa") -> Attached:
-    """Open the base for the task and attach the arm's head and tuner; everything random is drawn from `seed`."""
+def build(
+    plan: Plan, base: Base, task: Task, *, seed: int, attention: str = "sdpa", objective: bool = True
+) -> Attached:
+    """Open the base for the task and attach the arm's head and tuner; everything random is drawn from `seed`.
+
+    `objective=False` leaves out the arm's objective, which only training needs (it may hold a copy of the base).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if plan.head is None:
@@ -77,9 +93,15 @@ def build(plan: Plan, base: Base, task: Task, *, seed: int, attention: str = "sd
             head = registry.load(plan.head).head(plan.configs[plan.head], task, base.width)
             model = base.headed(head, attention=attention)
         torch.manual_seed(seed)
-        if plan.tuner is not None:
-            return registry.load(plan.tuner).attach(model, plan.configs[plan.tuner], task)
-        return _head_only(plan, model, task)
+        if plan.tuner is None:
+            attached = _head_only(plan, model, task)
+        else:
+            attached = registry.load(plan.tuner).attach(model, plan.configs[plan.tuner], task)
+        if objective and plan.objective is not None:
+            module = registry.load(plan.objective)
+            loss = functools.partial(module.loss, plan.configs[plan.objective])
+            attached.objective = Objective(loss, attached, with_reference=module.WITH_REFERENCE)
+        return attached
 
 
 def _head_only(plan: Plan, model: nn.Module, task: Task) -> Attached:

@@ -12,27 +12,37 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 from brickyard.core import readers
-from brickyard.core.errors import BadData, Refused, UnknownName, UsageError
+from brickyard.core.errors import BadData, UnknownName, UsageError
+from brickyard.core.inputs import (
+    INPUTS,
+    KINDS,
+    UNLABELLED,
+    check_inputs,
+    chosen_of,
+    input_of,
+    keys,
+    largest,
+    plain,
+    shown,
+    undecided,
+    whole_files,
+)
+from brickyard.core.method import LANGUAGE_TASKS
 from brickyard.core.readers import SPLITS, Source
 from brickyard.core.split import Split, cut_ends, cut_rows
 from brickyard.core.task import metric_of
 
 OVERLAP_LIMIT = 0.05  # of the test rows
-EMPTY_LIMIT = 0.01  # of a split's rows; more blank texts mean a broken column
 ROW_LIMIT = 1_000_000  # bytes of text in one row
 FEW_DOCUMENTS = 10  # fewer than these in train: validation is cut from the end of each, not from their number
 DOCUMENT_LIMIT = 50_000_000  # bytes of one document of a language model
-_LANGUAGE = ("prompt", "completion", "chosen", "rejected")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
-_INPUTS = {"text": ("text",), "pair": ("text", "text_pair"), "image": ("image",)}
-_KINDS = {"text": "text-classification", "pair": "pair-classification", "image": "image-classification"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,9 @@ class Data:
     Attributes:
         name: folder name, hub id or embedded name.
         kind: one of `method.TASKS`.
-        input: "text", "pair" or "image".
+        input: one of `inputs.INPUTS`: "text", "pair", "image", "completion", "preference", "choice" or "prompt".
         splits: "train", "validation", "test", as far as there are any.
-        labels: class names in the order of the indices; None for regression and for unlabelled rows.
+        labels: class names in the order of the indices; None where the labels are no classes, or there are none.
         report: what was found and done (rows, cut, duplicates, overlap, classes, formats, ...), JSON-serialisable.
         fingerprint: sha256 over all rows in order.
         test_overlap: [test rows], whether the same input also stands in train (or in the validation cut from it).
@@ -74,8 +84,10 @@ def read_data(
     """Read and check a data set.
 
     Args:
-        spec: a folder with train, validation and test as .parquet, .jsonl, .csv or .txt; `embedded:NAME`; a hub id; or
-            {"train": {"text": [...], "label": [...]}, ...}. Columns: text[, text_pair], label; or image, label.
+        spec: a folder with train, validation and test as .parquet, .jsonl, .csv or .txt; `embedded:NAME`; a hub id;
+            {"train": {"text": [...], "label": [...]}, ...}; or what `readers.read` gave of one of them. Columns: text[,
+            text_pair], label; image, label; prompt, completion; prompt, chosen, rejected; or prompt, choices, label
+            (the right choice, counted from 0).
         task: overrides what the labels' type says ("regression" for integers, a classification for whole floats).
         need: the splits that must be there. Where a needed train comes without validation, 10 % of its distinct
             inputs are cut from it with seed 0, class by class.
@@ -89,56 +101,58 @@ def read_data(
 
     Raises:
         BadData: anything about the rows or files, with the place. UnknownName: an unknown embedded set, task or metric.
-        Refused: columns of a task that this version does not train. UsageError: a task or metric that does not fit.
+        UsageError: a task or metric that does not fit.
     """
     if task is not None:
         metric_of(task, metric)
     for split in need:
         if split not in SPLITS:
             raise UnknownName.among("split", split, SPLITS)
-    source = readers.read(spec)
+    source = spec if isinstance(spec, Source) else readers.read(spec)
     absent = [split for split in need if split not in source.splits and not (split == "validation" and "train" in need)]
     if absent:
         raise BadData(
             f"{source.name} has no {' and no '.join(absent)} split; found: {', '.join(source.splits) or 'none'}"
             f"{' (and, not read: ' + ', '.join(source.ignored[:5]) + ')' if source.ignored else ''}."
         )
-    generative = task == "causal-lm" or (task is None and labelled and _plain(source))
-    if generative:
+    documents = task == "causal-lm" or (task is None and labelled and plain(source))
+    if documents:
         labelled, task = False, "causal-lm"
         metric_of(task, metric)
-        _whole_files(source)
+        whole_files(source)
     if row_limit is None:
-        row_limit = DOCUMENT_LIMIT if generative else ROW_LIMIT
-    kind_of_input = _input_of(source, labelled)
-    wanted = _INPUTS[kind_of_input]
-    if generative and kind_of_input != "text":
+        row_limit = DOCUMENT_LIMIT if documents else ROW_LIMIT
+    kind_of_input = input_of(source, labelled)
+    wanted = INPUTS[kind_of_input]
+    if documents and kind_of_input != "text":
         raise UsageError(f"the task 'causal-lm' does not fit the columns {', '.join(wanted)}; expected text.")
-    if task not in (None, "regression", "causal-lm", _KINDS[kind_of_input]):
-        fits = _KINDS[kind_of_input]
+    fits = KINDS[kind_of_input]
+    if task not in (None, "regression", "causal-lm", fits) or (task == "regression" and fits in LANGUAGE_TASKS):
         raise UsageError(f"the task {task!r} does not fit the columns {', '.join(wanted)}; expected {fits!r}.")
+    labelled = labelled and kind_of_input not in UNLABELLED
     empty = {
-        split: _check_inputs(split, columns, wanted, 2 if labelled else 1, row_limit)
+        split: check_inputs(split, columns, wanted, 2 if labelled else 1, row_limit)
         for split, columns in source.splits.items()
     }
-    keys = {split: _keys(split, columns, wanted) for split, columns in source.splits.items()}
+    key = {split: keys(split, columns, wanted) for split, columns in source.splits.items()}
     raw: dict[str, list] = {}
     names: tuple[str, ...] | None = None
-    kind = task or _KINDS[kind_of_input]
+    kind = task or fits
     if labelled:
         raw, kind, names = _labels(source, task, kind_of_input, tuple(labels) if labels is not None else None)
+    if source.splits:
         metric_of(kind, metric)
     splits = {
         split: Split({**{name: columns[name] for name in wanted}, **({"label": raw[split]} if labelled else {})})
         for split, columns in source.splits.items()
     }
-    mask, overlap = _overlap(keys, allow_overlap)
+    mask, overlap = _overlap(key, allow_overlap)
     cut = None
     if "train" in need and "validation" not in splits:
-        if generative and len(splits["train"]) < FEW_DOCUMENTS:
+        if documents and len(splits["train"]) < FEW_DOCUMENTS:
             cut = cut_ends(splits)
         else:
-            cut = cut_rows(splits, keys, None if names is None else raw["train"])
+            cut = cut_rows(splits, key, None if names is None else raw["train"])
     splits = {split: splits[split] for split in SPLITS if split in splits}
     report = {
         "name": source.name,
@@ -146,11 +160,14 @@ def read_data(
         "format": source.formats,
         "rows": {split: len(rows) for split, rows in splits.items()},
         "cut": cut,
-        "duplicates": {split: len(values) - len(set(values)) for split, values in keys.items()},
-        "contradictions": {split: _contradictions(keys[split], values) for split, values in raw.items()},
+        "duplicates": {split: len(values) - len(set(values)) for split, values in key.items()},
+        "contradictions": {split: _contradictions(key[split], values) for split, values in raw.items()},
         "overlap": overlap,
         "empty_texts": empty,
-        "largest_row_bytes": {split: _largest(rows, wanted) for split, rows in splits.items()},
+        "undecided": {s: undecided(s, columns) for s, columns in source.splits.items()}
+        if kind == "preference"
+        else None,
+        "largest_row_bytes": {split: largest(rows, wanted) for split, rows in splits.items()},
         "classes": None if names is None else {split: _counts(rows["label"], names) for split, rows in splits.items()},
         "label_values": {s: _spread(rows["label"]) for s, rows in splits.items()}
         if kind == "regression" and raw
@@ -162,103 +179,6 @@ def read_data(
     return Data(source.name, kind, kind_of_input, splits, names, report, fingerprint, mask)
 
 
-def _plain(source: Source) -> bool:
-    """Whether all splits are of a kind that has no labels: documents for a language model.
-
-    A table with a column `text` alone may as well lack its labels, so there `task="causal-lm"` must be said.
-    """
-    plain = all(names == ["text"] for names in source.found.values())
-    return plain and set(source.formats.values()) <= {"txt", "embedded"}
-
-
-def _whole_files(source: Source) -> None:
-    """Make one document of each .txt file, whose lines were read as rows."""
-    for split, columns in source.splits.items():
-        if source.formats.get(split) == "txt" and columns["text"]:
-            columns["text"] = ["\n".join(columns["text"]) + "\n"]
-
-
-def _input_of(source: Source, labelled: bool) -> str:
-    """Say what the inputs are, once every split is known to have the same columns."""
-    first, found = next(iter(source.found.items()), ("", []))
-    language = [name for name in _LANGUAGE if name in found]
-    if language and not {"text", "image"} & set(found):
-        raise Refused(
-            f"{source.name} holds {', '.join(language)}: instruction tuning and preference pairs are not supported yet "
-            "by this task. Give columns text[, text_pair], label or image, label."
-        )
-    if {"text", "image"} <= set(found):
-        raise BadData(f"split {first!r} has both a text and an image column; expected one kind of input.")
-    kind = "image" if "image" in found else "pair" if "text_pair" in found else "text"
-    for split, names in source.found.items():
-        for wanted in (*_INPUTS[kind], *(("label",) if labelled else ())):
-            if wanted not in names:
-                near = get_close_matches(wanted, names, n=1, cutoff=0.4)
-                raise BadData(
-                    f"split {split!r} of {source.name} has no column {wanted!r}; found: {', '.join(names) or 'none'}."
-                    f"{f' Rename {near[0]!r} to {wanted!r}?' if near else ''} Expected text[, text_pair], label or "
-                    "image, label; for a language model's documents, which have none, say --task causal-lm."
-                )
-        if kind == "text" and "text_pair" in names:
-            raise BadData(f"split {split!r} has a column text_pair, split {first!r} has none; give it to all or none.")
-    return kind
-
-
-def _check_inputs(split: str, columns: dict[str, list], wanted: Sequence[str], fewest: int, limit: int) -> int:
-    """Stop at what cannot be used; return how many texts are blank, of which a few are kept as they are."""
-    rows = len(columns[wanted[0]])
-    if rows < fewest:
-        raise BadData(f"split {split!r} has {rows or 'no'} row{'s' * (rows != 1)}; expected {fewest} or more.")
-    kind, empty = (bytes if wanted == ("image",) else str), 0
-    for name in wanted:
-        values = columns[name]
-        absent = [row for row, value in enumerate(values, 1) if value is None or value != value or value == b""]
-        blank = [row for row, value in enumerate(values, 1) if isinstance(value, str) and not value.strip()]
-        if absent or len(blank) > EMPTY_LIMIT * rows:
-            rows_shown = _rows(sorted(absent + blank))
-            raise BadData(f"split {split!r}: the column {name!r} is empty in {rows_shown}. Remove or fill them.")
-        empty += len(blank)
-        for row, value in enumerate(values, 1):
-            if not isinstance(value, kind):
-                expected = "text" if kind is str else "the bytes of an image file"
-                raise BadData(f"split {split!r}, row {row}: {name!r} is {type(value).__name__}; expected {expected}.")
-            # A character has four bytes at most, so only suspects are encoded.
-            if isinstance(value, str) and len(value) * 4 > limit and (size := _bytes(value)) > limit:
-                raise BadData(
-                    f"split {split!r}, row {row}: {name!r} has {size:,} bytes, above the limit of {limit:,} for one "
-                    "row. Split it into shorter rows."
-                )
-    return empty
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "replace"))
-
-
-def _keys(split: str, columns: dict[str, list], wanted: Sequence[str]) -> list[bytes]:
-    """Return sha256 over the exact bytes of each row's inputs, each with its length in front."""
-    keys: list[bytes] = []
-    for row, values in enumerate(zip(*(columns[name] for name in wanted), strict=True), 1):
-        digest = hashlib.sha256()
-        for name, value in zip(wanted, values, strict=True):
-            try:
-                part = value.encode() if isinstance(value, str) else value
-            except UnicodeEncodeError as error:
-                raise BadData(
-                    f"split {split!r}, row {row}: {name!r} holds half of a surrogate pair at character {error.start}, "
-                    "which is no valid Unicode text. Write the data again as UTF-8."
-                ) from error
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        keys.append(digest.digest())
-    return keys
-
-
-def _rows(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:5]))
-    return f"row{'s' * (len(rows) > 1)} {shown}{f' and {len(rows) - 5} more' if len(rows) > 5 else ''}"
-
-
 def _labels(
     source: Source, task: str | None, kind_of_input: str, given: tuple[str, ...] | None
 ) -> tuple[dict[str, list], str, tuple[str, ...] | None]:
@@ -267,8 +187,10 @@ def _labels(
     for split, values in raw.items():
         empty = [i for i, v in enumerate(values, 1) if v is None or (isinstance(v, str) and not v.strip())]
         if empty:
-            raise BadData(f"split {split!r}: the label is empty in {_rows(empty)}. Remove or label them.")
+            raise BadData(f"split {split!r}: the label is empty in {shown(empty)}. Remove or label them.")
     raw = _spelled(raw, source.textual)
+    if kind_of_input == "choice":
+        return chosen_of(raw, source.splits), KINDS[kind_of_input], None
     types = {split: _type(split, values) for split, values in raw.items()}
     if str in types.values() and set(types.values()) != {str}:
         found = ", ".join(f"{split}: {kind.__name__}" for split, kind in types.items())
@@ -287,11 +209,11 @@ def _labels(
             new = sorted({label for label in indexed[split] if label not in known})
             if new:
                 rows = [i for i, label in enumerate(indexed[split], 1) if label == new[0]]
-                shown = ", ".join(repr(names[label]) for label in new[:5])
-                raise BadData(f"split {split!r} has labels that train never has: {shown} ({_rows(rows)}).")
+                sample = ", ".join(repr(names[label]) for label in new[:5])
+                raise BadData(f"split {split!r} has labels that train never has: {sample} ({shown(rows)}).")
         if len(known) < 2:
             raise BadData(f"train has one class only, {names[next(iter(known))]!r}; expected two or more.")
-    return indexed, _KINDS[kind_of_input], names
+    return indexed, KINDS[kind_of_input], names
 
 
 def _spelled(raw: dict[str, list], textual: set[str]) -> dict[str, list]:
@@ -365,7 +287,7 @@ def _index(split: str, values: list, position: dict[Any, int], names: tuple[str,
         value = values[wrong[0] - 1]
         hidden = " A label of -1 marks hidden labels; read such rows as unlabelled." if value == -1 else ""
         raise BadData(
-            f"split {split!r}: the label {value!r:.80} of {_rows(wrong)} is outside the {len(names)} classes "
+            f"split {split!r}: the label {value!r:.80} of {shown(wrong)} is outside the {len(names)} classes "
             f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}).{hidden}"
         )
     return [position[value] for value in values]
@@ -401,12 +323,6 @@ def _overlap(keys: dict[str, list[bytes]], allow: bool) -> tuple[np.ndarray, dic
     }
 
 
-def _largest(rows: Split, wanted: Sequence[str]) -> int:
-    """Return the bytes of the largest row's inputs."""
-    columns = [[_bytes(v) if isinstance(v, str) else len(v) for v in rows[name]] for name in wanted]
-    return max(map(sum, zip(*columns, strict=True)))
-
-
 def _counts(labels: Sequence[int], names: Sequence[str]) -> dict[str, int]:
     count = Counter(labels)
     return {name: count[index] for index, name in enumerate(names)}
@@ -422,7 +338,7 @@ def _fingerprint(kind: str, names: tuple[str, ...] | None, splits: dict[str, Spl
     digest = hashlib.sha256(json.dumps([kind, names, list(wanted)]).encode())
     for split, rows in splits.items():
         digest.update(json.dumps([split, len(rows)]).encode())
-        for key in _keys(split, rows.columns, wanted):
+        for key in keys(split, rows.columns, wanted):
             digest.update(key)
         digest.update(json.dumps(rows.columns.get("label")).encode())
     return digest.hexdigest()

@@ -28,7 +28,7 @@ _BLOCK = 1024  # positions of a block, where the base allows as many
 class EncodedBlocks(Encoded):
     """Documents behind one another, cut into blocks of T positions, for language models.
 
-    Each document starts with the end token, which stands for "nothing before", and its last target is the end token. A
+    Each document starts with the start token (`boundary`) and its last target is the end token. A
     document that crosses into the next block goes on there as a new piece: it sees nothing before the cut, and no
     piece ever sees another (`position_ids` start at 0 in each, by which transformers keeps them apart). Only the last
     block may have positions without a target.
@@ -57,6 +57,14 @@ class EncodedBlocks(Encoded):
         rows = np.asarray(index, dtype=np.int64)
         return {**self._inputs(rows), "labels": torch.from_numpy(self.columns["targets"][rows].astype(np.int64))}
 
+    def parts(self, positions: int) -> list[np.ndarray]:
+        """Cut the blocks into batches of about so many positions."""
+        return np.array_split(np.arange(len(self)), -(-len(self) // max(1, positions // int(self.lengths[0]))))
+
+    def texts(self, index: ArrayLike) -> dict[str, Tensor]:
+        """Return what `collate` does: each position of a block is scored."""
+        return self.collate(index)
+
     def units(self, index: ArrayLike) -> Tensor:
         """Return the unit of every position of blocks: [n, T]."""
         return torch.from_numpy(self.columns["units"][np.asarray(index, dtype=np.int64)].astype(np.int64))
@@ -78,6 +86,19 @@ class EncodedBlocks(Encoded):
         return digest.hexdigest()
 
 
+def boundary(base: Base) -> tuple[int, int]:
+    """Return the tokens that stand before and behind a text.
+
+    Where the tokenizer has no token for the beginning, the end token stands for "nothing before". Raises BadBase where
+    it has none for the end.
+    """
+    tokenizer = base.tokenizer
+    end = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None), None)
+    if end is None:
+        raise BadBase("the base's tokenizer has no end-of-text token; a language model needs one between texts.")
+    return end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end
+
+
 def encode_documents(texts: list[str], base: Base, task: Task, max_length: int | None) -> EncodedBlocks:
     """Tokenise documents and pack them into blocks of `max_length` positions (the context at most).
 
@@ -85,9 +106,7 @@ def encode_documents(texts: list[str], base: Base, task: Task, max_length: int |
     are shorter than one block.
     """
     tokenizer = base.tokenizer
-    end = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None), None)
-    if end is None:
-        raise BadBase("the base's tokenizer has no end-of-text token; a language model needs one between documents.")
+    start, end = boundary(base)
     size = min(max_length or _BLOCK, base.context or _BLOCK)
     if size < 8:
         raise UsageError(f"max_length={max_length}: a block of a language model needs at least 8 positions.")
@@ -96,7 +115,7 @@ def encode_documents(texts: list[str], base: Base, task: Task, max_length: int |
         made = tokenizer(texts[part], verbose=False, return_attention_mask=False, add_special_tokens=False)
         parts += [np.fromiter(ids, dtype=np.int32, count=len(ids)) for ids in made["input_ids"]]
     flat = np.concatenate(parts)
-    known_to(int(flat.max(initial=0)), end, base)
+    known_to(int(flat.max(initial=0)), max(start, end), base)
     length_D = np.fromiter(map(len, parts), dtype=np.int64) + 1  # positions: every token and the end is a target
     total = int(length_D.sum())
     if total < size:
@@ -112,7 +131,7 @@ def encode_documents(texts: list[str], base: Base, task: Task, max_length: int |
     inside[last] = False
     target[inside], target[last] = flat, end
     given = np.empty(total, dtype=np.int32)
-    given[1:], given[start_D] = target[:-1], end
+    given[1:], given[start_D] = target[:-1], start
     place = np.arange(total)
     position = place - np.maximum(start_D[document], place // size * size)
     blocks = -(-total // size)

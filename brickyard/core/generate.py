@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from brickyard.core.base import Base
-from brickyard.core.errors import BadBase, BadData, UsageError
+from brickyard.core.completions import prompt_ids
+from brickyard.core.documents import boundary
+from brickyard.core.errors import BadData, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +51,21 @@ class Decoding:
 
 @torch.no_grad()
 def continuations(
-    model: nn.Module, base: Base, prompts: Sequence[str], decoding: Decoding, *, batch: int = 16
+    model: nn.Module, base: Base, prompts: Sequence[str], decoding: Decoding, *, chat: bool = False, batch: int = 16
 ) -> list[str]:
     """Return what `model` writes after each prompt, without the prompt, up to its end token.
 
-    A prompt is the beginning of a document, as in training: the end token stands before it. Prompts of a batch are of
-    about equal length and padded on the left, so that all of them end where the continuation begins.
+    A prompt is the beginning of a document, or, with `chat`, a user's turn in the tokenizer's chat template, if it has
+    one. Prompts of a batch are of about equal length and padded on the left, so that all of them end where the
+    continuation begins.
 
     Raises:
         BadData: a prompt that leaves no room for the continuation in the base's context.
         BadBase: the tokenizer has no end-of-text token.
     """
     tokenizer, context = base.tokenizer, base.context
-    end = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None), None)
-    if end is None:
-        raise BadBase("the base's tokenizer has no end-of-text token, with which a continuation could end.")
-    rows = [[end, *ids] for ids in tokenizer(list(prompts), verbose=False, add_special_tokens=False)["input_ids"]]
+    _, end = boundary(base)
+    rows = prompt_ids(base, prompts, chat=chat)
     for number, ids in enumerate(rows, 1):
         if context is not None and len(ids) + decoding.new_tokens > context:
             raise BadData(

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from brickyard.core.errors import BadData, NotFinite, UnknownName, UsageError
 
 _PER_UNIT = {"bits_per_byte": math.log(2), "nats_per_token": 1.0}  # nats in one of the metric's own units
-METRICS = ("accuracy", "macro-f1", "matthews", "spearman", "loss", *_PER_UNIT)
+METRICS = ("accuracy", "accuracy_norm", "macro-f1", "matthews", "spearman", "loss", *_PER_UNIT)
 LOWER_IS_BETTER = frozenset({"loss", *_PER_UNIT})
 MINIMUM_EXAMPLES = 20  # below, no interval is worth its name: one answer moves the score by 5 points
 
@@ -31,8 +31,8 @@ def influence(
             bytes or tokens.
         predictions: [S, N] or [N], class ids, or numbers for "spearman"; for "loss" the loss of each example, for the
             metrics of language models each document's nats.
-        metric: accuracy, macro-f1, matthews, spearman, loss (the mean, weighted by `weights`), bits_per_byte,
-            nats_per_token (ratios of sums).
+        metric: accuracy (or accuracy_norm), macro-f1, matthews, spearman, loss (the mean, weighted by `weights`),
+            bits_per_byte, nats_per_token (ratios of sums).
         weights: [N], only for "loss".
 
     Raises:
@@ -49,7 +49,7 @@ def influence(
         unit_N = true * _PER_UNIT[metric]
         score_S = answers_SN.sum(axis=1) / unit_N.sum()
         return score_S, (answers_SN - score_S[:, None] * unit_N) / unit_N.mean()
-    if metric == "accuracy":
+    if metric in ("accuracy", "accuracy_norm"):
         hit_SN = (answers_SN == true).astype(np.float64)
         return hit_SN.mean(axis=1), hit_SN - hit_SN.mean(axis=1, keepdims=True)
     each = {"macro-f1": _macro_f1, "matthews": _matthews, "spearman": _spearman}[metric]

@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from brickyard.core.answers import Examples, answer, to_device
 from brickyard.core.attached import Attached
 from brickyard.core.batches import Order
 from brickyard.core.checkpoint import Checkpoints
-from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import NotFinite, UsageError
 from brickyard.core.task import Task
 
@@ -82,18 +82,6 @@ class Training:
             return 1.0
         left = (total - step) / max(1, total - warm)
         return max(0.0, left) if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
-
-
-class Examples(Protocol):
-    """What the loop trains on: `batches.Encoded` or cached `states.States`."""
-
-    labels: Tensor
-    lengths: np.ndarray
-
-    @property
-    def digest(self) -> str: ...
-    def __len__(self) -> int: ...
-    def collate(self, index: np.ndarray) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -168,8 +156,7 @@ class Backprop:
         total = 0.0
         for weight, inputs in batches:
             with autocast(state.accelerator, self.training.precision):
-                logits = state.attached.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            loss = state.task.loss(logits.float(), inputs["labels"])
+                loss = batch_loss(state.attached, state.task, inputs)
             total += weight * loss.item()
             if state.attached.extra_loss is not None:
                 loss = loss + state.attached.extra_loss()
@@ -213,6 +200,14 @@ class Backprop:
             index, key = name.split(".", 1)
             packed.setdefault(int(index), {})[key] = tensor
         self.optimiser.load_state_dict({"state": packed, "param_groups": self.optimiser.state_dict()["param_groups"]})
+
+
+def batch_loss(attached: Attached, task: Task, batch: dict[str, Any]) -> Tensor:
+    """Return the loss of a batch, a scalar: the arm's objective, or else the task's own loss on the logits."""
+    if attached.objective is not None:
+        return attached.objective(attached.model, batch)
+    logits = attached.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    return task.loss(logits.float(), batch["labels"])
 
 
 @dataclass
@@ -322,12 +317,6 @@ def _micro(
         yield len(part) / len(rows), to_device(examples.collate(part), accelerator.device)
 
 
-def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors (and tuples of tensors) of a batch to a device."""
-    move = lambda v: tuple(map(move, v)) if isinstance(v, tuple) else v.to(device)  # noqa: E731
-    return {k: move(v) for k, v in inputs.items()}
-
-
 def _point(state: State, scores: dict[str, float]) -> None:
     loss = float(np.mean(state.losses))
     examples = state.step * state.training.batch
@@ -353,74 +342,3 @@ def _evaluate(state: State, validation: Examples) -> bool:
         state.waited += 1
     state.hooks("evaluated", state)
     return bool(state.training.patience) and state.waited >= state.training.patience
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model says of the examples, in the order of the data.
-
-    predictions: [N] classes, values, or a document's nats; losses: [N] nats (of a language model, per token) or squared
-    errors; weights: [N] what an example counts in a mean loss; logits: [N, W], None of a language model.
-    """
-
-    predictions: np.ndarray
-    losses: np.ndarray
-    weights: np.ndarray
-    logits: np.ndarray | None
-
-
-def answer(model: nn.Module, examples: Examples, task: Task, *, precision: str = "float32") -> Answers:
-    """Run `model` over all examples in evaluation mode; NotFinite where it gives no finite number."""
-    if task.generative:
-        assert isinstance(examples, EncodedBlocks)
-        nats = _nats(model, examples, precision)
-        return Answers(nats, nats / examples.tokens, examples.tokens.astype(np.float64), None)
-    logits = predict(model, examples, precision=precision)
-    losses = task.losses(torch.from_numpy(logits), examples.labels).numpy()
-    return Answers(task.predict(logits), losses, np.ones(len(losses)), logits)
-
-
-@torch.no_grad()
-def _nats(model: nn.Module, examples: EncodedBlocks, precision: str) -> np.ndarray:
-    """Return the nats of every unit: [U]."""
-    device = next(model.parameters()).device
-    kind = nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=torch.bfloat16)
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(len(examples.labels), dtype=torch.float64)
-    batch = max(1, 4096 // int(examples.lengths[0]))
-    with kind:
-        for rows in np.array_split(np.arange(len(examples)), math.ceil(len(examples) / batch)):
-            inputs = to_device(examples.collate(rows), device)
-            targets = inputs.pop("labels").flatten()
-            logits = model(**inputs).logits.float().flatten(0, 1)
-            losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # 0 where nothing is asked
-            total.index_add_(0, examples.units(rows).flatten(), losses.double().cpu())
-    model.train(was_training)
-    if not total.isfinite().all():
-        raise NotFinite(f"the loss of {examples.report['unit']} {int((~total.isfinite()).nonzero()[0])} is not finite.")
-    return total.numpy()
-
-
-@torch.no_grad()
-def predict(model: nn.Module, examples: Examples, *, batch: int = 64, precision: str = "float32") -> np.ndarray:
-    """Return float32 logits [rows, width] in the order of the data; batches are cut by length, so padding is little."""
-    device = next(model.parameters()).device
-    kind = nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=torch.bfloat16)
-    was_training = model.training
-    model.eval()
-    rows = np.argsort(examples.lengths, kind="stable")
-    out: np.ndarray | None = None
-    with kind:
-        for part in np.array_split(rows, math.ceil(len(rows) / batch)):
-            inputs = to_device({k: v for k, v in examples.collate(part).items() if k != "labels"}, device)
-            logits = model(**inputs).logits.float().cpu().numpy()
-            if out is None:
-                out = np.empty((len(rows), *logits.shape[1:]), dtype=np.float32)
-            out[part] = logits
-    model.train(was_training)
-    if out is None:
-        raise UsageError("there is no row to predict.")
-    if not np.isfinite(out).all():
-        raise NotFinite(f"the logits of row {int(np.argwhere(~np.isfinite(out))[0][0])} are not finite.")
-    return out

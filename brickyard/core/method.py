@@ -22,7 +22,9 @@ FAMILIES = (
     "serve",
     "distribute",
 )
-TASKS = ("text-classification", "pair-classification", "regression", "image-classification", "causal-lm")
+# Tasks of language models, which use the base's own output layer.
+LANGUAGE_TASKS = ("causal-lm", "instruct", "preference", "multiple-choice")
+TASKS = ("text-classification", "pair-classification", "regression", "image-classification", *LANGUAGE_TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)

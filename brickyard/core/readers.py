@@ -23,7 +23,7 @@ from brickyard.core.errors import BadData, UnknownName
 
 SPLITS = ("train", "validation", "test")
 FORMATS = ("parquet", "jsonl", "csv", "txt")
-COLUMNS = ("text", "text_pair", "image", "label", "prompt", "completion", "chosen", "rejected")
+COLUMNS = ("text", "text_pair", "image", "label", "prompt", "completion", "chosen", "rejected", "choices")
 _RENAMED = {
     "training": "train",
     "tr": "train",
@@ -198,8 +198,10 @@ def _from_arrow(table: pa.Table, where: str) -> dict[str, list]:
         if name == "image":
             columns[name] = _images(column, where)
             continue
+        if name == "choices" and not (_is_list(column.type) and _is_text(column.type.value_type)):
+            raise BadData(f"column 'choices' of {where} holds {column.type}; expected lists of strings.")
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        if not (_is_text(kind) or pa.types.is_null(kind) or (name == "label" and number)):
+        if not (name == "choices" or _is_text(kind) or pa.types.is_null(kind) or (name == "label" and number)):
             expected = "strings, integers or floats" if name == "label" else "strings"
             raise BadData(f"column {name!r} of {where} holds {kind}; expected {expected}.")
         try:
@@ -211,6 +213,10 @@ def _from_arrow(table: pa.Table, where: str) -> dict[str, list]:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _images(column: pa.ChunkedArray, where: str) -> list:
@@ -267,6 +273,8 @@ def _csv(source: Source, split: str, path: Path) -> None:
     except pa.ArrowException as cause:
         raise BadData(f"{path.name} is not a well-formed csv (the header is row 1): {_short(cause)}") from cause
     known = [name for name in table.column_names if name in COLUMNS]
+    if "choices" in known:
+        raise BadData(f"{path.name} has a column choices, whose lists a csv cannot hold; give parquet or jsonl.")
     unique = table.select(known) if len(set(known)) == len(known) else None
     source.textual.add(split)
     columns = {} if unique is None else {name: unique[name].to_pylist() for name in known}

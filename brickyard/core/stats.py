@@ -34,7 +34,7 @@ from scipy import special
 from scipy.stats import binomtest, permutation_test
 
 from brickyard.core.errors import BadData, NotFinite, UsageError
-from brickyard.core.influence import checked, influence
+from brickyard.core.influence import LOWER_IS_BETTER, checked, influence
 
 FEW_SEEDS = 10  # more than these are not offered in place of more examples
 MOST = 10**9  # examples or seeds; a search for more than that is given up
@@ -199,7 +199,7 @@ def interval(
     n = arm.psi_SN.shape[1]
     psi_N = arm.psi_SN.mean(axis=0)
     # Divided by N * N as Wilson's p (1 - p) / N is; without bounds by N * (N - 1), as in Student's test.
-    bounded = metric != "loss"
+    bounded = metric not in LOWER_IS_BETTER
     v = _Variance.of(float((psi_N**2).sum() / (n * (n if bounded else n - 1))), [arm])
     mean = float(arm.score_S.mean())
     if bounded:
@@ -270,7 +270,7 @@ def _compare(
     difference = float(arms[0].score_S.mean()) - float(arms[1].score_S.mean())
     psi_N = arms[0].psi_SN.mean(axis=0) - arms[1].psi_SN.mean(axis=0)
     variance = float((psi_N**2).sum() / (n * (n - 1)))
-    if metric not in ("loss", "spearman"):
+    if metric not in {"spearman", *LOWER_IS_BETTER}:
         # Few answers differ, so their number is uncertain: one more example on either side (Bonett and Price), of the
         # size that the differing ones have (1 where each arm has one seed and the metric is accuracy).
         pseudo_N = psi_N + difference

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from brickyard.core.errors import BadData, NotFinite, UnknownName, UsageError
 from brickyard.core.influence import LOWER_IS_BETTER
-from brickyard.core.method import TASKS
+from brickyard.core.method import LANGUAGE_TASKS, TASKS
 
 if TYPE_CHECKING:
     from brickyard.core.data import Data
@@ -93,8 +93,16 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "spearman": spearman,
     "bits_per_byte": bits_per_byte,
     "nats_per_token": nats_per_token,
+    "accuracy_norm": accuracy,
 }
-_FITTING = {"regression": ("spearman",), "causal-lm": ("bits_per_byte", "nats_per_token")}
+PER_TEXT = ("bits_per_byte", "nats_per_token")
+_FITTING = {
+    "regression": ("spearman",),
+    "causal-lm": PER_TEXT,
+    "instruct": PER_TEXT,
+    "preference": ("accuracy",),
+    "multiple-choice": ("accuracy", "accuracy_norm"),
+}
 
 
 def metric_of(kind: str, metric: str | None = None) -> str:
@@ -129,10 +137,12 @@ class Task:
     Attributes:
         kind: one of `method.TASKS`.
         metric: "accuracy", "macro-f1" or "matthews" for classes, "spearman" for regression, "bits_per_byte" or
-            "nats_per_token" for language models.
+            "nats_per_token" for documents and completions. Of preferences, "accuracy" is the share of pairs in which
+            the chosen text gained on the rejected one against the untouched base; of multiple-choice questions, the
+            share in which the right choice is the most probable ("accuracy_norm": per byte).
         labels: class names in the order of the outputs; None for regression and language models.
         width: outputs of the model; 1 for language models, whose outputs are the base's own.
-        input: "text", "pair" or "image".
+        input: one of `inputs.INPUTS`.
     """
 
     kind: str
@@ -154,7 +164,7 @@ class Task:
     @property
     def generative(self) -> bool:
         """Whether the base's own output layer is used, and every position is predicted."""
-        return self.kind == "causal-lm"
+        return self.kind in LANGUAGE_TASKS
 
     def goodness(self, score: float) -> float:
         """Return `score` so that more is better."""

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ import torch
 
 from brickyard.core import brick as bricks
 from brickyard.core import measure
+from brickyard.core.answers import Answers, Examples, answer, nats, to_device
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
 from brickyard.core.build import Plan, build, resolve, training_of
+from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
-from brickyard.core.loop import Answers, Backprop, Examples, Training, answer, to_device, train, train_mode
+from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
+from brickyard.core.objective import check_head
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import Drift, Retention
 from brickyard.core.states import States
@@ -163,9 +167,12 @@ def tune(
     attached.model.to(_device(setting))
     sets, cost = examples(ready, attached)
     kept = _retention(ready, attached)
-    few = max(1, 512 // int(sets["train"].lengths[0])) if task.generative else _PROBE_ROWS  # a vocabulary is wide
+    few = max(1, 512 // int(sets["train"].lengths.max())) if task.generative else _PROBE_ROWS  # a vocabulary is wide
     probe = _inputs(sets["train"].collate(np.arange(min(few, len(sets["train"])))), _device(setting))
     base_logits = _logits(attached, probe)
+    if attached.objective is not None:
+        check_head(attached.model, probe)
+    _measure_reference(ready)
     before = snapshot(attached.model)
     training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
     identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
@@ -218,6 +225,16 @@ def tune(
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
     return result
+
+
+def _measure_reference(ready: Prepared) -> None:
+    """Let preference sets know what the untouched base thinks of their answers, by which a preference is judged."""
+    if ready.task.kind != "preference":
+        return
+    model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(_device(ready.setting))
+    for name, rows in ready.encoded.items():
+        if name != "train" and isinstance(rows, EncodedCompletions):
+            rows.reference = nats(model, rows, precision=ready.training.precision)
 
 
 def _best(history: list[dict[str, Any]], task: Task) -> float | None:
@@ -289,10 +306,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     # The longest batch is among the measured rows: a row's time goes by its tokens, and those of all rows are known.
     longer = float(lengths.mean() / sets["train"].lengths.sum())
     *usual, long = (to_device(sets["train"].collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
-    labels = long["labels"]
-    saved = measure.saved_for_backward(
-        attached.model, _inputs(long, device), lambda out: ready.task.loss(out.float(), labels)
-    )
+    saved = measure.saved_for_backward(_Loss(attached, ready.task), {"batch": long}, lambda loss: loss)
     step = Backprop(attached, ready.training)
     state = _bare_state(attached, ready, device)
     train_mode(attached.model)
@@ -325,10 +339,21 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Loss(torch.nn.Module):
+    """The loss of a batch as a module's output, as `measure` takes it."""
+
+    def __init__(self, attached: Attached, task: Task) -> None:
+        super().__init__()
+        self.model, self.attached, self.task = attached.model, attached, task
+
+    def forward(self, batch: dict[str, Any]) -> SimpleNamespace:
+        return SimpleNamespace(logits=batch_loss(self.attached, self.task, batch))
+
+
 def _rows_like(ready: Prepared, split: str, rows: int) -> int:
     """Return the rows of a split that is not encoded; where rows are blocks of text, by its share of the bytes."""
     found = ready.data.splits.get(split)
-    if found is None or not ready.task.generative:
+    if found is None or ready.task.kind != "causal-lm":
         return len(found) if found else 0
     size = lambda texts: sum(map(len, texts["text"]))  # noqa: E731
     return round(rows * size(found) / size(ready.data.splits["train"]))
