@@ -155,6 +155,33 @@ def documents(train: int = 60, test: int = 40) -> dict[str, dict[str, list]]:
     return {"train": rows(train, 0), "validation": rows(20, 1), "test": rows(test, 2)}
 
 
+def asked(kind: str, train: int = 120) -> dict[str, dict[str, list]]:
+    """Prompts to which the next words of the list are the right answer: as completions, pairs, or choices."""
+
+    def rows(n: int, seed: int) -> dict[str, list]:
+        g = np.random.Generator(np.random.PCG64(seed))
+        out: dict[str, list] = {name: [] for name in ("prompt", "completion", "chosen", "rejected", "choices", "label")}
+        for _ in range(n):
+            at, count = int(g.integers(len(WORDS))), int(g.integers(2, 6))
+            right = " ".join(WORDS[(at + 1 + k) % len(WORDS)] for k in range(count))
+            wrong = " ".join(WORDS[(at - 1 - k) % len(WORDS)] for k in range(count))
+            other = " ".join(WORDS[(at + 7 * (k + 1)) % len(WORDS)] for k in range(count))
+            place = int(g.integers(3))
+            choices = [wrong, other]
+            choices.insert(place, right)
+            row = (" ".join([*map(str, g.choice(WORDS, 3)), WORDS[at]]), right, right, wrong, choices, place)
+            for values, value in zip(out.values(), row, strict=True):
+                values.append(value)
+        columns = {
+            "instruct": ("prompt", "completion"),
+            "preference": ("prompt", "chosen", "rejected"),
+            "multiple-choice": ("prompt", "choices", "label"),
+        }
+        return {name: out[name] for name in columns[kind]}
+
+    return {"train": rows(train, 0), "validation": rows(20, 1), "test": rows(60, 2)}
+
+
 def image_data(train: int = 64, test: int = 40) -> dict[str, dict[str, list]]:
     """Noise images that are bright at the top or at the bottom."""
     import io
