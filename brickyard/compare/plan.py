@@ -27,7 +27,7 @@ from brickyard.core.trial import Setting
 SIDE_BY_SIDE = 1.25  # a trial beside others runs this much slower than in its exclusive probe (memory bandwidth)
 START = 3.0  # seconds to start a trial, open the base and read the data
 SHORTEST = 0.05  # of an arm's full training, below which its score would say nothing
-RUNGS = (1 / 8, 1 / 4)  # shares of the full training that successive halving spends
+RUNGS = (1 / 6, 1 / 2)  # shares of the full training that successive halving spends: with KEEP, a third in all
 KEEP = 3  # of a rung, one in KEEP goes on
 
 
