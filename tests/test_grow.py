@@ -1,4 +1,4 @@
-"""`brickyard grow`: the command leaves a model folder that any other verb takes; what is wrong is said before training."""
+"""`brickyard grow`: the command leaves a model folder that any verb takes; faults are said before training."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from brickyard.core.batches import encode
 from brickyard.core.data import Split
 from brickyard.core.errors import BadBrick, Refused, Unmatched, UsageError
 from brickyard.core.files import read_tensors, write_tensors
-from brickyard.core.loop import State, Training, train
+from brickyard.core.loop import Backprop, State, Training, train
 from brickyard.core.task import Task
 from brickyard.grow._static_masks import FILE, StaticMasks, draw, pack, unpack
 from brickyard.grow._training_flops import count_flops
@@ -283,27 +283,53 @@ class StopAt:
             raise Interrupt
 
 
-def attached(seed: int) -> tuple[Attached, StaticMasks]:
+def attached(seed: int, compact: bool) -> tuple[Attached, StaticMasks]:
     model = llama()
-    masks = apply_static_sparsity(model, 0.75, seed)
-    made = attach_in_place(model, [n for n, _ in model.named_parameters()], matched={})
-    made.callbacks = (masks,)
-    return made, masks
+    masks = apply_static_sparsity(model, 0.75, seed, compact=compact)
+    return masks.join(attach_in_place(model, [n for n, _ in model.named_parameters()], matched={})), masks
 
 
-def test_resume_restores_the_masks_before_the_first_step_bit_for_bit(causal_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compact", [False, True])
+def test_resume_restores_the_masks_before_the_first_step_bit_for_bit(
+    causal_base: Path, tmp_path: Path, compact: bool
+) -> None:
     rows = encode(Split(documents()["train"]), open_base(str(causal_base)), LM, max_length=16)
     training = Training(lr=1e-2, wd=0.1, steps=14, batch=4, checkpoint_every=4)
-    whole, masks = attached(0)
+    whole, masks = attached(0, compact)
     train(whole, rows, None, LM, training, device="cpu")
     with pytest.raises(Interrupt):
-        train(attached(0)[0], rows, None, LM, training, folder=tmp_path, callbacks=[StopAt(10)], device="cpu")
-    again, restored = attached(9)  # what a new process draws must not matter
+        train(attached(0, compact)[0], rows, None, LM, training, folder=tmp_path, callbacks=[StopAt(10)], device="cpu")
+    again, restored = attached(9, compact)  # what a new process draws must not matter
     train(again, rows, None, LM, training, folder=tmp_path, device="cpu")
     expected, found = whole.tensors(), again.tensors()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(torch.equal(restored.mask(name), masks.mask(name)) for name in masks.weights)
     assert not off_support(masks).any()
+
+
+def test_compact_optimiser_state_gives_the_same_run_from_moments_of_existing_weights_alone(causal_base: Path) -> None:
+    rows = encode(Split(documents()["train"]), open_base(str(causal_base)), LM, max_length=16)
+    training = Training(lr=1e-2, wd=0.1, steps=10, batch=4, accumulation=2, clip=0.5)
+    found, sizes = [], []
+
+    class Kept(Backprop):
+        def __init__(self, made: Attached, training: Training) -> None:
+            super().__init__(made, training)
+            steps.append(self)
+
+    for compact in (False, True):
+        made, masks = attached(0, compact)
+        steps: list[Backprop] = []
+        train(made, rows, None, LM, training, make_step=Kept, device="cpu")
+        found.append(made.tensors())
+        sizes.append(measure.optimiser_bytes(steps[0].optimiser))
+        assert not off_support(masks).any()
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-6)
+    masked = sum(w.numel() for w in masks.weights.values())
+    assert sizes[0] - sizes[1] == 2 * 4 * (masked - sum(masks.kept.values()))
+    backward(made.model)
+    assert all(w.grad is None for w in masks.weights.values())
 
 
 def test_the_mask_file_is_an_eighth_of_a_byte_a_weight_and_is_read_back(tmp_path: Path) -> None:

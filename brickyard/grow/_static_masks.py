@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brickyard.core.attached import Attached
 from brickyard.core.errors import BadBrick
 from brickyard.core.files import plain_file, read_tensors, write_tensors
 
@@ -65,6 +67,10 @@ class StaticMasks:
             weight.register_post_accumulate_grad_hook(partial(self._clear_gradient, name))
             for name, weight in self.weights.items()
         ]
+
+    def join(self, attached: Attached) -> Attached:
+        """Return `attached` with these masks among its callbacks: cleared after each step, kept in checkpoints."""
+        return replace(attached, callbacks=(*attached.callbacks, self))
 
     def _place(self, name: str, device: torch.device) -> Tensor:
         # A model may move to another device after its masks were made.
@@ -142,7 +148,7 @@ class StaticMasks:
         write_tensors(folder / FILE, self.state_dict())
 
 
-def read_masks(model: nn.Module, folder: Path) -> StaticMasks:
+def read_masks(model: nn.Module, folder: Path, kind: type[StaticMasks] = StaticMasks) -> StaticMasks:
     """Put the masks stored in `folder` on `model`, whose weights must be those that they were trained with.
 
     Raises UnsafeFile where there is no mask file or it is damaged, BadBrick where it does not fit the model.
@@ -157,7 +163,7 @@ def read_masks(model: nn.Module, folder: Path) -> StaticMasks:
     off = {name: _excluded(name, weights[name], mask) for name, mask in masks.items()}
     for name in masks:
         _assert_zero(name, weights[name], off[name])
-    return StaticMasks(weights, masks)
+    return kind(weights, masks)
 
 
 def _excluded(name: str, weight: Tensor, mask: Tensor) -> Tensor:
