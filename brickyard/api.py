@@ -126,7 +126,7 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "run.lock"):
         if minutes is not None:
-            ready.training = replace(ready.training, steps=_steps_for(minutes, asked, folder))
+            ready.training = replace(ready.training, steps=steps_for(minutes, asked, folder))
         result = trial.tune(
             ready,
             folder,
@@ -139,7 +139,7 @@ def tune(
     return load(folder / "brick"), result
 
 
-def _steps_for(minutes: float, setting: Setting, folder: Path) -> int:
+def steps_for(minutes: float, setting: Setting, folder: Path) -> int:
     """Turn minutes into steps once; a resumed run reads the number, never the clock."""
     path = folder / "steps.txt"
     if path.is_file():

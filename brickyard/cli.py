@@ -15,6 +15,8 @@ from brickyard.core.errors import BrickyardError, UsageError
 VERBS = {
     "compare": "run several methods side by side on your model and data, and say which to use",
     "tune": "train one arm and keep it as a brick",
+    "grow": "train a model that grows: weights that are not there at first train later (grow spdf: pre-training from "
+    "scratch under a sparse mask)",
     "evaluate": "score a base, with or without a brick, on test data",
     "predict": "write predictions for unlabelled rows",
     "verify": "check anybody's PEFT adapter, and a merged model, for silent failures",
@@ -125,9 +127,27 @@ def _compare(p: Parser) -> None:
 def _tune(p: Parser) -> None:
     p.add_argument("arm", metavar="ARM", help="e.g. lora:r=16,lr=1e-3; a method's options may also follow as --r 16")
     _input(p)
+    p.add_argument("--out", metavar="DIR", help="folder of the run; the brick is OUT/brick")
+    _one_run(p)
+
+
+def _grow(p: Parser) -> None:
+    p.add_argument("arm", metavar="ARM", help="e.g. spdf:sparsity=0.75; its options may also follow as --sparsity 0.75")
+    p.add_argument(
+        "--base",
+        required=True,
+        help="a language model's folder, a hub id, or embedded:NAME; it gives the architecture and the tokenizer, and "
+        "its weights are drawn anew (with spdf:start=base they are the start)",
+    )
+    p.add_argument("--data", required=True, help="a folder with train files of text, a hub id, or embedded:NAME")
+    p.add_argument("--trust-remote-code", action="store_true", help="let a hub model run its own Python here")
+    p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
+    _one_run(p)
+
+
+def _one_run(p: Parser) -> None:
     p.add_argument("--minutes", type=_positive(float), help="train about this long, in place of --epochs")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", metavar="DIR", help="folder of the run; the brick is OUT/brick")
     p.add_argument("--checkpoint-every", type=_positive(int), default=200, help="steps between checkpoints")
     p.add_argument("--json", action="store_true")
     _training(p)
@@ -248,8 +268,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb == "tune" and rest and not rest[0].startswith("-"):
-        rest = _own_options(parser, rest)
+    if verb in ("tune", "grow") and rest and not rest[0].startswith("-"):
+        rest = _own_options(parser, rest, verb)
     if "--config" in rest and rest.index("--config") + 1 < len(rest):
         _from_file(parser, rest[rest.index("--config") + 1])
     args, unknown = parser.parse_known_args(rest)
@@ -274,7 +294,7 @@ def _check_arms(texts: Sequence[str]) -> None:
             registry.check_options(piece.name, piece.options)
 
 
-def _own_options(parser: Parser, rest: list[str]) -> list[str]:
+def _own_options(parser: Parser, rest: list[str], family: str) -> list[str]:
     """Move `--r 16` behind `tune lora` into the arm, so that a method's options read like any other."""
     from brickyard.core import arm as arms
     from brickyard.core import registry
@@ -282,7 +302,7 @@ def _own_options(parser: Parser, rest: list[str]) -> list[str]:
     arm = arms.parse(rest[0])
     if len(arm.pieces) != 1:
         return rest
-    options = registry.find(arm.pieces[0].name, "tune").options
+    options = registry.find(arm.pieces[0].name, family).options
     own, left, i = {}, [rest[0]], 1
     while i < len(rest):
         flag, equals, value = rest[i].partition("=")

@@ -123,26 +123,30 @@ class _Curve:
         )
 
 
+def _one_run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Return the keywords that training one arm takes, whatever the verb."""
+    if args.minutes and (args.epochs or args.steps):
+        raise UsageError("--minutes stands in place of --epochs and --steps; give one of them.")
+    return {
+        **_shared(args),
+        "base": args.base,
+        "data": _data(args),
+        "out": args.out,
+        "seed": args.seed,
+        "minutes": args.minutes,
+        "dtype": args.dtype,
+        "training": _given(args),
+        "threads": args.threads,
+        "checkpoint_every": args.checkpoint_every,
+        "callbacks": (_Curve(console),),
+        "allow_change": args.allow_change,
+    }
+
+
 def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Train one arm and say where its brick is."""
     console = Console(stderr=args.json)
-    if args.minutes and (args.epochs or args.steps):
-        raise UsageError("--minutes stands in place of --epochs and --steps; give one of them.")
-    brick, result = api.tune(
-        args.arm,
-        base=args.base,
-        data=_data(args),
-        out=args.out,
-        seed=args.seed,
-        minutes=args.minutes,
-        dtype=args.dtype,
-        training=_given(args),
-        threads=args.threads,
-        checkpoint_every=args.checkpoint_every,
-        callbacks=(_Curve(console),),
-        allow_change=args.allow_change,
-        **_shared(args),
-    )
+    brick, result = api.tune(args.arm, **_one_run(args, console))
     if args.json:
         _print_json({**result, "brick": str(brick.folder)})
         return DONE
@@ -162,6 +166,22 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if "score" in result:
         console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
     console.print(f"brick: {escape(str(brick.folder))} ({brick.bytes:,} bytes)", soft_wrap=True, highlight=False)
+    return DONE
+
+
+def grow(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Train a growing model and say where its folder is."""
+    from brickyard.growing import grow as run_grow
+
+    console = Console(stderr=args.json)
+    result = run_grow(args.arm, **_one_run(args, console))
+    if args.json:
+        _print_json(result)
+        return DONE
+    console.print(escape(result["summary"]), soft_wrap=True, highlight=False)
+    if "score" in result:
+        console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
+    console.print(f"model: {escape(args.out)}", soft_wrap=True, highlight=False)
     return DONE
 
 

@@ -79,7 +79,8 @@ def test_every_method_file_declares_records_of_literals() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["methods"], ["show", "lora"], ["methods", "--json"], ["tune", "--help"]]
+    "command",
+    [["--help"], ["methods"], ["show", "lora"], ["methods", "--json"], ["tune", "--help"], ["grow", "--help"]],
 )
 def test_reading_commands_never_import_torch(command: list[str]) -> None:
     code = (

@@ -155,8 +155,32 @@ class Base:
             config.pad_token_id = self.tokenizer.pad_token_id
         return self._load(auto, config, seed, attention, stored_head)
 
+    def untrained(self, *, seed: int, attention: str = "sdpa") -> nn.Module:
+        """Return a language model of this architecture with new weights, as its class draws them from `seed`.
+
+        In float32 and training mode; nothing of the stored weights is read. Refused as for `model`.
+        """
+        self._assert_generative()
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        with quiet(), self._explained(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            skeleton = self._skeleton(AutoModelForCausalLM, config)
+            sdpa = attention != "sdpa" or getattr(skeleton, "_supports_sdpa", False)
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=attention if sdpa else "eager",
+                trust_remote_code=self.trust_remote_code,
+            )
+
     def _language_model(self, attention: str) -> nn.Module:
         """Return the base with its own output layer over the vocabulary."""
+        self._assert_generative()
+        return self._load(AutoModelForCausalLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
+
+    def _assert_generative(self) -> None:
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code:
             raise Refused(f"transformers has no causal language model for {self.config.model_type}; give a decoder.")
         if not self.generative:
@@ -165,7 +189,6 @@ class Base:
                 f"base {self.spec} is a {architecture or 'bare backbone'}, not a causal language model; give a decoder "
                 "with its output layer."
             )
-        return self._load(AutoModelForCausalLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
 
     def backbone(self, attention: str = "sdpa") -> nn.Module:
         """Return the base without any head, in float32 and evaluation mode."""
