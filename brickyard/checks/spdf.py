@@ -29,7 +29,8 @@ from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import RunFailed
 from brickyard.core.files import read_tensors, write_tensors
 from brickyard.core.jobs import Job, Local
-from brickyard.core.loop import Training, answer, train
+from brickyard.core.answers import answer
+from brickyard.core.loop import Training, train
 from brickyard.core.method import Claim
 from brickyard.core.split import Split
 from brickyard.core.stats import paired
