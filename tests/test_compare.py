@@ -22,9 +22,11 @@ from brickyard.compare import plan as planning
 from brickyard.compare.ledger import Ledger
 from brickyard.compare.plan import Request
 from brickyard.compare.results import slug
+from brickyard.compare.run import rank
 from brickyard.core.arm import parse
 from brickyard.core.errors import BadData, Changed, Locked, UsageError
 from brickyard.core.files import Lock
+from brickyard.core.task import Task
 
 TRAINING = {"epochs": 4, "precision": "float32", "batch": 16}
 
@@ -323,3 +325,19 @@ def test_halving_spends_less_and_keeps_the_better(text_base: Path, tmp_path: Pat
     trials = [json.loads(p.read_text()) for p in (tmp_path / "run").glob("trials/*/result.json")]
     searched, final = [t for t in trials if t["role"] == "search"], next(t for t in trials if t["role"] == "final")
     assert len(searched) == 3 and sum(t["value"]["steps"] for t in searched) <= 0.45 * 3 * final["value"]["steps"]
+
+
+def test_short_trainings_are_ranked_by_loss_and_whole_ones_by_score() -> None:
+    task = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
+    settings = [
+        {"validation": 0.5, "validation_loss": 0.69},
+        {"validation": 0.5, "validation_loss": 0.60},
+        {"validation": 0.52, "validation_loss": 0.68},
+        {"validation": None, "validation_loss": None},
+    ]
+    order = lambda share: sorted(range(4), key=lambda i: rank(settings[i], share, task))  # noqa: E731
+    assert order(1 / 6) == [1, 2, 0, 3] and order(1.0) == [2, 1, 0, 3]
+    bits = Task("causal-lm", "bits_per_byte", None, 1, "text")
+    assert rank({"validation": 1.0, "validation_loss": 1.0}, 1.0, bits) < rank(
+        {"validation": 2.0, "validation_loss": 2.0}, 1.0, bits
+    )

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
@@ -29,7 +30,6 @@ from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import RunFailed
 from brickyard.core.files import read_tensors, write_tensors
 from brickyard.core.jobs import Job, Local
-from brickyard.core.answers import answer
 from brickyard.core.loop import Training, train
 from brickyard.core.method import Claim
 from brickyard.core.split import Split

@@ -304,17 +304,18 @@ class _Run:
             rows = self._go(plan, wanted)
             for (name, i), (arm, argument) in zip(places, wanted, strict=True):
                 row = rows[planning.key_of({"argument": argument, "name": arm["name"]})]
-                value = row["value"]["validation"] if row["status"] == "done" else None
+                value = row["value"] if row["status"] == "done" else {}
                 scores[name][str(i)] = {
                     "share": share,
-                    "validation": value,
+                    "validation": value.get("validation"),
+                    "validation_loss": value.get("validation_loss"),
                     "status": row["status"],
                     "reason": row["reason"],
                 }
             for name, left in alive.items():
                 if len(left) > 1:
-                    # A stable sort, so that equal scores keep the earlier setting: the default stands first.
-                    best = sorted(left, key=lambda i, n=name: -self._goodness(scores[n][str(i)]["validation"]))
+                    # A stable sort, so that equals keep the earlier setting: the default stands first.
+                    best = sorted(left, key=lambda i, n=name, s=share: rank(scores[n][str(i)], s, self.task))
                     alive[name] = best[: max(1, -(-len(best) // planning.KEEP))] if share != shares[-1] else best[:1]
         for arm in arms:
             best = alive[arm["name"]][0]
@@ -411,6 +412,17 @@ class _Run:
             for key, row in zip(entry["keys"], entry["trials"], strict=True):
                 shutil.copyfile(self.ledger.trial(key) / "answers.parquet", answers / f"seed{row['seed']}.parquet")
         self.ledger.forget_bricks()
+
+
+def rank(found: dict[str, Any], share: float, task: Task) -> tuple[float, float]:
+    """Order settings by what training with them gave, the best first: by score, then by loss.
+
+    Where training was cut short (`share` < 1), by loss first: it has often not left the majority class yet, so that
+    all settings score alike, while their losses differ. What failed comes last.
+    """
+    score = np.inf if found["validation"] is None else -task.goodness(found["validation"])
+    loss = np.inf if found["validation_loss"] is None else found["validation_loss"]
+    return (score, loss) if share == 1.0 else (loss, score)
 
 
 def _answers(path: Path) -> dict[str, np.ndarray]:

@@ -201,7 +201,7 @@ def tune(
         "receipt": proof,
         "retained": kept.after(attached.model) if kept else None,
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
-        "validation": _best(trained.history, task),
+        **_best(trained.history, task),
         "cost": {
             "train_seconds": trained.seconds + cost.get("states_seconds", 0.0),
             "trainable_parameters": sum(p.numel() for p in attached.parameters()),
@@ -237,8 +237,13 @@ def _measure_reference(ready: Prepared) -> None:
             rows.reference = nats(model, rows, precision=ready.training.precision)
 
 
-def _best(history: list[dict[str, Any]], task: Task) -> float | None:
-    return max((p["validation_score"] for p in history if "validation_score" in p), key=task.goodness, default=None)
+def _best(history: list[dict[str, Any]], task: Task) -> dict[str, float | None]:
+    """Return score and loss of the evaluation whose weights were kept."""
+    points = [point for point in history if "validation_score" in point]
+    if not points:
+        return {"validation": None, "validation_loss": None}
+    best = max(points, key=lambda p: (task.goodness(p["validation_score"]), -p["validation_loss"]))
+    return {"validation": best["validation_score"], "validation_loss": best["validation_loss"]}
 
 
 def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -37,10 +37,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from brickyard.core import inject_config, measure
+from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.errors import BadBase, Refused, UsageError
 from brickyard.core.files import complete_folder, write_json
-from brickyard.core.answers import answer
 from brickyard.core.loop import train
 from brickyard.core.method import Claim, Record
 from brickyard.core.receipt import assert_effect, receipt, snapshot
