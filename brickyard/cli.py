@@ -17,6 +17,7 @@ VERBS = {
     "tune": "train one arm and keep it as a brick",
     "evaluate": "score a base, with or without a brick, on test data",
     "predict": "write predictions for unlabelled rows",
+    "audit": "measure what a change did to a model, layer by layer or tensor by tensor",
     "verify": "check anybody's PEFT adapter, and a merged model, for silent failures",
     "plan": "estimate memory and time of arms from a three-step probe",
     "methods": "list the methods",
@@ -158,6 +159,17 @@ def _predict(p: Parser) -> None:
     _common(p)
 
 
+def _audit(p: Parser) -> None:
+    p.add_argument(
+        "arm", metavar="METHOD", help="e.g. similarity:sample=500; its options may also follow as --sample 500"
+    )
+    _input(p)
+    p.add_argument("--brick", metavar="DIR", help="what is looked at beside the base: a brick, or another checkpoint")
+    p.add_argument("--force", action="store_true", help="use a brick on another base than its own")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--json", action="store_true")
+
+
 def _verify(p: Parser) -> None:
     _input(p)
     p.add_argument("--adapter", required=True, metavar="DIR", help="a PEFT adapter folder or a brick")
@@ -248,8 +260,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb == "tune" and rest and not rest[0].startswith("-"):
-        rest = _own_options(parser, rest)
+    if verb in ("tune", "audit") and rest and not rest[0].startswith("-"):
+        rest = _own_options(parser, rest, verb)
     if "--config" in rest and rest.index("--config") + 1 < len(rest):
         _from_file(parser, rest[rest.index("--config") + 1])
     args, unknown = parser.parse_known_args(rest)
@@ -274,7 +286,7 @@ def _check_arms(texts: Sequence[str]) -> None:
             registry.check_options(piece.name, piece.options)
 
 
-def _own_options(parser: Parser, rest: list[str]) -> list[str]:
+def _own_options(parser: Parser, rest: list[str], family: str) -> list[str]:
     """Move `--r 16` behind `tune lora` into the arm, so that a method's options read like any other."""
     from brickyard.core import arm as arms
     from brickyard.core import registry
@@ -282,7 +294,7 @@ def _own_options(parser: Parser, rest: list[str]) -> list[str]:
     arm = arms.parse(rest[0])
     if len(arm.pieces) != 1:
         return rest
-    options = registry.find(arm.pieces[0].name, "tune").options
+    options = registry.find(arm.pieces[0].name, family).options
     own, left, i = {}, [rest[0]], 1
     while i < len(rest):
         flag, equals, value = rest[i].partition("=")

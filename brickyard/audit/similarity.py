@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from brickyard.core.batches import encode
-from brickyard.core.brick import Brick
+from brickyard.core.brick import Applied
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.method import Claim, Record
 from brickyard.core.retention import inner
@@ -33,6 +33,9 @@ from brickyard.core.similarity import bottom_alike, cka, layer_means, rho
 from brickyard.core.task import Task
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from brickyard.core.base import Base
     from brickyard.core.data import Data
 
@@ -77,10 +80,12 @@ class Config:
             raise UsageError(f"threshold={self.threshold}: rho lies between -1 and 1.")
 
 
-def measure(base: Base, changed: Base | Brick | None, config: Config, data: Data) -> dict[str, Any]:
+def measure(
+    base: Base, changed: Base | Applied | None, config: Config, data: Data, *, device: torch.device
+) -> dict[str, Any]:
     """Return {"table": one row a layer with rho and cka, "alike": bottom blocks before rho falls, "rows", ...}.
 
-    changed: a brick for `base`, or another checkpoint of as many layers with the same vocabulary. Both models see the
+    changed: a brick on `base`, or another checkpoint of as many layers with the same vocabulary. Both models see the
     same rows of `data` (its test split, else the first there is). Raises UsageError without a second model, Refused
     where the two cannot read the same rows.
     """
@@ -93,13 +98,9 @@ def measure(base: Base, changed: Base | Brick | None, config: Config, data: Data
     rows = encode(split, base, task, max_length=limit)
     index = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[: config.sample]
     pad_to = min(limit or 0, base.context or limit or 0) if config.paper_mean and data.input != "image" else 0
-    before = layer_means(base.backbone(), rows, index, pad_to=pad_to)
-    if isinstance(changed, Brick):
-        model = inner(changed.apply(base).model)
-    else:
-        _same_reader(base, changed)
-        model = changed.backbone()
-    after = layer_means(model, rows, index, pad_to=pad_to)
+    model = inner(changed.model) if isinstance(changed, Applied) else _other(base, changed)
+    before = layer_means(base.backbone().to(device), rows, index, pad_to=pad_to)
+    after = layer_means(model.to(device), rows, index, pad_to=pad_to)
     if len(before) != len(after):
         raise Refused(f"the base has {len(before)} states, the other model {len(after)}; they must be as deep.")
     table = [
@@ -119,8 +120,10 @@ def measure(base: Base, changed: Base | Brick | None, config: Config, data: Data
     }
 
 
-def _same_reader(base: Base, changed: Base) -> None:
+def _other(base: Base, changed: Base) -> nn.Module:
+    """The backbone of another checkpoint; Refused where it cannot read the rows of `base`."""
     if base.input != changed.input:
         raise Refused(f"{base.spec} reads {base.input}, {changed.spec} reads {changed.input}.")
     if base.input == "text" and base.tokenizer.get_vocab() != changed.tokenizer.get_vocab():
         raise Refused(f"{base.spec} and {changed.spec} have different vocabularies, so they cannot read the same ids.")
+    return changed.backbone()

@@ -17,6 +17,7 @@ from brickyard.core.states import tokens
 
 _BLOCK = 512  # rows of a block: two of [512, N] are what a correlation holds at once
 _BATCH_TOKENS = 4096  # of one forward pass
+_ALIKE = 1e-28  # variance of cosines that differ by rounding alone, in float64
 
 
 def mean_over_tokens(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -50,10 +51,10 @@ def rho(x_ND: Tensor, y_NE: Tensor, *, block: int = _BLOCK) -> float:
         sums += torch.stack([u.sum(), v.sum(), u @ u, v @ v, u @ v])
     count = len(a_ND) * (len(a_ND) + 1) / 2
     u, v, uu, vv, uv = (sums / count).tolist()
-    spread = (uu - u * u) * (vv - v * v)
-    if not spread > 1e-24:
+    one, other = uu - u * u, vv - v * v
+    if not min(one, other) > _ALIKE:
         raise Refused("the rows are all alike to one of the two models at some layer: there is no geometry to compare.")
-    return max(-1.0, min(1.0, (uv - u * v) / spread**0.5))
+    return max(-1.0, min(1.0, (uv - u * v) / (one * other) ** 0.5))
 
 
 def cka(x_ND: Tensor, y_NE: Tensor) -> float:
