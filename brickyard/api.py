@@ -23,13 +23,13 @@ from brickyard.compare.plan import Request, code_digest, key_of, states_seconds
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
-from brickyard.core import measure, readers, trial
+from brickyard.core import measure, readers, registry, trial
 from brickyard.core.answers import Answers, answer, nats
 from brickyard.core.answers import predict as logits_of
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, encode
-from brickyard.core.brick import Brick
+from brickyard.core.brick import Applied, Brick
 from brickyard.core.build import build, resolve
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
@@ -45,7 +45,7 @@ from brickyard.core.task import PER_TEXT, Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 
-__all__ = ["check", "compare", "evaluate", "load", "precision", "predict", "tune", "verify"]
+__all__ = ["audit", "check", "compare", "evaluate", "load", "precision", "predict", "tune", "verify"]
 
 
 def precision(dtype: str = "auto", device: str | None = None) -> str:
@@ -408,6 +408,37 @@ def plan(
             }
         out.append(row)
     return out
+
+
+def audit(
+    method: str,
+    *,
+    base: str = "embedded:minilm",
+    brick: str | Path | None = None,
+    data: Any,
+    force: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Run an audit method, such as "similarity:sample=500"; return its findings, at least "table" and "detail".
+
+    `brick` is a brick, or another checkpoint as `base` names them. Raises WrongBase for a brick of another base, unless
+    `force`.
+    """
+    pieces, training = (found := parse(method)).pieces, found.training
+    if len(pieces) != 1 or training:
+        raise UsageError(f"audit takes one method and no training settings; {method!r} was given.")
+    registry.find(pieces[0].name, "audit")
+    config = registry.config(pieces[0].name, pieces[0].options)
+    opened = open_base(base, trust_remote_code=trust_remote_code)
+    changed: Base | Applied | None = None
+    if brick is not None and (Path(brick) / bricks.MANIFEST).is_file():
+        changed = load(brick).apply(opened, force=force)
+    elif brick is not None:
+        changed = open_base(str(brick), trust_remote_code=trust_remote_code)
+    rows = read_data(data, need=(), labelled=False)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return registry.load(pieces[0].name).measure(opened, changed, config, rows, device=place)
 
 
 def check(names: Sequence[str], **options: Any) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ VERBS = {
     "scratch under a sparse mask)",
     "evaluate": "score a base, with or without a brick, on test data",
     "predict": "write predictions for unlabelled rows",
+    "audit": "measure what a change did to a model, layer by layer or tensor by tensor",
     "verify": "check anybody's PEFT adapter, and a merged model, for silent failures",
     "plan": "estimate memory and time of arms from a three-step probe",
     "methods": "list the methods",
@@ -178,6 +179,17 @@ def _predict(p: Parser) -> None:
     _common(p)
 
 
+def _audit(p: Parser) -> None:
+    p.add_argument(
+        "arm", metavar="METHOD", help="e.g. similarity:sample=500; its options may also follow as --sample 500"
+    )
+    _input(p)
+    p.add_argument("--brick", metavar="DIR", help="what is looked at beside the base: a brick, or another checkpoint")
+    p.add_argument("--force", action="store_true", help="use a brick on another base than its own")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--json", action="store_true")
+
+
 def _verify(p: Parser) -> None:
     _input(p)
     p.add_argument("--adapter", required=True, metavar="DIR", help="a PEFT adapter folder or a brick")
@@ -268,7 +280,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb in ("tune", "grow") and rest and not rest[0].startswith("-"):
+    if verb in ("tune", "grow", "audit") and rest and not rest[0].startswith("-"):
         rest = _own_options(parser, rest, verb)
     if "--config" in rest and rest.index("--config") + 1 < len(rest):
         _from_file(parser, rest[rest.index("--config") + 1])

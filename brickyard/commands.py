@@ -239,6 +239,32 @@ def predict(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return DONE
 
 
+def audit(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Measure what a change did to a model; exit code 3 where the method says that something does not hold."""
+    from rich.table import Table
+
+    findings = api.audit(
+        args.arm,
+        base=args.base,
+        brick=args.brick,
+        data=_data(args, "embedded:stdlib-topics"),
+        force=args.force,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.json:
+        _print_json(findings)
+    else:
+        table, console = Table(title=escape(args.arm)), Console()
+        for name in findings["table"][0]:
+            table.add_column(name, justify="right")
+        for row in findings["table"]:
+            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+        console.print(table)
+        console.print(escape(findings["detail"]), highlight=False)
+    return DOUBTFUL if findings.get("holds") is False else DONE
+
+
 def verify(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check an adapter, and a merged model, for silent failures."""
     result = api.verify(args.base, args.adapter, merged=args.merged, data=args.data)

@@ -28,12 +28,14 @@ METHODS = {
     "ia3": "ia3",
     "adalora": "adalora:init_r=4,target_r=2,every=2",
     "mos": "mos:r=3,e=2,p=1,l=2",
+    "telly": "telly:k=1",
     "linear-probe": "linear-probe",
     "moment-probing": "moment-probing:p=64,h=4",
 }
 COMPOSED = {
     "lora + moment-probing": "lora:r=4 + moment-probing:p=64",
     "mos + linear-probe": "mos:r=3,e=2,p=1,l=2 + linear-probe",
+    "telly + moment-probing": "telly:k=1 + moment-probing:p=64",
 }
 ALL = {**METHODS, **COMPOSED}
 TASKS = {

@@ -207,7 +207,8 @@ def predict_seconds(
     searching = (
         (trials if search == "random" else trials * RUNGS[0] + math.ceil(trials / KEEP) * RUNGS[1]) if trials > 1 else 0
     )
-    return (seeds + searching) * (START + once + evaluating) / workers
+    choosing = slow * probe.get("choosing_seconds", 0.0)
+    return (seeds + searching) * (START + choosing + once + evaluating) / workers
 
 
 def states_seconds(probes: Mapping[str, Mapping[str, Any]]) -> float:

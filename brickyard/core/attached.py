@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from brickyard.core.errors import BadBrick
+
+if TYPE_CHECKING:
+    from brickyard.core.prefix import Prefix
 
 
 @dataclass
@@ -18,7 +21,8 @@ class Attached:
 
     `tensors` returns what a brick stores (detached, on the CPU); `load` takes the same names and shapes back, strictly;
     `detach` gives the model as it was before. `matched` maps each target pattern to the modules that it matched.
-    `frozen_states` says that only a head on the last token states trains, so that the loop may feed cached states.
+    `frozen_states` says that only a head on the last token states trains, so that the loop may feed cached states;
+    `prefix` that the bottom blocks are frozen, so that it may feed the states that enter the first block that trains.
     `objective` stands in place of the task's own loss: (model, batch) -> scalar.
     """
 
@@ -29,6 +33,7 @@ class Attached:
     detach: Callable[[], nn.Module]
     matched: dict[str, list[str]] = field(default_factory=dict)
     frozen_states: bool = False
+    prefix: Prefix | None = None
     callbacks: tuple[Any, ...] = ()
     extra_loss: Callable[[], Tensor] | None = None
     objective: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None

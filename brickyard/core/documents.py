@@ -55,7 +55,8 @@ class EncodedBlocks(Encoded):
     def collate(self, index: ArrayLike) -> dict[str, Tensor]:
         """Return `input_ids`, `position_ids` and `labels` of blocks, all [n, T]; -100 marks what is not predicted."""
         rows = np.asarray(index, dtype=np.int64)
-        return {**self._inputs(rows), "labels": torch.from_numpy(self.columns["targets"][rows].astype(np.int64))}
+        targets = torch.from_numpy(self.columns["targets"][rows].astype(np.int64))
+        return self._entered({**self._inputs(rows), "labels": targets}, rows)
 
     def parts(self, positions: int) -> list[np.ndarray]:
         """Cut the blocks into batches of about so many positions."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
 from brickyard.core.errors import BadBase
 
 if TYPE_CHECKING:
     from brickyard.core.base import Base
+    from brickyard.core.states import States
 
 IGNORED = -100  # label of unlabelled rows: the index that torch's cross entropy skips
 _CHUNK = 2048  # rows given to the tokenizer or image processor at once
@@ -28,12 +30,14 @@ class Encoded(ABC):
         labels: [N] class indices (int64) or values (float32); -100 throughout where the split has no labels.
         lengths: [N] tokens of each row (1 for images).
         report: rows, truncated, longest, max_length, ...: what encoding did; JSON-serialisable.
+        entering: states kept of a frozen bottom (see `prefix`), which batches then hold beside the inputs.
     """
 
     labels: Tensor
     lengths: np.ndarray
     report: dict[str, Any]
     labelled: bool
+    entering: States | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -44,6 +48,20 @@ class Encoded(ABC):
         inputs = self._inputs(rows)
         if self.labelled:
             inputs["labels"] = self.labels[torch.from_numpy(rows)]
+        return self._entered(inputs, rows)
+
+    def keeping(self, states: States) -> Self:
+        """Return these rows with the states that a frozen bottom makes of them: batches gain "entering" [n, T, D]."""
+        kept = copy.copy(self)
+        kept.entering = states
+        return kept
+
+    def _entered(self, inputs: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+        if self.entering is not None:
+            x_NTD = self.entering.collate(rows)["states"][0]
+            # The states end with the longest row, the inputs at a multiple.
+            width = inputs["input_ids"].shape[1] if "input_ids" in inputs else x_NTD.shape[1]
+            inputs["entering"] = nn.functional.pad(x_NTD, (0, 0, 0, width - x_NTD.shape[1]))
         return inputs
 
     @property

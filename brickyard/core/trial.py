@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import torch
 
 from brickyard.core import brick as bricks
-from brickyard.core import measure
-from brickyard.core.answers import Answers, Examples, answer, nats, to_device
-from brickyard.core.arm import parse
+from brickyard.core import measure, registry
+from brickyard.core.answers import Answers, Examples, answer, to_device
+from brickyard.core.arm import Arm, Piece, parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
@@ -74,6 +74,13 @@ class Prepared:
     training: Training
     encoded: dict[str, Encoded]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes: what the setting says, else an accelerator where there is one."""
+        if self.setting.device:
+            return torch.device(self.setting.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "test")) -> Prepared:
     """Open and check everything that `setting` names; any fault is one clear error before training starts."""
@@ -99,34 +106,82 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
 
 
 def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:
-    """Return what the loop reads, and what building it cost: cached states where only a head trains, else the rows."""
-    if not attached.frozen_states:
+    """Return what the loop reads, and what building it cost.
+
+    Cached states where only a head trains; rows with the states that enter the first block that trains where the blocks
+    below it are frozen; else the rows.
+    """
+    if attached.frozen_states:
+        model: Any = attached.model  # a headed model over cached states
+        pool = getattr(model.head, "frozen_pool", None)
+        made = _states(ready, model.backbone.to(ready.device), pool=pool)
+        return made, _known(made, str(pool))
+    # States are kept by row, and a row of prompts with answers is several texts: there the bottom runs in every epoch.
+    if attached.prefix is None or isinstance(ready.encoded["train"], EncodedCompletions):
         return ready.encoded, {}
-    model: Any = attached.model  # a headed model over cached states
-    backbone = model.backbone.to(_device(ready.setting))
-    made = {
-        name: States.of(
-            backbone,
-            rows,
-            base=ready.base.fingerprint,
-            attention=ready.setting.attention,
-            cache=ready.setting.cache,
-            pool=getattr(model.head, "frozen_pool", None),
-        )
+    prefix = attached.prefix
+    made = _states(ready, prefix.to(ready.device), of=f", {prefix.label}", dtype=prefix.store)
+    kept = {name: rows.keeping(made[name]) for name, rows in ready.encoded.items()}
+    few = np.arange(min(_few(ready.task, kept["train"]), len(kept["train"])))
+    plain, entering = (_inputs(rows["train"].collate(few), ready.device) for rows in (ready.encoded, kept))
+    prefix.agree(plain, entering)
+    return kept, _known(made, prefix.label)
+
+
+def _states(ready: Prepared, backbone: torch.nn.Module, of: str = "", **kept: Any) -> dict[str, States]:
+    """Return the states of every split; `of` tells them apart from the base's final ones."""
+    base, asked = ready.base.fingerprint + of, ready.setting
+    return {
+        name: States.of(backbone, rows, base=base, attention=asked.attention, cache=asked.cache, **kept)
         for name, rows in ready.encoded.items()
     }
-    known = {
+
+
+def _known(made: Mapping[str, States], which: str) -> dict[str, Any]:
+    """Return what building states cost and did; `states_of` says which they are."""
+    return {
         "states_seconds": sum(s.seconds for s in made.values()),
         "states_bytes": sum(s.bytes for s in made.values()),
         "streamed": [name for name, s in made.items() if s.streamed],
+        "states_dtype": next(iter(made.values())).dtype,
+        "states_overflowed": sum(s.report.overflowed for s in made.values()),
+        "states_largest_rounding": max(s.report.largest_rounding for s in made.values()),
+        "states_of": which,
     }
-    return made, known
 
 
-def _device(setting: Setting) -> torch.device:
-    if setting.device:
-        return torch.device(setting.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _few(task: Task, rows: Examples) -> int:
+    """Rows of a probe batch."""
+    return max(1, 512 // int(rows.lengths.max())) if task.generative else _PROBE_ROWS  # a vocabulary is wide
+
+
+def settle(ready: Prepared) -> tuple[Prepared, dict[str, Any]]:
+    """Let the methods of an arm choose the options that they were asked to choose from the training rows.
+
+    Returns the setting with these options written into its arm, and method -> report of what was chosen and why.
+    """
+    options, reports = _chosen(ready, "choose", ready)
+    return _with(ready, options), reports
+
+
+def _chosen(ready: Prepared, function: str, *given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Call `function(config, *given)` of the arm's methods that have it: method -> options, and method -> the rest."""
+    options: dict[str, dict[str, Any]] = {}
+    rest: dict[str, Any] = {}
+    for name, config in ready.plan.configs.items():
+        call = getattr(registry.load(name), function, None)
+        if call is not None and (found := call(config, *given)) is not None:
+            options[name], rest[name] = found
+    return options, rest
+
+
+def _with(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:
+    """Return the same with `options` written into the arm."""
+    if not options:
+        return ready
+    pieces = (Piece(p.name, {**p.options, **options.get(p.name, {})}) for p in ready.plan.arm.pieces)
+    plan = resolve(Arm(tuple(pieces), ready.plan.arm.training), ready.task)
+    return replace(ready, plan=plan)
 
 
 def run(argument: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +200,7 @@ def run(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _untouched(ready: Prepared, folder: Path) -> dict[str, Any]:
-    model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(_device(ready.setting))
+    model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(ready.device)
     answers, labels = answer(model, ready.encoded["test"], ready.task), ready.encoded["test"].labels.numpy()
     write_answers(folder / "answers.parquet", answers, labels)
     return {"score": {"metric": ready.task.metric, "mean": ready.task.score(labels, answers.predictions)}}
@@ -162,13 +217,15 @@ def tune(
     checkpoint_every: int = 0,
 ) -> dict[str, Any]:
     """Train a prepared setting, prove that it had an effect, evaluate, and write `folder/brick`."""
+    asked = str(ready.plan.arm)
+    ready, chosen = settle(ready)
     setting, task = ready.setting, ready.task
     attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
-    attached.model.to(_device(setting))
+    attached.model.to(ready.device)
     sets, cost = examples(ready, attached)
     kept = _retention(ready, attached)
-    few = max(1, 512 // int(sets["train"].lengths.max())) if task.generative else _PROBE_ROWS  # a vocabulary is wide
-    probe = _inputs(sets["train"].collate(np.arange(min(few, len(sets["train"])))), _device(setting))
+    few = min(_few(task, sets["train"]), len(sets["train"]))
+    probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
     base_logits = _logits(attached, probe)
     if attached.objective is not None:
         check_head(attached.model, probe)
@@ -191,7 +248,8 @@ def tune(
     proof = receipt(before, attached.model, attached, probe, base_logits)
     assert_effect(proof)
     result: dict[str, Any] = {
-        "arm": str(ready.plan.arm),
+        "arm": asked,
+        "chosen": chosen,
         "seed": setting.seed,
         "training": asdict(training),
         "history": trained.history,
@@ -203,7 +261,7 @@ def tune(
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
         **_best(trained.history, task),
         "cost": {
-            "train_seconds": trained.seconds + cost.get("states_seconds", 0.0),
+            "train_seconds": trained.seconds + cost.get("states_seconds", 0.0) + _choosing(chosen),
             "trainable_parameters": sum(p.numel() for p in attached.parameters()),
             **cost,
         },
@@ -221,17 +279,23 @@ def tune(
         "receipt": proof,
         "scores": {k: result[k] for k in ("score", "validation") if k in result},
         "parents": [],
+        **({"asked": asked, "chosen": chosen} if chosen else {}),
     }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
     return result
 
 
+def _choosing(chosen: dict[str, Any]) -> float:
+    """Seconds that the methods took to choose their options: training, like any other."""
+    return sum(report["seconds"] for report in chosen.values())
+
+
 def _measure_reference(ready: Prepared) -> None:
     """Let preference sets know what the untouched base thinks of their answers, by which a preference is judged."""
     if ready.task.kind != "preference":
         return
-    model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(_device(ready.setting))
+    model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(ready.device)
     for name, rows in ready.encoded.items():
         if name != "train" and isinstance(rows, EncodedCompletions):
             rows.reference = nats(model, rows, precision=ready.training.precision)
@@ -290,12 +354,15 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     Returns trainable_parameters, saved_for_backward_bytes and peak_bytes (on the longest batch, dropout off for the
     former), step_ms and mean_step_ms (median and mean over batches as training draws them; short steps are repeated),
     forward_flops (of such a batch), gradient and optimiser bytes, and for an arm on cached states the milliseconds a
-    row's states take and which states they are (`states_of`: arms of one name share them).
+    row's states take and which states they are (`states_of`: arms of one name share them). Where an option is chosen
+    in training, all this is of its costliest value, and `choosing_seconds` what choosing takes.
     """
     setting = Setting(**argument["setting"])
     ready = prepare(setting, ("train",))
+    dear, choosing_steps = _chosen(ready, "costliest")
+    ready = _with(ready, dear)
     attached = build(ready.plan, ready.base, ready.task, seed=setting.seed, attention=setting.attention)
-    device = _device(setting)
+    device = ready.device
     attached.model.to(device)
     # A few of the batches that training would draw, and the longest one, tell all; only they need states.
     encoded, batch = ready.encoded["train"], ready.training.batch
@@ -333,9 +400,10 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "optimiser_bytes": measure.optimiser_bytes(step.optimiser),
         "step_ms": 1000 * float(np.median(seconds)),
         "mean_step_ms": 1000 * float(np.mean(seconds)),
+        "choosing_seconds": sum(choosing_steps.values()) * float(np.mean(seconds)),
         "forward_flops": flops,
         "states_ms_per_row": 1000 * states["states_seconds"] * longer if states else 0.0,
-        "states_of": str(getattr(getattr(attached.model, "head", None), "frozen_pool", None)) if states else "",
+        "states_of": states["states_of"] if states else "",
         "rows": len(lengths),
         **{f"{split}_rows": _rows_like(ready, split, len(lengths)) for split in ("validation", "test")},
         "batch": batch,
