@@ -290,3 +290,17 @@ def test_an_objective_needs_something_to_train_and_its_own_task(causal_base: Pat
         resolve(parse("lora + dpo"), TASKS["instruct"])
     with pytest.raises(Refused, match="are both a objective"):
         resolve(parse("lora + dpo + tdpo"), TASKS["preference"])
+
+
+def test_a_coin_takes_away_what_pairs_and_questions_say(causal_base: Path) -> None:
+    pairs, questions = encoded(causal_base, "preference", rows=200), encoded(causal_base, "multiple-choice", rows=200)
+    before, labels, digest = pairs.collate(np.arange(200))["input_ids"], questions.labels.numpy().copy(), pairs.digest
+    pairs.shuffle(3)
+    questions.shuffle(3)
+    after = pairs.collate(np.arange(200))["input_ids"]
+    stayed = (before[:200] == after[:200]).all(dim=1)
+    assert 70 < int(stayed.sum()) < 130 and torch.equal(before[200:][~stayed], after[:200][~stayed])
+    assert 0.2 < float((questions.labels.numpy() == labels).mean()) < 0.5 and pairs.digest != digest
+    assert torch.equal(pairs.take([5, 9]).collate([0, 1])["input_ids"], pairs.collate([5, 9])["input_ids"])
+    with pytest.raises(UsageError, match="no labels that could be shuffled"):
+        encoded(causal_base, "instruct").shuffle(0)

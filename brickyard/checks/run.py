@@ -180,6 +180,7 @@ class _Run:
         answers = {label: _read(folder, row["answers"]) for label, row in rows.items() if "answers" in row}
         some = next(iter(answers.values()))
         most = np.bincount(some.labels.astype(int)).argmax()
+        answers["coin"] = Answers(some.labels, np.tile(np.arange(len(some.labels)) % 2, (len(some.predictions), 1)))
         answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
         return cls(folder, result, rows, answers, controls)
 

@@ -56,6 +56,7 @@ class EncodedCompletions(Encoded):
         self.first_N = np.cumsum(count_N) - count_N
         self._starts = np.cumsum(flat["lengths"] + 1) - (flat["lengths"] + 1)
         self.reference: np.ndarray | None = None
+        self.swapped = np.zeros(len(count_N), dtype=bool)
         read_KN = self._read(np.arange(len(count_N)))
         self.lengths = flat["lengths"][read_KN].max(axis=0)
 
@@ -65,9 +66,24 @@ class EncodedCompletions(Encoded):
     def _read(self, rows: np.ndarray) -> np.ndarray:
         """Return the texts that training reads: [1, n], or of pairs [2, n]."""
         if self.kind == "preference":
-            return np.stack([self.first_N[rows], self.first_N[rows] + 1])
+            swapped = self.swapped[rows]
+            return np.stack([self.first_N[rows] + swapped, self.first_N[rows] + ~swapped])
         offset = self.labels.numpy()[rows] if self.kind == "multiple-choice" else 0
         return (self.first_N[rows] + offset)[None]
+
+    def shuffle(self, seed: int) -> None:
+        """Take away what the examples say: a fair coin says which text of a pair was chosen, or which choice is right.
+
+        Raises UsageError for completions, which have no label.
+        """
+        if self.kind == "instruct":
+            raise UsageError("completions have no labels that could be shuffled; as a control, use other prompts.")
+        g = np.random.Generator(np.random.PCG64(seed))
+        if self.kind == "preference":
+            self.swapped = g.random(len(self)) < 0.5
+        else:
+            self.labels = torch.from_numpy((g.random(len(self)) * self.count_N).astype(np.int64))
+        self.lengths = self.flat["lengths"][self._read(np.arange(len(self)))].max(axis=0)
 
     def collate(self, index: ArrayLike) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels`, all [n, T]; of pairs [2n, T], the chosen texts first.
@@ -129,6 +145,7 @@ class EncodedCompletions(Encoded):
         made = EncodedCompletions(
             flat, count, self.labels[torch.from_numpy(rows)], kind=self.kind, pad=self.pad, report=self.report
         )
+        made.swapped = self.swapped[rows]
         made.reference = None if self.reference is None else self.reference[s]
         return made
 
@@ -138,7 +155,7 @@ class EncodedCompletions(Encoded):
     @cached_property
     def _content(self) -> str:
         digest = hashlib.sha256(f"completions {self.kind} {self.pad}".encode())
-        for name, values in {**self.flat, "count": self.count_N}.items():
+        for name, values in {**self.flat, "count": self.count_N, "swapped": self.swapped}.items():
             digest.update(f" {name} {values.dtype} {values.shape} ".encode() + values.tobytes())
         return digest.hexdigest()
 

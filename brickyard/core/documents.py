@@ -58,6 +58,9 @@ class EncodedBlocks(Encoded):
         targets = torch.from_numpy(self.columns["targets"][rows].astype(np.int64))
         return self._entered({**self._inputs(rows), "labels": targets}, rows)
 
+    def shuffle(self, seed: int) -> None:
+        raise UsageError("documents have no labels that could be shuffled; as a control, train on another domain.")
+
     def parts(self, positions: int) -> list[np.ndarray]:
         """Cut the blocks into batches of about so many positions."""
         return np.array_split(np.arange(len(self)), -(-len(self) // max(1, positions // int(self.lengths[0]))))

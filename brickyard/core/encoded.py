@@ -64,6 +64,11 @@ class Encoded(ABC):
             inputs["entering"] = nn.functional.pad(x_NTD, (0, 0, 0, width - x_NTD.shape[1]))
         return inputs
 
+    def shuffle(self, seed: int) -> None:
+        """Take away what the labels say of the rows: deal them out anew, in place (a negative control)."""
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self))
+        self.labels = self.labels[torch.from_numpy(order)]
+
     @property
     def digest(self) -> str:
         """sha256 over everything that a batch can hold."""

@@ -20,7 +20,7 @@ import torch
 
 from brickyard.core import brick as bricks
 from brickyard.core import measure, registry
-from brickyard.core.answers import Answers, Examples, answer, to_device
+from brickyard.core.answers import Answers, Examples, answer, nats, to_device
 from brickyard.core.arm import Arm, Piece, parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
@@ -100,8 +100,7 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
         chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(encoded["train"]))[: setting.train_rows]
         encoded["train"] = encoded["train"].take(np.sort(chosen))
     if setting.shuffle_labels:
-        order = np.random.Generator(np.random.PCG64(setting.seed)).permutation(len(encoded["train"]))
-        encoded["train"].labels = encoded["train"].labels[torch.from_numpy(order)]
+        encoded["train"].shuffle(setting.seed)
     return Prepared(setting, base, data, task, plan, training, encoded)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brickyard.core.errors import UsageError
-from brickyard.core.method import Record
+from brickyard.core.method import Claim, Record
 from brickyard.core.objective import Reference
 from brickyard.objective._pairs import pair_terms
 
@@ -29,6 +29,27 @@ RECORD = Record(
     needs=("preference",),
     slot="objective",
     search={"beta": (0.05, 0.1, 0.3)},
+    claims=(
+        Claim(
+            text="Without a reward model chosen answers gain on rejected ones, in pairs that training never saw.",
+            inequality="dpo > coin + 5.0",
+            arms={"dpo": "full + dpo"},
+            control={
+                "what": "a coin says which answer of a training pair was chosen: nothing is left to learn",
+                "arm": "full + dpo",
+                "labels": "shuffled",
+                "inequality": "dpo > control + 5.0",
+            },
+            base="embedded:pylm",
+            data="embedded:docstring-pairs",
+            epochs=1,
+            batch=16,
+            train_rows=2000,
+            max_length=160,
+            lr_factors=(1.0, 3.0),
+            full={"epochs": 2, "train_rows": 0, "max_length": 0, "seeds": 5},
+        ),
+    ),
 )
 WITH_REFERENCE = True
 
