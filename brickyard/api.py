@@ -29,6 +29,8 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, encode
 from brickyard.core.brick import Brick
 from brickyard.core.build import build, resolve
+from brickyard.core.curate import Request as Curation
+from brickyard.core.curate import curate
 from brickyard.core.data import read_data
 from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import BadBase, BadBrick, UsageError
@@ -44,7 +46,7 @@ from brickyard.core.task import Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 
-__all__ = ["check", "compare", "evaluate", "load", "precision", "predict", "tune", "verify"]
+__all__ = ["check", "compare", "data", "evaluate", "load", "precision", "predict", "tune", "verify"]
 
 
 def precision(dtype: str = "auto", device: str | None = None) -> str:
@@ -136,6 +138,20 @@ def tune(
             checkpoint_every=checkpoint_every,
         )
     return load(folder / "brick"), result
+
+
+def data(step: str, *, data: Any, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Run a data step (dedup, quality-filter, select, mix, data-management) on the train split of a data set.
+
+    Args:
+        step: the name of the step.
+        data: a folder, one file, a hub id, `embedded:NAME`, or a dict of splits.
+        out: the new data folder.
+        options: fields of `core.curate.Request`: options (of the step), text_column, domain_column, base, seed, ...
+
+    Returns the data card, which is also OUT/data_card.json. Raises as `core.curate.curate`.
+    """
+    return curate(Curation(step=step, data=data, out=out, **options))
 
 
 def _steps_for(minutes: float, setting: Setting, folder: Path) -> int:

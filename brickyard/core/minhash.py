@@ -5,7 +5,7 @@
     sig_p   = min over x in S of (a_p x + b_p mod 2^32),   P[sig_p(s) = sig_p(t)] = J(s, t)
     P[s and t share one of B bands of R values] = 1 - (1 - J^R)^B
 
-Candidates are only what the bands propose: each pair is compared by its true J, so a row is never called a duplicate for
+Candidates are only what the bands propose: each pair is compared by its true J, so that no row is called a duplicate by
 an accident of hashing. Text is worked on in chunks; what is kept of a row are the 8 B bytes of its band keys.
 
 Source: Broder, "On the resemblance and containment of documents" (1997); Leskovec, Rajaraman and Ullman, "Mining of
@@ -222,10 +222,10 @@ def jaccard(texts: Sequence[str], left: np.ndarray, right: np.ndarray, near: Nea
 def leaders(texts: Sequence[str], near: Near, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the near duplicates of earlier rows: leader [N] (-1 for the rows that stay) and its true similarity [N].
 
-    `order` [N] says which of two rows is the earlier one. Within each band, the earliest row with a key is compared with
-    all others of that key, those that are alike fall to it, and the earliest of the rest is next. Rows that stay have
-    been compared wherever they share a key, so a second pass over them finds nothing. A row's leader may itself fall to
-    an earlier one later on; `roots` follows the chain.
+    `order` [N] says which of two rows is the earlier one. In each band the earliest row with a key is compared with all
+    others of that key, those that are alike fall to it, and the earliest of the rest is next. So rows that stay have
+    been compared wherever they share a key, and a second pass over them finds nothing. A row's leader may itself fall
+    to an earlier one later on; `roots` follows the chain.
     """
     leader = np.full(len(texts), -1, np.int64)
     similarity = np.ones(len(texts))
