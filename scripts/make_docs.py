@@ -65,10 +65,8 @@ def table() -> str:
     """Return the methods table of README."""
     lines = ["| method | what it is | its claim, re-measured here |", "|---|---|---|"]
     for entry in registry.records():
-        name = entry.record.name
-        lines.append(
-            f"| [`{name}`](docs/methods/{name}.md) | {entry.record.title} | {verdict_of(entry.record.part_of or name)} |"
-        )
+        name, verdict = entry.record.name, verdict_of(entry.record.part_of or entry.record.name)
+        lines.append(f"| [`{name}`](docs/methods/{name}.md) | {entry.record.title} | {verdict} |")
     return "\n".join(lines)
 
 

@@ -54,7 +54,7 @@ RECORD = Record(
             measure="selection",
             full={"seeds": 10},
         ),
-        Claim(text="The scaling-law fit recovers planted exponents within 5 %.", measure="scaling_law", seeds=20),
+        Claim(text="The scaling-law fit recovers planted exponents within 5 %.", measure="scaling_law", seeds=8),
         Claim(
             text="DoReMi's weights give a lower excess loss on the worst domain than uniform ones.",
             measure="doremi_worst_domain",

@@ -59,7 +59,9 @@ class Config:
     smoothing: float = 1e-3
     """doremi: share c of uniform weights at each step"""
     steps: int = 600
-    """doremi: steps of the proxy, and of the reference"""
+    """doremi: steps of the proxy"""
+    reference_steps: int = 0
+    """doremi: steps of the reference; 0: those of the proxy"""
     batch: int = 64
     """doremi: windows of each domain at a step"""
     context: int = 12
@@ -70,8 +72,17 @@ class Config:
     """doremi: their learning rate (Adam)"""
 
     def __post_init__(self) -> None:
-        if self.rows < 0 or self.steps < 1 or self.batch < 1 or self.context < 1 or self.width < 1:
-            raise UsageError("rows must not be negative; steps, batch, context and width must be positive.")
+        if (
+            self.rows < 0
+            or self.reference_steps < 0
+            or self.steps < 1
+            or self.batch < 1
+            or self.context < 1
+            or self.width < 1
+        ):
+            raise UsageError(
+                "rows and reference_steps must not be negative; steps, batch, context and width must be positive."
+            )
         if not self.temperature > 0 or not self.eta > 0 or not self.lr > 0 or not 0 <= self.smoothing < 1:
             raise UsageError(
                 f"temperature={self.temperature}, eta={self.eta}, lr={self.lr}, smoothing={self.smoothing}: positive "
@@ -140,14 +151,15 @@ def fit_scaling(size_R: np.ndarray, data_R: np.ndarray, loss_R: np.ndarray, delt
     low = float(target.min())
     starts = [
         np.array([low + floor, low + part, a, low + part, b])
-        for floor in (-0.1, -0.5, -1.0)
+        for floor in (-0.1, -0.5)
         for part in (-1.0, -2.0)
         for a in (0.2, 0.5)
         for b in (0.2, 0.5)
     ]
+    found = [minimize(huber, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}) for start in starts]
+    best = min(found, key=lambda result: result.fun).x
     options = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-10}
-    found = [minimize(huber, start, jac=True, method="L-BFGS-B", options=options) for start in starts]
-    e, la, a, lb, b = min(found, key=lambda result: result.fun).x
+    e, la, a, lb, b = minimize(huber, best, jac=True, method="L-BFGS-B", options=options).x
     return Law(float(np.exp(e)), float(np.exp(la + a * n0)), float(a), float(np.exp(lb + b * d0)), float(b))
 
 
@@ -214,7 +226,7 @@ def train_bytes(
 def doremi(streams: list[Tensor], config: Config, seed: int) -> tuple[np.ndarray, np.ndarray, ByteModel]:
     """Return the mean weights [D], those of each step [steps, D], and the reference model."""
     uniform_D = np.full(len(streams), 1 / len(streams))
-    reference = train_bytes(streams, config, seed, lambda losses, batch: uniform_D)
+    reference = train_bytes(streams, config, seed, lambda losses, batch: uniform_D, steps=config.reference_steps)
     path = [uniform_D]
 
     def weigh(losses_D: np.ndarray, batch: list[Tensor]) -> np.ndarray:
