@@ -94,8 +94,8 @@ def shingle(texts: Sequence[str], n: int, unit: Unit = "characters") -> Shingles
     units = _mixed(codes.astype(np.uint64) + np.uint64(1))
     if unit == "words":
         units, counts = _words(codes, units, counts)
-    # A gap of zeros behind each row: no window reaches into the next row, and a short row has its one window.
-    gap = max(n - 1, 1)
+    # A gap of zeros behind each row: the one window of a short row, even of an empty one, reaches no further.
+    gap = n
     first = np.cumsum(counts + gap) - counts - gap
     laid = np.zeros(int((counts + gap).sum()) + n, np.uint64)
     laid[np.arange(len(units)) + np.repeat(np.arange(len(counts)) * gap, counts)] = units
