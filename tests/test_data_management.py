@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brickyard.cli import main
-from brickyard.core import curate as curating
 from brickyard.core import pool, registry
 from brickyard.core.curate import Request, curate
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, BrickyardError, Refused, UsageError
+from brickyard.core.minhash import normalised
 from brickyard.core.pool import Outcome, Pool
 from brickyard.data import data_management, dedup, mix, quality_filter
 from brickyard.data import select as selection
@@ -58,14 +58,12 @@ def test_perplexity_keeps_the_middle_quantiles() -> None:
     assert nats[0] < 0.5 < nats_per_character(["zqxj vkw"], ["the film was good"] * 50)[0]
 
 
-def test_the_character_model_is_a_distribution() -> None:
-    known = ["abcabcabd", "bca bcd"]
-    total = sum(math.exp(-10 * _nats("abcabcabc" + chr(c), known) + 9 * _nats("abcabcabc", known)) for c in range(256))
-    assert total == pytest.approx(1.0, abs=0.05)
-
-
-def _nats(text: str, known: list[str]) -> float:
-    return float(nats_per_character([text], known)[0])
+def test_the_character_model_is_nearly_a_distribution() -> None:
+    known, context = ["abcabcabd", "bca bcd"], "abcabcabc"
+    plain = [chr(c) for c in range(33, 256) if normalised(chr(c)) == chr(c)]  # the others become one of these, or two
+    nats_N = nats_per_character([context, *(context + c for c in plain)], known)
+    after_N = np.exp(9 * nats_N[0] - 10 * nats_N[1:])
+    assert 0.85 < after_N.sum() < 1.02 and plain[after_N.argmax()] == "a"
 
 
 @pytest.mark.parametrize("name", ["quality", "dsir"])
@@ -150,7 +148,7 @@ def test_selection_by_frozen_states(text_base: Path, quiet_libraries: None) -> N
         labels[row] = "bad" if labels[row] == "good" else "good"
     whole = Pool({"text": rows["text"], "label": labels}, text_data()["validation"], base=str(text_base), device="cpu")
     value, found, _, _ = selection.score(selection.Config(by="loss"), whole)
-    assert set(np.argsort(value)[:6]) >= set(wrong[:3]) and (value == -found["loss"]).all()
+    assert len(set(np.argsort(value)[:8]) & set(wrong)) >= 3 and (value == -found["loss"]).all()
     order = np.random.default_rng(0).permutation(160)
     moved = selection.score(selection.Config(by="loss"), whole.take(order))[1]["loss"]
     assert moved == pytest.approx(found["loss"][order], rel=2e-2, abs=2e-3)
@@ -290,7 +288,7 @@ def test_bad_input_is_refused_and_nothing_written(
 
 def test_a_huge_line_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "big.txt").write_bytes(b"short line\n" + b"x" * 60_000_000)
-    monkeypatch.setattr(curating.registry, "load", lambda name: pytest.fail("the step was reached"))
+    monkeypatch.setattr(dedup, "run", lambda config, given: pytest.fail("the step was reached"))
     with pytest.raises(BadData, match=r"row 2: 'text' has 60,000,000 bytes.*50,000,000"):
         curate(Request(step="dedup", data=tmp_path / "big.txt", out=tmp_path / "out"))
     (tmp_path / "latin.txt").write_bytes("a\ncafé\n".encode("latin-1"))

@@ -234,9 +234,9 @@ def off_domain(claim: Claim) -> dict[str, Any]:
         for by in ("dsir", "nearest"):
             found = selection_step.score(selection_step.Config(by=by), given.pool)[1][by]
             figures[by].append(auc(-found, given.other))
-        itself = replace(given.pool, wanted=given.pool.take(np.arange(0, len(given.pool), 3)).columns)
-        found = selection_step.score(selection_step.Config(by="dsir"), itself)[1]["dsir"]
-        blind.append(abs(auc(-found, given.other) - 0.5))
+        wrong = replace(given.pool, wanted={"text": function_bodies()[::10]})
+        found = selection_step.score(selection_step.Config(by="dsir"), wrong)[1]["dsir"]
+        blind.append(auc(-found, given.other))
     worst = min(("classifier", "dsir"), key=lambda name: np.mean(figures[name]))
     found = over_seeds(figures[worst])
     detail = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in figures.items())
@@ -247,10 +247,10 @@ def off_domain(claim: Claim) -> dict[str, Any]:
         "detail": f"AUC: {detail}; {claim.seeds} seeds",
         "figures": figures,
         "control": control(
-            "dsir aimed at the pool itself cannot tell the domains apart",
-            "|AUC - 0.5| < 0.2",
+            "dsir aimed at the other domain",
+            "AUC < 0.5",
             blind,
-            float(np.mean(blind)) < 0.2,
+            float(np.mean(blind)) < 0.5,
         ),
     }
 

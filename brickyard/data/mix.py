@@ -131,9 +131,10 @@ def fit_scaling(size_R: np.ndarray, data_R: np.ndarray, loss_R: np.ndarray, delt
 
     Raises BadData for fewer than 6 runs, sizes or data that do not vary, or a value that is not positive.
     """
-    n, d, target = (np.log(np.asarray(v, np.float64)) for v in (size_R, data_R, loss_R))
-    if len(target) < 6 or not all(np.isfinite(v).all() for v in (n, d, target)):
+    given = [np.asarray(v, np.float64) for v in (size_R, data_R, loss_R)]
+    if len(given[2]) < 6 or not all(((v > 0) & np.isfinite(v)).all() for v in given):
         raise BadData("a scaling law has five unknowns: at least 6 runs, all positive, were expected.")
+    n, d, target = map(np.log, given)
     if np.ptp(n) == 0 or np.ptp(d) == 0:
         raise BadData("every run has the same size, or the same data; vary both.")
     n0, d0 = n.mean(), d.mean()  # centred, so that a change of an exponent does not throw its coefficient off
