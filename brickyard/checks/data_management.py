@@ -426,7 +426,7 @@ def doremi_worst_domain(claim: Claim, config: mix.Config | None = None, windows:
         f"weights; weights {np.round(np.mean(weights, axis=0), 2).tolist()}; {claim.seeds} seeds",
         "figures": {"worst_excess": worst, "weights": weights, "domains": ["python", "english", "json"]},
         "control": control(
-            "the weights handed to the wrong domains", "gain < doremi's", wrong, np.mean(wrong) < np.mean(gains)
+            "the weights handed to the wrong domains", "gain < doremi's", wrong, bool(np.mean(wrong) < np.mean(gains))
         ),
     }
 

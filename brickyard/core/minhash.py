@@ -188,7 +188,7 @@ def band_keys(texts: Sequence[str], near: Near) -> np.ndarray:
     out = np.empty((len(texts), bands), np.uint64)
     sizes = np.concatenate([[0], np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + near.n)])
     for part in _blocks(sizes, _CHUNK):
-        found = shingle([near.prepared(text) for text in texts[part]], near.n, near.unit)
+        found = shingle([near.prepared(texts[row]) for row in range(part.start, part.stop)], near.n, near.unit)
         signature = signatures(found, near.permutations, near.seed)[:, : rows * bands].reshape(-1, bands, rows)
         with np.errstate(over="ignore"):
             out[part] = _mixed((signature.astype(np.uint64) * draw).sum(-1, dtype=np.uint64))

@@ -56,7 +56,7 @@ def fit_logistic(x_NM: csr_matrix, y_N: np.ndarray, l2: float) -> tuple[np.ndarr
         gradient = np.append(x_NM.T @ pull_N + l2 * wb[:-1], pull_N.sum())
         return float((weight_N * np.logaddexp(0, -margin_N)).sum() + l2 / 2 * (wb[:-1] ** 2).sum()), gradient
 
-    found = minimize(loss, np.zeros(x_NM.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 100})
+    found = minimize(loss, np.zeros(x_NM.get_shape()[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 100})
     return found.x[:-1], float(found.x[-1])
 
 

@@ -95,7 +95,7 @@ class Config:
 
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})  # Gopher, appendix A1.1
 _BROKEN = re.compile("\ufffd|[ÃÂ][\u0080-\u00bf]|â\u20ac|â\u0080")
-_L2 = 1e-4  # of the classifier: the trusted set and the pool are told apart by a few hundred words
+_L2 = 1e-2  # of the classifier: word weights stay small, so that what it learns holds for rows it has not seen
 
 
 def words(text: str) -> list[str]:
@@ -118,13 +118,13 @@ def repetition(listed: list[str], n: int = 3) -> float:
 
 def trust(pool_NM: csr_matrix, trusted_TM: csr_matrix, fold_N: np.ndarray, l2: float = _L2) -> np.ndarray:
     """Return the probability [N] that each row is of the trusted kind, by classifiers fitted without its fold."""
-    out = np.full(pool_NM.shape[0], 0.5)
+    out = np.full(len(fold_N), 0.5)
     for fold in np.unique(fold_N):
-        others = pool_NM[fold_N != fold]
-        if not others.shape[0]:
+        others = int((fold_N != fold).sum())
+        if not others:
             continue  # all texts are equal: there is nothing to tell apart
-        y = np.concatenate([np.zeros(others.shape[0]), np.ones(trusted_TM.shape[0])])
-        w_M, b = fit_logistic(csr_matrix(vstack([others, trusted_TM])), y, l2)
+        y = np.concatenate([np.zeros(others), np.ones(trusted_TM.get_shape()[0])])
+        w_M, b = fit_logistic(csr_matrix(vstack([pool_NM[fold_N != fold], trusted_TM])), y, l2)
         out[fold_N == fold] = expit(pool_NM[fold_N == fold] @ w_M + b)
     return out
 
