@@ -10,13 +10,13 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["check", "compare", "evaluate", "load", "predict", "tune", "verify"]
+__all__ = ["audit", "check", "compare", "data", "evaluate", "grow", "load", "plan", "predict", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `brickyard --help` never imports torch.
     if name in __all__:
-        return getattr(importlib.import_module("brickyard.api"), name)
+        return importlib.import_module("brickyard.core.verb").function_of(name)
     raise AttributeError(f"module 'brickyard' has no attribute {name!r}")
 
 

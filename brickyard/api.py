@@ -8,7 +8,6 @@ model = brickyard.load("runs/mine/brick").apply().model
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from brickyard.compare.plan import Request, code_digest, key_of, states_seconds
+from brickyard.compare.plan import Request, code_digest, key_of
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
@@ -32,29 +31,23 @@ from brickyard.core.batches import Encoded, encode
 from brickyard.core.brick import Applied, Brick
 from brickyard.core.build import build, resolve
 from brickyard.core.completions import EncodedCompletions
+from brickyard.core.curate import Request as Curation
+from brickyard.core.curate import curate
 from brickyard.core.data import Data, read_data
 from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import BadBase, BadBrick, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
-from brickyard.core.measure import cpu_bfloat16_is_fast, environment
+from brickyard.core.measure import environment, precision
 from brickyard.core.retention import inner
 from brickyard.core.scale import scaled, sweep_points
 from brickyard.core.stats import interval
 from brickyard.core.task import PER_TEXT, Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
+from brickyard.planning import plan
 
-__all__ = ["audit", "check", "compare", "evaluate", "load", "precision", "predict", "tune", "verify"]
-
-
-def precision(dtype: str = "auto", device: str | None = None) -> str:
-    """Return the compute type of training: bfloat16 where this machine multiplies it faster than float32."""
-    if dtype != "auto":
-        return dtype
-    if device != "cpu" and torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if cpu_bfloat16_is_fast() else "float32"
+__all__ = ["audit", "check", "compare", "data", "evaluate", "load", "plan", "precision", "predict", "tune", "verify"]
 
 
 def load(folder: str | Path) -> Brick:
@@ -137,6 +130,20 @@ def tune(
             checkpoint_every=checkpoint_every,
         )
     return load(folder / "brick"), result
+
+
+def data(step: str, *, data: Any, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Run a data step (dedup, quality-filter, select, mix, data-management) on the train split of a data set.
+
+    Args:
+        step: the name of the step.
+        data: a folder, one file, a hub id, `embedded:NAME`, or a dict of splits.
+        out: the new data folder.
+        options: fields of `core.curate.Request`: options (of the step), text_column, domain_column, base, seed, ...
+
+    Returns the data card, which is also OUT/data_card.json. Raises as `core.curate.curate`.
+    """
+    return curate(Curation(step=step, data=data, out=out, **options))
 
 
 def steps_for(minutes: float, setting: Setting, folder: Path) -> int:
@@ -354,60 +361,6 @@ def _continue(model: Any, base: Base, rows: Data, decoding: Decoding | None, out
 def _write(out: str | Path, columns: dict[str, Any]) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), out)
-
-
-def plan(
-    *,
-    base: str = "embedded:minilm",
-    data: Any,
-    methods: Sequence[str],
-    dtype: str = "auto",
-    threads: int = 1,
-    training: dict[str, Any] | None = None,
-    **setting: Any,
-) -> list[dict[str, Any]]:
-    """Estimate memory and time of arms from a short probe on the longest batch; nothing is trained."""
-    from brickyard.core.jobs import Job, Local
-
-    training = {"precision": precision(dtype, setting.get("device")), **(training or {})}
-    out = []
-    jobs = []
-    for text in methods:
-        resolve(parse(text))
-        asked = Setting(arm=str(parse(text)), base=base, data=data, training=training, **setting)
-        jobs.append(
-            Job(
-                key=text,
-                function="brickyard.core.trial:probe",
-                argument={"setting": asdict(asked)},
-                threads=threads,
-                alone=True,
-            )
-        )
-    for outcome in Local(1).run(jobs):
-        row: dict[str, Any] = {"arm": outcome.key, "status": outcome.status, "reason": outcome.reason}
-        if outcome.status == "done":
-            p = outcome.value
-            known = p["training"]
-            steps = known["steps"] or math.ceil(known["epochs"] * math.ceil(p["rows"] / p["batch"]))
-            row |= {
-                k: p[k]
-                for k in (
-                    "trainable_parameters",
-                    "saved_for_backward_bytes",
-                    "peak_bytes",
-                    "step_ms",
-                    "longest",
-                    "batch",
-                )
-            }
-            # A run builds the states of every split before it trains, and its training time says so.
-            row |= {
-                "steps": steps,
-                "train_seconds": states_seconds({outcome.key: p}) + steps * p["mean_step_ms"] / 1000,
-            }
-        out.append(row)
-    return out
 
 
 def audit(

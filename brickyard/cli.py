@@ -17,6 +17,7 @@ VERBS = {
     "tune": "train one arm and keep it as a brick",
     "grow": "train a model that grows: weights that are not there at first train later (grow spdf: pre-training from "
     "scratch under a sparse mask)",
+    "data": "filter, de-duplicate, mix or select the rows of a data set, with a card of what was dropped and why",
     "evaluate": "score a base, with or without a brick, on test data",
     "predict": "write predictions for unlabelled rows",
     "audit": "measure what a change did to a model, layer by layer or tensor by tensor",
@@ -155,6 +156,28 @@ def _one_run(p: Parser) -> None:
     _common(p)
 
 
+def _data(p: Parser) -> None:
+    p.add_argument("step", metavar="STEP", help="dedup, quality-filter, select, mix, or data-management for a report")
+    p.add_argument(
+        "--data", help="a folder with train/validation/test files, one file, a hub id, or embedded:NAME", required=True
+    )
+    p.add_argument("--out", metavar="DIR", required=True, help="the new data folder, which compare and tune read")
+    p.add_argument("--text-column", default="", metavar="NAME", help="the column of the text, where not called text")
+    p.add_argument("--domain-column", default="", metavar="NAME", help="the column that names each row's domain")
+    p.add_argument("--base", default="embedded:minilm", help="the base whose states or losses a step asks for")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--contamination",
+        choices=("remove", "report"),
+        default="remove",
+        help="what is done with rows of train that stand in test, exactly or nearly (default remove)",
+    )
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--no-cache", action="store_true", help="keep hidden states in memory only (private data)")
+    p.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
+    p.add_argument("--json", action="store_true", help="print data_card.json")
+
+
 def _evaluate(p: Parser) -> None:
     _input(p)
     p.add_argument("--brick", metavar="DIR", help="a brick folder; without it, the base's own head")
@@ -282,6 +305,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(verb)
     if verb in ("tune", "grow", "audit") and rest and not rest[0].startswith("-"):
         rest = _own_options(parser, rest, verb)
+    if verb == "data" and rest and not rest[0].startswith("-"):
+        _step_options(parser, rest[0])
     if "--config" in rest and rest.index("--config") + 1 < len(rest):
         _from_file(parser, rest[rest.index("--config") + 1])
     args, unknown = parser.parse_known_args(rest)
@@ -293,6 +318,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             + (f"; did you mean {' or '.join(near)}?" if near else f". See: {parser.prog} --help")
         )
     args.verb = verb
+    if verb == "data":
+        _read_step(args)
     _check_arms([*(getattr(args, "methods", None) or ()), *([args.arm] if "arm" in args else ())])
     return args
 
@@ -338,6 +365,51 @@ def _own_options(parser: Parser, rest: list[str], family: str) -> list[str]:
     return [str(piece), *left[1:]]
 
 
+def _step_options(parser: Parser, text: str) -> None:
+    """Add the options of a data step to the parser, so that they read, and are explained, like any other."""
+    from brickyard.core import arm, registry
+
+    name = arm.parse(text).pieces[0].name
+    group = parser.add_argument_group(f"options of {name}")
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _truth}
+    for option in registry.find(name, "data").options.values():
+        group.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=kinds.get(option.annotation, str),
+            nargs="+" if option.annotation.startswith("tuple") else None,
+            default=None,
+            metavar="V",
+            help=f"{option.doc} (default {option.default})".replace("%", "%%"),
+        )
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+_truth.__name__ = "bool"
+
+
+def _read_step(args: argparse.Namespace) -> None:
+    """Split `dedup:threshold=0.7` into `args.step` and `args.options`, and take in the options that follow it."""
+    from brickyard.core import arm, registry
+
+    found = arm.parse(args.step)
+    piece = found.pieces[0]
+    if len(found.pieces) > 1:
+        raise UsageError(f"{args.step!r} names several steps; run one after the other, each on the other's folder.")
+    given = {**piece.options, **found.training}
+    for name in registry.find(piece.name, "data").options:
+        if (value := getattr(args, name, None)) is not None:
+            if name in given:
+                raise UsageError(f"the option {name} of {piece.name} is given twice; give it once.")
+            given[name] = value
+    registry.check_options(piece.name, given)
+    args.step, args.options = piece.name, given
+
+
 def _from_file(parser: Parser, path: str) -> None:
     from brickyard.core.settings import Wanted, read
 
@@ -349,7 +421,7 @@ def _from_file(parser: Parser, path: str) -> None:
         kind = (
             bool
             if action.nargs == 0
-            else {"int": int, "float": float, "size": str}.get(getattr(action.type, "__name__", ""), str)
+            else {"int": int, "float": float, "size": str, "bool": bool}.get(getattr(action.type, "__name__", ""), str)
         )
         wanted[action.dest] = Wanted(kind, action.nargs == "+", tuple(action.choices or ()))
     values = read(path, wanted)

@@ -185,6 +185,45 @@ def grow(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return DONE
 
 
+def data(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run a data step and say what it dropped."""
+    card = api.data(
+        args.step,
+        data=args.data,
+        out=args.out,
+        options=args.options,
+        text_column=args.text_column,
+        domain_column=args.domain_column,
+        base=args.base,
+        seed=args.seed,
+        device=args.device,
+        cache=not args.no_cache,
+        contamination=args.contamination,
+    )
+    if args.json:
+        _print_json(card)
+        return DONE
+    console, rows = Console(), card["rows"]
+    again = f", {rows['written']:,} written" if rows["written"] != rows["kept"] else ""
+    console.print(f"{rows['kept']:,} of {rows['read']:,} rows of train kept{again}", highlight=False)
+    for rule, found in card["rules"].items():
+        example = found["examples"][0]
+        said = f"  {found['dropped']:>7,}  {rule}, e.g. row {example['row']} ({example['why']}): {example['excerpt']!r}"
+        console.print(escape(said), highlight=False)
+    for line in card["uneven"]:
+        console.print(f"[yellow]uneven:[/] {escape(line)}", highlight=False)
+    checked = card["contamination"]
+    if checked["checked"]:
+        done = "taken out first" if checked["removed"] else "left in train"
+        said = f"train rows in test: {checked['exact']} exactly, {checked['near']} nearly; {done}"
+    else:
+        said = f"train was not compared with test: {checked['why']}"
+    console.print(said, highlight=False)
+    card_path = str(Path(args.out) / "data_card.json")
+    console.print(f"card: {escape(card_path)}", soft_wrap=True, highlight=False)
+    return DONE
+
+
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Score a base or a brick."""
     result = api.evaluate(

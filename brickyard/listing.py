@@ -57,7 +57,9 @@ def methods(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if e.record.family != family:
             family = e.record.family
             sys.stdout.write(f"{family}\n")
-        sys.stdout.write(f"  {e.record.name:<{width}}{e.record.title}  [{verdict_of(e.record.name)}]\n")
+        sys.stdout.write(
+            f"  {e.record.name:<{width}}{e.record.title}  [{verdict_of(e.record.part_of or e.record.name)}]\n"
+        )
     return 0
 
 
@@ -80,6 +82,9 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
             + "; ".join(f"{k} in {list(v)}" for k, v in record.search.items())
             + "\n"
         )
+    if record.part_of:
+        write(f"\nclaims: see brickyard show {record.part_of}\n")
+        return 0
     result = measured(record.name)
     known = {c["text"]: c for c in result["claims"]} if result else {}
     write("\nclaims:\n")

@@ -39,6 +39,8 @@ def page(entry: registry.Entry) -> str:
     for name, options in record.presets.items():
         lines += [f"`preset={name}`: " + ", ".join(f"`{k}={v}`" for k, v in options.items()) + ".", ""]
     lines += ["## Claims, as last measured", ""]
+    if record.part_of:
+        return "\n".join([*lines, f"They stand with [{record.part_of}]({record.part_of}.md).", ""])
     result = measured(record.name)
     if result is None:
         return "\n".join([*lines, f"Not measured yet; run `brickyard check {record.name}`.", ""])
@@ -63,8 +65,8 @@ def table() -> str:
     """Return the methods table of README."""
     lines = ["| method | what it is | its claim, re-measured here |", "|---|---|---|"]
     for entry in registry.records():
-        name = entry.record.name
-        lines.append(f"| [`{name}`](docs/methods/{name}.md) | {entry.record.title} | {verdict_of(name)} |")
+        name, verdict = entry.record.name, verdict_of(entry.record.part_of or entry.record.name)
+        lines.append(f"| [`{name}`](docs/methods/{name}.md) | {entry.record.title} | {verdict} |")
     return "\n".join(lines)
 
 

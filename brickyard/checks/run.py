@@ -93,6 +93,9 @@ def check(
     RunFailed names an arm that did not finish.
     """
     entry, started = registry.find(name), time.monotonic()
+    if not entry.record.claims and entry.record.part_of:
+        owner = entry.record.part_of
+        raise UsageError(f"the claims of {name} stand with {owner}, which it is a part of: brickyard check {owner}.")
     if not entry.record.claims:
         raise UsageError(f"{name} makes no claim that could be checked.")
     claims = [replace(c, **c.full) if full else c for c in entry.record.claims]

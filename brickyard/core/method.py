@@ -60,7 +60,8 @@ class Record:
     """What `brickyard methods` and `show` print of a method.
 
     `needs` lists the tasks it works on; `slot` says which place of an arm it fills; `search` maps an option (or lr) to
-    the values that a search tries; `presets` maps a preset to the options that it sets.
+    the values that a search tries; `presets` maps a preset to the options that it sets. `part_of` names the record
+    whose claims cover this one too.
     """
 
     name: str
@@ -74,4 +75,5 @@ class Record:
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # defaults of lr, wd, epochs, batch for this method
     claims: tuple[Claim, ...] = ()
+    part_of: str = ""
     ancestry: Literal["same base", "independent"] = "same base"

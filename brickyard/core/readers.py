@@ -45,10 +45,11 @@ class Source:
         splits: known columns of each split, as lists of one length.
         found: every column name of each split, in order.
         formats: "parquet", "jsonl", ... of each split.
-        origin: "folder", "hub", "embedded" or "python".
+        origin: "folder", "file", "hub", "embedded" or "python".
         names: class names from a ClassLabel feature, whose labels are their indices.
         textual: splits whose labels are text that may spell numbers (csv).
         ignored: files or splits beside train, validation and test.
+        wanted: the column names that are kept.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source:
     names: tuple[str, ...] | None = None
     textual: set[str] = field(default_factory=set)
     ignored: list[str] = field(default_factory=list)
+    wanted: tuple[str, ...] = COLUMNS
 
     def add(self, split: str, where: str, kind: str, found: Sequence[str], columns: dict[str, list]) -> None:
         """Store a split; two columns of one name are an error."""
@@ -75,29 +77,40 @@ class Source:
             self.names = tuple(names)
 
 
-def read(spec: Any) -> Source:
-    """Read a folder, `embedded:NAME`, a hub id (`owner/name`, `name`, with `:config` if it has several) or a dict."""
+def read(spec: Any, *, extra: Sequence[str] = (), single: bool = False) -> Source:
+    """Read a folder, `embedded:NAME`, a hub id (`owner/name`, `name`, with `:config` if it has several) or a dict.
+
+    Args:
+        spec: the data set.
+        extra: names of columns that are kept beside COLUMNS.
+        single: accept one file too, as the split train.
+    """
+    wanted = (*COLUMNS, *extra)
     if isinstance(spec, Mapping):
-        return from_columns(spec, "python", "python")
+        return from_columns(spec, "python", "python", wanted)
     text = str(spec)
     if text.startswith("embedded:"):
-        return from_columns(embedded.data(text.removeprefix("embedded:")), text, "embedded")
+        return from_columns(embedded.data(text.removeprefix("embedded:")), text, "embedded", wanted)
     path = Path(text).expanduser()
     if path.is_dir():
-        return from_folder(path)
+        return from_folder(path, wanted)
+    if path.exists() and single and (kind := path.suffix.lower().removeprefix(".")) in FORMATS:
+        source = Source(path.stem, "file", wanted=wanted)
+        _READERS[kind](source, "train", path)
+        return source
     if path.exists():
         raise BadData(
             f"{text!r} is a file; expected a folder holding train, validation or test as .parquet, .jsonl, .csv or "
             f".txt. Put it into a folder as train{path.suffix} or test{path.suffix}."
         )
     if _HUB_ID.fullmatch(text):
-        return from_hub(text)
+        return from_hub(text, wanted)
     raise BadData(f"there is no folder {text!r}; expected a folder, embedded:NAME or a hub id such as owner/name.")
 
 
-def from_columns(splits: Mapping[str, Any], name: str, origin: str) -> Source:
+def from_columns(splits: Mapping[str, Any], name: str, origin: str, wanted: tuple[str, ...] = COLUMNS) -> Source:
     """Read {"train": {"text": [...], "label": [...]}, ...}; a value may be any sequence or array."""
-    source = Source(name, origin)
+    source = Source(name, origin, wanted=wanted)
     for split, columns in splits.items():
         if split not in SPLITS:
             raise UnknownName.among("split", str(split), SPLITS)
@@ -108,7 +121,7 @@ def from_columns(splits: Mapping[str, Any], name: str, origin: str) -> Source:
         lengths = {key: len(value) for key, value in lists.items()}
         if len(set(lengths.values())) > 1:
             raise BadData(f"the columns of split {split!r} differ in length: {lengths}.")
-        source.add(split, f"split {split!r}", origin, list(lists), {k: v for k, v in lists.items() if k in COLUMNS})
+        source.add(split, f"split {split!r}", origin, list(lists), {k: v for k, v in lists.items() if k in wanted})
     return source
 
 
@@ -118,9 +131,9 @@ def _plain(values: Any) -> list:
     return [v.get("bytes") if isinstance(v, Mapping) else v.item() if isinstance(v, np.generic) else v for v in values]
 
 
-def from_folder(folder: Path) -> Source:
+def from_folder(folder: Path, wanted: tuple[str, ...] = COLUMNS) -> Source:
     """Read the one file of each split; a second file for a split and a misnamed one are errors."""
-    source = Source(folder.resolve().name, "folder")
+    source = Source(folder.resolve().name, "folder", wanted=wanted)
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         kind = path.suffix.lower().removeprefix(".")
@@ -141,14 +154,13 @@ def from_folder(folder: Path) -> Source:
         raise BadData(
             f"folder {str(folder)!r} holds no train, validation or test as .parquet, .jsonl, .csv or .txt{others}."
         )
-    readers = {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv, "txt": _txt}
     for split in SPLITS:
         if split in files:
-            readers[files[split].suffix.lower().removeprefix(".")](source, split, files[split])
+            _READERS[files[split].suffix.lower().removeprefix(".")](source, split, files[split])
     return source
 
 
-def from_hub(spec: str) -> Source:
+def from_hub(spec: str, wanted: tuple[str, ...] = COLUMNS) -> Source:
     """Download `owner/name[:config]` through `datasets`, which caches it; nothing but this goes to the network."""
     import datasets  # slow to import, and needed by nothing else
     from datasets.table import embed_table_storage
@@ -162,7 +174,7 @@ def from_hub(spec: str) -> Source:
             f"{spec!r} is no folder here, and the hub gave no such data set: {type(cause).__name__}: "
             f"{_short(cause)} Check the name and the connection; one of several configurations is OWNER/NAME:CONFIG."
         ) from cause
-    source = Source(spec, "hub")
+    source = Source(spec, "hub", wanted=wanted)
     if not isinstance(found, Mapping):
         raise BadData(f"{spec!r} came as {type(found).__name__}; expected splits such as train and test.")
     source.ignored = sorted(str(name) for name in found if name not in SPLITS)
@@ -171,7 +183,7 @@ def from_hub(spec: str) -> Source:
         feature = rows.features.get("label")
         source.class_names(getattr(feature, "names", None), f"split {split!r} of {spec}")
         table: Any = embed_table_storage(rows.with_format("arrow")[:])  # images by path become bytes
-        source.add(split, spec, "hub", table.column_names, _from_arrow(table, f"split {split!r} of {spec}"))
+        source.add(split, spec, "hub", table.column_names, _from_arrow(source, table, f"split {split!r} of {spec}"))
     return source
 
 
@@ -179,20 +191,20 @@ def _parquet(source: Source, split: str, path: Path) -> None:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             found = list(file.schema_arrow.names)
-            table = file.read([name for name in dict.fromkeys(found) if name in COLUMNS])
+            table = file.read([name for name in dict.fromkeys(found) if name in source.wanted])
             features = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     except (pa.ArrowException, OSError, ValueError) as cause:
         raise BadData(f"{path.name} is not a readable parquet file: {_short(cause)} Write it again.") from cause
     label = ((features.get("info") or {}).get("features") or {}).get("label") or {}
     source.class_names(label.get("names") if label.get("_type") == "ClassLabel" else None, path.name)
     duplicated = len(table.column_names) != len(set(table.column_names))
-    source.add(split, path.name, "parquet", found, {} if duplicated else _from_arrow(table, path.name))
+    source.add(split, path.name, "parquet", found, {} if duplicated else _from_arrow(source, table, path.name))
 
 
-def _from_arrow(table: pa.Table, where: str) -> dict[str, list]:
+def _from_arrow(source: Source, table: pa.Table, where: str) -> dict[str, list]:
     """Turn the known columns into lists; an image struct gives its bytes, a column of another type is an error."""
     columns: dict[str, list] = {}
-    for name in (name for name in table.column_names if name in COLUMNS):
+    for name in (name for name in table.column_names if name in source.wanted):
         column = table[name]
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if name == "image":
@@ -201,8 +213,9 @@ def _from_arrow(table: pa.Table, where: str) -> dict[str, list]:
         if name == "choices" and not (_is_list(column.type) and _is_text(column.type.value_type)):
             raise BadData(f"column 'choices' of {where} holds {column.type}; expected lists of strings.")
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        if not (name == "choices" or _is_text(kind) or pa.types.is_null(kind) or (name == "label" and number)):
-            expected = "strings, integers or floats" if name == "label" else "strings"
+        countable = name == "label" or name not in COLUMNS
+        if not (name == "choices" or _is_text(kind) or pa.types.is_null(kind) or (countable and number)):
+            expected = "strings, integers or floats" if countable else "strings"
             raise BadData(f"column {name!r} of {where} holds {kind}; expected {expected}.")
         try:
             columns[name] = column.to_pylist()
@@ -267,12 +280,12 @@ def _csv(source: Source, split: str, path: Path) -> None:
             read_options=pyarrow.csv.ReadOptions(block_size=len(raw) + 1, use_threads=False),
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
             convert_options=pyarrow.csv.ConvertOptions(
-                column_types={name: pa.string() for name in COLUMNS}, strings_can_be_null=False
+                column_types={name: pa.string() for name in source.wanted}, strings_can_be_null=False
             ),
         )
     except pa.ArrowException as cause:
         raise BadData(f"{path.name} is not a well-formed csv (the header is row 1): {_short(cause)}") from cause
-    known = [name for name in table.column_names if name in COLUMNS]
+    known = [name for name in table.column_names if name in source.wanted]
     if "choices" in known:
         raise BadData(f"{path.name} has a column choices, whose lists a csv cannot hold; give parquet or jsonl.")
     unique = table.select(known) if len(set(known)) == len(known) else None
@@ -294,7 +307,7 @@ def _jsonl(source: Source, split: str, path: Path) -> None:
             raise BadData(f"{path.name}, line {number} is a JSON {type(row).__name__}; expected an object.")
         found.update(dict.fromkeys(row))
         rows.append(row)
-    known = [name for name in found if name in COLUMNS]
+    known = [name for name in found if name in source.wanted]
     source.add(split, path.name, "jsonl", list(found), {name: [row.get(name) for row in rows] for name in known})
 
 
@@ -311,6 +324,9 @@ def _txt(source: Source, split: str, path: Path) -> None:
     """One row a line; the only format without labels."""
     lines = _text(path).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     source.add(split, path.name, "txt", ["text"], {"text": [] if lines == [""] else lines})
+
+
+_READERS = {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv, "txt": _txt}
 
 
 def _short(cause: BaseException) -> str:

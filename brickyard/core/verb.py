@@ -1,7 +1,8 @@
-"""Packages that bear the name of a function of `brickyard`, such as `brickyard.compare` and `brickyard.tune`.
+"""Functions of `brickyard`, found when they are called, and packages that bear the name of one.
 
-Python puts a package into its parent's namespace as soon as one of its modules is imported, in the function's place. So
-such a package can be called itself, and hands the call on to the function. Imports no torch.
+Python puts a package such as `brickyard.tune` into its parent's namespace as soon as one of its modules is imported, in
+the place of the function `brickyard.tune`. So such a package can be called itself, and hands the call on. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ import sys
 from types import ModuleType
 from typing import Any
 
+VERBS = ("audit", "check", "compare", "data", "evaluate", "grow", "load", "plan", "predict", "tune", "verify")
+_ELSEWHERE = {"grow": "brickyard.growing"}  # the others are in brickyard.api
+
+
+def function_of(verb: str) -> Any:
+    """Import and return the function behind one of `VERBS`."""
+    return getattr(importlib.import_module(_ELSEWHERE.get(verb, "brickyard.api")), verb)
+
 
 class _Callable(ModuleType):
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module("brickyard.api"), self.__name__.rpartition(".")[2])(*args, **options)
+        return function_of(self.__name__.rpartition(".")[2])(*args, **options)
 
 
 def make_callable(package: str) -> None:
-    """Let the package called `brickyard.VERB` be called like the function `brickyard.api.VERB`."""
+    """Let the package called `brickyard.VERB` be called like the function."""
     sys.modules[package].__class__ = _Callable
