@@ -205,7 +205,7 @@ def jaccard(texts: Sequence[str], left: np.ndarray, right: np.ndarray, near: Nea
     for begin in range(0, len(left), _PAIRS):
         i, j = left[begin : begin + _PAIRS], right[begin : begin + _PAIRS]
         rows, where = np.unique(np.concatenate([i, j]), return_inverse=True)
-        sets = shingle([near.prepared(texts[row]) for row in rows.tolist()], near.n, near.unit)
+        sets = shingle([near.prepared(texts[int(row)]) for row in rows], near.n, near.unit)
         counts = np.diff(sets.starts)[where]
         pair = np.repeat(np.tile(np.arange(len(i)), 2), counts).astype(np.uint64)
         place = np.arange(counts.sum()) + np.repeat(sets.starts[where] - np.cumsum(counts) + counts, counts)
