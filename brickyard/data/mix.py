@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,13 +96,13 @@ REPEATS = 15.4  # R*, Muennighoff et al., section 3.1
 def tempered(sizes_D: np.ndarray, temperature: float) -> np.ndarray:
     """Return weights ~ n^(1/T) [D] that sum to 1; T = 1 is proportional, T = infinity uniform."""
     log_D = np.log(sizes_D) / temperature
-    return np.exp(log_D - np.logaddexp.reduce(log_D))
+    return softmax(log_D)
 
 
 def doremi_update(w_D: np.ndarray, excess_D: np.ndarray, *, eta: float, smoothing: float) -> np.ndarray:
     """Return the weights [D] after one step of exponentiated gradient ascent on the excess losses [D] (nats)."""
     log_D = np.log(w_D) + eta * np.maximum(excess_D, 0)
-    return (1 - smoothing) * np.exp(log_D - np.logaddexp.reduce(log_D)) + smoothing / len(w_D)
+    return (1 - smoothing) * softmax(log_D) + smoothing / len(w_D)
 
 
 def worth(unique: np.ndarray, seen: np.ndarray, repeats: float = REPEATS) -> np.ndarray:
