@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["check", "compare", "evaluate", "load", "predict", "tune", "verify"]
+__all__ = ["check", "compare", "evaluate", "load", "predict", "shrink", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from brickyard.compare.plan import Request, code_digest, key_of, states_seconds
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
-from brickyard.core import measure, readers, trial
+from brickyard.core import measure, readers, registry, trial
 from brickyard.core.answers import Answers, answer, nats
 from brickyard.core.answers import predict as logits_of
 from brickyard.core.arm import parse
@@ -34,7 +34,7 @@ from brickyard.core.build import build, resolve
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
 from brickyard.core.documents import EncodedBlocks
-from brickyard.core.errors import BadBase, BadBrick, UsageError
+from brickyard.core.errors import BadBrick, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
@@ -45,7 +45,7 @@ from brickyard.core.task import PER_TEXT, Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 
-__all__ = ["check", "compare", "evaluate", "load", "precision", "predict", "tune", "verify"]
+__all__ = ["check", "compare", "evaluate", "load", "precision", "predict", "shrink", "tune", "verify"]
 
 
 def precision(dtype: str = "auto", device: str | None = None) -> str:
@@ -150,6 +150,45 @@ def _steps_for(minutes: float, setting: Setting, folder: Path) -> int:
     return steps
 
 
+def shrink(
+    arm: str,
+    *,
+    base: str = "embedded:minilm",
+    bricks: Sequence[str | Path] = (),
+    data: Any,
+    text: Any = None,
+    out: str | Path,
+    dtype: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    **running: Any,
+) -> dict[str, Any]:
+    """Make a smaller model as the shrink method `arm` says; return its report, and where it is under "model".
+
+    An interrupted run goes on where it stopped. `running` are keywords of the method's `Running`.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    wanted = parse(arm)
+    if len(wanted.pieces) != 1 or wanted.training:
+        raise UsageError(f"{arm!r}: shrink takes one method, whose own options say how each of its stages trains.")
+    piece = wanted.pieces[0]
+    module = registry.load(registry.find(piece.name, "shrink").record.name)
+    folder = Path(out)
+    with Lock(folder / "run.lock"):
+        report = module.run(
+            open_base(base, trust_remote_code=trust_remote_code),
+            [load(brick) for brick in bricks],
+            registry.config(piece.name, piece.options),
+            data,
+            folder=folder,
+            text=text,
+            precision=precision(dtype, running.get("device")),
+            **running,
+        )
+    return {**report, "model": str(folder / module.STUDENT)}
+
+
 def evaluate(
     *,
     base: str | None = None,
@@ -228,30 +267,12 @@ def _model(
 ) -> tuple[Any, Base, Task | None, Brick | None]:
     if brick is None:
         base = base or open_base("embedded:minilm")
-        return _own(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, None, None
+        own = base.model(base.own_task, seed=0, stored_head=True)
+        return own.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, None, None
     made = load(brick)
     base = base or open_base(made.manifest["base"]["spec"])
     model = made.apply(base, force=force).model
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, made.task, made
-
-
-def _own(base: Base) -> Any:
-    """Open a base with the classification head that its checkpoint holds; BadBase when it holds none."""
-    labels = int(getattr(base.config, "num_labels", 0) or 0)
-    architecture = next(iter(base.config.architectures or []), "")
-    if base.generative:
-        return base.model(Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0)
-    if "Classification" not in architecture:
-        raise BadBase(
-            f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first."
-        )
-    names = tuple(str(name) for _, name in sorted((base.config.id2label or {}).items())) if labels > 1 else None
-    kind = "image-classification" if base.input == "image" else ("text-classification" if names else "regression")
-    return base.model(
-        Task(kind=kind, metric="accuracy" if names else "spearman", labels=names, width=labels, input=base.input),
-        seed=0,
-        stored_head=True,
-    )
 
 
 def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:

@@ -15,6 +15,7 @@ from brickyard.core.errors import BrickyardError, UsageError
 VERBS = {
     "compare": "run several methods side by side on your model and data, and say which to use",
     "tune": "train one arm and keep it as a brick",
+    "shrink": "make a smaller model of the same kind that keeps what a larger one can do",
     "evaluate": "score a base, with or without a brick, on test data",
     "predict": "write predictions for unlabelled rows",
     "verify": "check anybody's PEFT adapter, and a merged model, for silent failures",
@@ -134,6 +135,26 @@ def _tune(p: Parser) -> None:
     _common(p)
 
 
+def _shrink(p: Parser) -> None:
+    p.add_argument("arm", metavar="ARM", help="e.g. pretrained-distillation:layers=2; options may also follow")
+    _input(p)
+    p.add_argument("--bricks", nargs="+", default=[], metavar="DIR", help="bricks on the base: the teacher")
+    p.add_argument("--text", metavar="D2", help="more rows of the data's kind, of which no label is read")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", metavar="DIR", required=True, help="folder of the run; the model is OUT/student")
+    p.add_argument("--checkpoint-every", type=_positive(int), default=200, help="steps between checkpoints")
+    p.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these changed")
+    p.add_argument("--json", action="store_true")
+    g = p.add_argument_group("common")
+    g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute type of training")
+    g.add_argument("--threads", type=_positive(int))
+    g.add_argument("--batch-size", type=_positive(int), default=32, help="rows an optimiser step")
+    g.add_argument("--max-length", type=_positive(int), help="tokens a row; longer rows are truncated and counted")
+    g.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
+    g.add_argument("--no-cache", action="store_true", help="keep the teacher's answers in memory only")
+
+
 def _evaluate(p: Parser) -> None:
     _input(p)
     p.add_argument("--brick", metavar="DIR", help="a brick folder; without it, the base's own head")
@@ -248,8 +269,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb == "tune" and rest and not rest[0].startswith("-"):
-        rest = _own_options(parser, rest)
+    if verb in ("tune", "shrink") and rest and not rest[0].startswith("-"):
+        rest = _own_options(parser, rest, verb)
     if "--config" in rest and rest.index("--config") + 1 < len(rest):
         _from_file(parser, rest[rest.index("--config") + 1])
     args, unknown = parser.parse_known_args(rest)
@@ -274,7 +295,7 @@ def _check_arms(texts: Sequence[str]) -> None:
             registry.check_options(piece.name, piece.options)
 
 
-def _own_options(parser: Parser, rest: list[str]) -> list[str]:
+def _own_options(parser: Parser, rest: list[str], family: str) -> list[str]:
     """Move `--r 16` behind `tune lora` into the arm, so that a method's options read like any other."""
     from brickyard.core import arm as arms
     from brickyard.core import registry
@@ -282,7 +303,7 @@ def _own_options(parser: Parser, rest: list[str]) -> list[str]:
     arm = arms.parse(rest[0])
     if len(arm.pieces) != 1:
         return rest
-    options = registry.find(arm.pieces[0].name, "tune").options
+    options = registry.find(arm.pieces[0].name, family).options
     own, left, i = {}, [rest[0]], 1
     while i < len(rest):
         flag, equals, value = rest[i].partition("=")
