@@ -209,7 +209,7 @@ def soft_labels(
         source = _Classes(teacher, rows, class_order(teacher.task.labels or (), task.labels, teacher.spec), device)
     made = _kept(source, cache)
     if not task.generative and made.values is not None:
-        logits = torch.from_numpy(np.asarray(made.values))
+        logits = torch.from_numpy(np.array(made.values))
         made.report["entropy"] = float(torch.distributions.Categorical(logits=logits).entropy().mean())
         if split is not None and "label" in split.columns:
             made.report["accuracy"] = _knows(logits, torch.tensor(split["label"]), teacher.spec)
