@@ -287,7 +287,7 @@ def test_what_does_not_fit_is_refused_before_training(
     ):
         with pytest.raises(UsageError, match="pretrained-distillation"):
             registry.config("pretrained-distillation", parse_options(options))
-    with pytest.raises(UsageError, match="its own options"):
+    with pytest.raises(UsageError, match="whose own options"):
         shrink(f"{SHAPE},lr=1e-3", masked_base, tmp_path / "f")
 
 
@@ -315,8 +315,8 @@ def test_the_command(masked_base: Path, brick: Path, tmp_path: Path, capsys: pyt
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "distil" in said and "test accuracy" in said and str(tmp_path / "out" / "student") in said
-    assert main([*argv[:-1], str(tmp_path / "out"), "--widht", "3"]) == 2
-    assert "--width" in capsys.readouterr().err
+    assert main([*argv, "--widht", "3"]) == 2
+    assert "--widht" in capsys.readouterr().err
 
 
 # --- the checks, tiny ----------------------------------------------------------------------------------------------
