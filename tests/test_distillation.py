@@ -315,9 +315,7 @@ def test_a_student_learns_from_soft_labels_alone(arm: str, classifier: Path, tex
 def test_both_losses_are_logged_and_differ_by_the_teachers_entropy(
     speaker: Path, causal_base: Path, tmp_path: Path
 ) -> None:
-    result = run(
-        blocks(f"full:lr=3e-3 + {with_teacher(speaker, k=6)}", causal_base, training={"epochs": 3}), tmp_path
-    )
+    result = run(blocks(f"full:lr=3e-3 + {with_teacher(speaker, k=6)}", causal_base, training={"epochs": 3}), tmp_path)
     for point in result["history"]:
         gap = point["soft_cross_entropy"] - point["divergence"]
         assert gap == pytest.approx(result["prepared"]["entropy"], rel=0.02)

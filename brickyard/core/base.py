@@ -102,7 +102,7 @@ class Base:
         """Names of the classes in the order of the outputs, from the file: the cleaned configuration has none."""
         known = read_json(plain_file(self.folder, base_files.CONFIG), constants=True).get("id2label")
         if known is None:
-            return tuple(str(name) for _, name in sorted(self.config.id2label.items()))  # transformers' own default
+            known = self.config.id2label or {}  # transformers' own default
         try:
             names = {int(index): str(name) for index, name in known.items()}
         except (AttributeError, ValueError, TypeError):

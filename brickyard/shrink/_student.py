@@ -35,10 +35,10 @@ def scaled_config(config: PretrainedConfig, layers: int, width: int, heads: int,
     output layer is tied to the embedding. Raises Refused where the class has no such sizes.
     """
     made = copy.deepcopy(config)
-    sizes = [getattr(made, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")]
-    if not all(isinstance(size, int) for size in sizes):
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    if not all(isinstance(getattr(made, name, None), int) for name in names):
         raise Refused(f"{config.model_type} does not say its layers, heads and width as one number each.")
-    old_layers, old_heads, _ = sizes
+    old_layers, old_heads = int(made.num_hidden_layers), int(made.num_attention_heads)
     if layers > old_layers:
         raise Refused(f"a student of {layers} layers is deeper than its base, which has {old_layers}.")
     for name, value in config.to_dict().items():
