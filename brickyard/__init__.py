@@ -10,7 +10,20 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["audit", "check", "compare", "data", "evaluate", "grow", "load", "plan", "predict", "tune", "verify"]
+__all__ = [
+    "audit",
+    "check",
+    "compare",
+    "data",
+    "evaluate",
+    "grow",
+    "load",
+    "plan",
+    "predict",
+    "shrink",
+    "tune",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

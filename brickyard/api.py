@@ -35,7 +35,7 @@ from brickyard.core.curate import Request as Curation
 from brickyard.core.curate import curate
 from brickyard.core.data import Data, read_data
 from brickyard.core.documents import EncodedBlocks
-from brickyard.core.errors import BadBase, BadBrick, UsageError
+from brickyard.core.errors import BadBrick, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.measure import environment, precision
@@ -47,7 +47,20 @@ from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 from brickyard.planning import plan
 
-__all__ = ["audit", "check", "compare", "data", "evaluate", "load", "plan", "precision", "predict", "tune", "verify"]
+__all__ = [
+    "audit",
+    "check",
+    "compare",
+    "data",
+    "evaluate",
+    "load",
+    "plan",
+    "precision",
+    "predict",
+    "shrink",
+    "tune",
+    "verify",
+]
 
 
 def load(folder: str | Path) -> Brick:
@@ -157,6 +170,45 @@ def steps_for(minutes: float, setting: Setting, folder: Path) -> int:
     return steps
 
 
+def shrink(
+    arm: str,
+    *,
+    base: str = "embedded:minilm",
+    bricks: Sequence[str | Path] = (),
+    data: Any,
+    text: Any = None,
+    out: str | Path,
+    dtype: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    **running: Any,
+) -> dict[str, Any]:
+    """Make a smaller model as the shrink method `arm` says; return its report, and where it is under "model".
+
+    An interrupted run goes on where it stopped. `running` are keywords of the method's `Running`.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    wanted = parse(arm)
+    if len(wanted.pieces) != 1 or wanted.training:
+        raise UsageError(f"{arm!r}: shrink takes one method, whose own options say how each of its stages trains.")
+    piece = wanted.pieces[0]
+    module = registry.load(registry.find(piece.name, "shrink").record.name)
+    folder = Path(out)
+    with Lock(folder / "run.lock"):
+        report = module.run(
+            open_base(base, trust_remote_code=trust_remote_code),
+            [load(brick) for brick in bricks],
+            registry.config(piece.name, piece.options),
+            data,
+            folder=folder,
+            text=text,
+            precision=precision(dtype, running.get("device")),
+            **running,
+        )
+    return {**report, "model": str(folder / module.STUDENT)}
+
+
 def evaluate(
     *,
     base: str | None = None,
@@ -235,30 +287,12 @@ def _model(
 ) -> tuple[Any, Base, Task | None, Brick | None]:
     if brick is None:
         base = base or open_base("embedded:minilm")
-        return _own(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, None, None
+        own = base.model(base.own_task, seed=0, stored_head=True)
+        return own.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, None, None
     made = load(brick)
     base = base or open_base(made.manifest["base"]["spec"])
     model = made.apply(base, force=force).model
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, made.task, made
-
-
-def _own(base: Base) -> Any:
-    """Open a base with the classification head that its checkpoint holds; BadBase when it holds none."""
-    labels = int(getattr(base.config, "num_labels", 0) or 0)
-    architecture = next(iter(base.config.architectures or []), "")
-    if base.generative:
-        return base.model(Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0)
-    if "Classification" not in architecture:
-        raise BadBase(
-            f"{base.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one first."
-        )
-    names = tuple(str(name) for _, name in sorted((base.config.id2label or {}).items())) if labels > 1 else None
-    kind = "image-classification" if base.input == "image" else ("text-classification" if names else "regression")
-    return base.model(
-        Task(kind=kind, metric="accuracy" if names else "spearman", labels=names, width=labels, input=base.input),
-        seed=0,
-        stored_head=True,
-    )
 
 
 def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:

@@ -18,6 +18,7 @@ VERBS = {
     "grow": "train a model that grows: weights that are not there at first train later (grow spdf: pre-training from "
     "scratch under a sparse mask)",
     "data": "filter, de-duplicate, mix or select the rows of a data set, with a card of what was dropped and why",
+    "shrink": "make a smaller model of the same kind that keeps what a larger one can do",
     "evaluate": "score a base, with or without a brick, on test data",
     "predict": "write predictions for unlabelled rows",
     "audit": "measure what a change did to a model, layer by layer or tensor by tensor",
@@ -178,6 +179,26 @@ def _data(p: Parser) -> None:
     p.add_argument("--json", action="store_true", help="print data_card.json")
 
 
+def _shrink(p: Parser) -> None:
+    p.add_argument("arm", metavar="ARM", help="e.g. pretrained-distillation:layers=2; options may also follow")
+    _input(p)
+    p.add_argument("--bricks", nargs="+", default=[], metavar="DIR", help="bricks on the base: the teacher")
+    p.add_argument("--text", metavar="D2", help="more rows of the data's kind, of which no label is read")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", metavar="DIR", required=True, help="folder of the run; the model is OUT/student")
+    p.add_argument("--checkpoint-every", type=_positive(int), default=200, help="steps between checkpoints")
+    p.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these changed")
+    p.add_argument("--json", action="store_true")
+    g = p.add_argument_group("common")
+    g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute type of training")
+    g.add_argument("--threads", type=_positive(int))
+    g.add_argument("--batch-size", type=_positive(int), default=32, help="rows an optimiser step")
+    g.add_argument("--max-length", type=_positive(int), help="tokens a row; longer rows are truncated and counted")
+    g.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
+    g.add_argument("--no-cache", action="store_true", help="keep the teacher's answers in memory only")
+
+
 def _evaluate(p: Parser) -> None:
     _input(p)
     p.add_argument("--brick", metavar="DIR", help="a brick folder; without it, the base's own head")
@@ -303,7 +324,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb in ("tune", "grow", "audit") and rest and not rest[0].startswith("-"):
+    if verb in ("tune", "grow", "shrink", "audit") and rest and not rest[0].startswith("-"):
         rest = _own_options(parser, rest, verb)
     if verb == "data" and rest and not rest[0].startswith("-"):
         _step_options(parser, rest[0])

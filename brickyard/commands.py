@@ -224,6 +224,45 @@ def data(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return DONE
 
 
+def shrink(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Make a smaller model and say what each stage cost and what the model can do."""
+    result = api.shrink(
+        args.arm,
+        base=args.base,
+        bricks=args.bricks,
+        data=_data(args),
+        text=args.text,
+        out=args.out,
+        threads=args.threads,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        seed=args.seed,
+        batch=args.batch_size,
+        max_length=args.max_length,
+        device=args.device,
+        cache=not args.no_cache,
+        checkpoint_every=args.checkpoint_every,
+        allow_change=tuple(args.allow_change),
+    )
+    if args.json:
+        _print_json(result)
+        return DONE
+    console = Console()
+    for name, stage in result["stages"].items():
+        console.print(
+            f"  {name:<9} {stage['steps']:>7,} steps  {stage['tokens']:>12,} tokens  {stage['seconds']:>8,.1f} s",
+            highlight=False,
+        )
+    if "score" in result:
+        score = result["score"]
+        console.print(
+            f"test {score['metric']} {score['mean']:.4f} (95 % interval {score['low']:.4f} to {score['high']:.4f})",
+            highlight=False,
+        )
+    console.print(f"model: {escape(result['model'])}", soft_wrap=True, highlight=False)
+    return DONE
+
+
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Score a base or a brick."""
     result = api.evaluate(

@@ -212,12 +212,15 @@ def predict_seconds(
 
 
 def states_seconds(probes: Mapping[str, Mapping[str, Any]]) -> float:
-    """Predict the seconds of building the states that arms read; arms that read the same ones wait for one building."""
+    """Predict the seconds of building the states that arms read; arms that read the same ones wait for one building.
+
+    What an objective prepares for the rows of train (a teacher's answers) is counted for each arm.
+    """
     built: dict[str, float] = {}
     for probe in probes.values():
         rows = probe["rows"] + probe["validation_rows"] + probe["test_rows"]
         built[probe["states_of"]] = max(built.get(probe["states_of"], 0.0), probe["states_ms_per_row"] * rows / 1000)
-    return sum(built.values())
+    return sum(built.values()) + sum(p.get("prepare_ms_per_row", 0.0) * p["rows"] / 1000 for p in probes.values())
 
 
 def shorten(

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -42,7 +44,7 @@ from brickyard.core.base_config import (
     width_of,
 )
 from brickyard.core.errors import BadBase, BrickyardError, NotFinite, Refused, UnsafeFile, UsageError
-from brickyard.core.files import TensorInfo, read_tensors
+from brickyard.core.files import TensorInfo, plain_file, read_json, read_tensors
 from brickyard.core.headed import HeadedModel
 from brickyard.core.roles import WEIGHTED, blocks, match, own_head, roles
 from brickyard.core.task import Task
@@ -78,6 +80,36 @@ class Base:
     def generative(self) -> bool:
         """Whether the checkpoint is a causal language model with its output layer."""
         return next(iter(self.config.architectures or []), "").endswith(("LMHeadModel", "ForCausalLM"))
+
+    @cached_property
+    def own_task(self) -> Task:
+        """The task that the checkpoint's own output layer was trained for; BadBase where it has none."""
+        if self.generative:
+            return Task("causal-lm", "bits_per_byte", None, 1, "text")
+        architecture = next(iter(self.config.architectures or []), "")
+        if "Classification" not in architecture:
+            raise BadBase(
+                f"{self.spec} is a bare {architecture or 'backbone'} with no trained head; give --brick, or tune one "
+                "first."
+            )
+        names = self._own_labels()
+        if len(names) == 1:
+            return Task("regression", "spearman", None, 1, self.input)
+        kind = "image-classification" if self.input == "image" else "text-classification"
+        return Task(kind, "accuracy", names, len(names), self.input)
+
+    def _own_labels(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the outputs, from the file: the cleaned configuration has none."""
+        known = read_json(plain_file(self.folder, base_files.CONFIG), constants=True).get("id2label")
+        if known is None:
+            known = self.config.id2label or {}  # transformers' own default
+        try:
+            names = {int(index): str(name) for index, name in known.items()}
+        except (AttributeError, ValueError, TypeError):
+            names = {}
+        if sorted(names) != list(range(len(names))) or not names or len(set(names.values())) < len(names):
+            raise BadBase(f"{self.folder / base_files.CONFIG}: id2label does not name the outputs 0, 1, ... once each.")
+        return tuple(names[index] for index in range(len(names)))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -189,6 +221,12 @@ class Base:
                 f"base {self.spec} is a {architecture or 'bare backbone'}, not a causal language model; give a decoder "
                 "with its output layer."
             )
+
+    def masked_model(self, attention: str = "sdpa") -> nn.Module:
+        """Return the base as a masked language model with its own output layer; BadBase where it has none."""
+        if type(self.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+            raise Refused(f"transformers has no masked language model for {self.config.model_type}; give an encoder.")
+        return self._load(AutoModelForMaskedLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
 
     def backbone(self, attention: str = "sdpa") -> nn.Module:
         """Return the base without any head, in float32 and evaluation mode."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,9 +97,8 @@ def build(
         else:
             attached = registry.load(plan.tuner).attach(model, plan.configs[plan.tuner], task)
         if objective and plan.objective is not None:
-            module = registry.load(plan.objective)
-            loss = functools.partial(module.loss, plan.configs[plan.objective])
-            attached.objective = Objective(loss, attached, with_reference=module.WITH_REFERENCE)
+            module, config = registry.load(plan.objective), plan.configs[plan.objective]
+            attached.objective = Objective(module, config, attached, generative=task.generative)
         return attached
 
 

@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import socket
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,19 @@ class Lock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+@contextlib.contextmanager
+def waiting(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a lock, waiting for another process that is building the same cache entry."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(Lock(path))
+                break
+            except Locked:
+                time.sleep(0.1)
+        yield
 
 
 def _dropper(lock: weakref.ref[Lock]) -> Callable[[], None]:

@@ -322,6 +322,8 @@ def _point(state: State, scores: dict[str, float]) -> None:
     examples = state.step * state.training.batch
     state.history.append({"step": state.step, "examples": examples, "train_loss": loss, **scores})
     state.losses = []
+    assert state.hooks is not None
+    state.hooks("point", state)
 
 
 def _evaluate(state: State, validation: Examples) -> bool:

@@ -29,7 +29,7 @@ from brickyard.core.build import Plan, build, resolve, training_of
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
 from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
-from brickyard.core.objective import check_head
+from brickyard.core.objective import WithColumns, check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import Drift, Retention
 from brickyard.core.states import States
@@ -37,6 +37,7 @@ from brickyard.core.task import Task, task_of
 
 _PROBE_ROWS = 16
 _SLOW = 0.3  # seconds of a step
+_CHARGED = ("states_seconds", "prepare_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,10 @@ class Setting:
 
 @dataclass
 class Prepared:
-    """What a setting opens to: the base, the data, the task, the arm's plan and the encoded splits."""
+    """What a setting opens to: the base, the data, the task, the arm's plan and the encoded splits.
+
+    `train_index` says which encoded rows of `data.splits["train"]` are trained on, in the order of `encoded["train"]`.
+    """
 
     setting: Setting
     base: Base
@@ -73,6 +77,7 @@ class Prepared:
     plan: Plan
     training: Training
     encoded: dict[str, Encoded]
+    train_index: np.ndarray
 
     @property
     def device(self) -> torch.device:
@@ -96,12 +101,13 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
     training = training_of(plan, given, Training())
     base = open_base(setting.base, trust_remote_code=setting.trust_remote_code)
     encoded = {name: encode(data.splits[name], base, task, max_length=setting.max_length) for name in splits}
-    if setting.train_rows and setting.train_rows < len(encoded["train"]):
-        chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(encoded["train"]))[: setting.train_rows]
-        encoded["train"] = encoded["train"].take(np.sort(chosen))
+    index = np.arange(len(encoded["train"]) if "train" in encoded else 0)
+    if setting.train_rows and setting.train_rows < len(index):
+        index = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(index))[: setting.train_rows])
+        encoded["train"] = encoded["train"].take(index)
     if setting.shuffle_labels:
         encoded["train"].shuffle(setting.seed)
-    return Prepared(setting, base, data, task, plan, training, encoded)
+    return Prepared(setting, base, data, task, plan, training, encoded, index)
 
 
 def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:
@@ -147,6 +153,16 @@ def _known(made: Mapping[str, States], which: str) -> dict[str, Any]:
         "states_largest_rounding": max(s.report.largest_rounding for s in made.values()),
         "states_of": which,
     }
+
+
+def with_prepared(ready: Prepared, rows: Examples) -> tuple[Examples, dict[str, Any], dict[str, Any]]:
+    """Return train's rows with what the arm's objective prepares for them, its cost, and its report."""
+    prepare_rows = getattr(registry.load(ready.plan.objective), "prepare", None) if ready.plan.objective else None
+    if prepare_rows is None:
+        return rows, {}, {}
+    assert ready.plan.objective is not None
+    columns = prepare_rows(ready.plan.configs[ready.plan.objective], ready)
+    return WithColumns(rows, columns), {"prepare_seconds": columns.seconds}, columns.report
 
 
 def _few(task: Task, rows: Examples) -> int:
@@ -226,15 +242,16 @@ def tune(
     few = min(_few(task, sets["train"]), len(sets["train"]))
     probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
     base_logits = _logits(attached, probe)
-    if attached.objective is not None:
+    if attached.objective is not None and task.generative:
         check_head(attached.model, probe)
     _measure_reference(ready)
+    train_rows, prepared, prepare_report = with_prepared(ready, sets["train"])
     before = snapshot(attached.model)
     training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
     identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
     trained = train(
         attached,
-        sets["train"],
+        train_rows,
         sets.get("validation"),
         task,
         training,
@@ -259,10 +276,15 @@ def tune(
         "retained": kept.after(attached.model) if kept else None,
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
         **_best(trained.history, task),
+        "prepared": prepare_report,
         "cost": {
-            "train_seconds": trained.seconds + cost.get("states_seconds", 0.0) + _choosing(chosen),
+            # Whoever reads states or a teacher's answers pays for them in full, even those that were found made.
+            "train_seconds": trained.seconds
+            + sum({**cost, **prepared}.get(k, 0.0) for k in _CHARGED)
+            + _choosing(chosen),
             "trainable_parameters": sum(p.numel() for p in attached.parameters()),
             **cost,
+            **prepared,
         },
     }
     if evaluate is not None:
@@ -310,7 +332,7 @@ def _best(history: list[dict[str, Any]], task: Task) -> dict[str, float | None]:
 
 
 def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return to_device({k: v for k, v in batch.items() if k != "labels"}, device)
+    return to_device(model_inputs(batch), device)
 
 
 @torch.no_grad()
@@ -370,13 +392,15 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     ]
     longest = np.argsort(encoded.lengths, kind="stable")[-batch:]
     lengths = encoded.lengths
-    ready.encoded = {"train": encoded.take(np.concatenate([*drawn, longest]))}
+    picked = np.concatenate([*drawn, longest])
+    ready.encoded, ready.train_index = {"train": encoded.take(picked)}, ready.train_index[picked]
     ready.setting = Setting(**{**argument["setting"], "cache": False})
     sets, states = examples(ready, attached)
+    rows, prepared, _ = with_prepared(ready, sets["train"])
     ends = np.cumsum([0, *map(len, drawn), len(longest)])
     # The longest batch is among the measured rows: a row's time goes by its tokens, and those of all rows are known.
-    longer = float(lengths.mean() / sets["train"].lengths.sum())
-    *usual, long = (to_device(sets["train"].collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
+    longer = float(lengths.mean() / rows.lengths.sum())
+    *usual, long = (to_device(rows.collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
     saved = measure.saved_for_backward(_Loss(attached, ready.task), {"batch": long}, lambda loss: loss)
     step = Backprop(attached, ready.training)
     state = _bare_state(attached, ready, device)
@@ -403,6 +427,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "forward_flops": flops,
         "states_ms_per_row": 1000 * states["states_seconds"] * longer if states else 0.0,
         "states_of": states["states_of"] if states else "",
+        "prepare_ms_per_row": 1000 * prepared.get("prepare_seconds", 0.0) * longer,
         "rows": len(lengths),
         **{f"{split}_rows": _rows_like(ready, split, len(lengths)) for split in ("validation", "test")},
         "batch": batch,

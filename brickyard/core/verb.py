@@ -12,12 +12,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-VERBS = ("audit", "check", "compare", "data", "evaluate", "grow", "load", "plan", "predict", "tune", "verify")
 _ELSEWHERE = {"grow": "brickyard.growing"}  # the others are in brickyard.api
 
 
 def function_of(verb: str) -> Any:
-    """Import and return the function behind one of `VERBS`."""
+    """Import and return one of the functions that `brickyard` offers."""
     return getattr(importlib.import_module(_ELSEWHERE.get(verb, "brickyard.api")), verb)
 
 

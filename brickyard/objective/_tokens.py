@@ -51,18 +51,18 @@ class _TokenTerms(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, labels, q_hidden, q_weight, q_bias, divergence, rows):
         ctx.save_for_backward(hidden, weight, bias, labels, q_hidden, q_weight, q_bias)
         ctx.divergence, ctx.rows = divergence, rows
-        ctx.dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasting(hidden) else hidden.dtype
+        ctx.dtype = compute_dtype(hidden)
         m_N = hidden.new_zeros(len(labels), dtype=torch.float32)
         k_N = torch.zeros_like(m_N)
         for at in range(0, len(labels), rows):
             part = slice(at, at + rows)
             label = labels[part, None]
-            p = _logits(hidden[part], weight, bias, ctx.dtype)
+            p = logits_of(hidden[part], weight, bias, ctx.dtype)
             lse_p = p.logsumexp(1)
             m_N[part] = p.gather(1, label)[:, 0] - lse_p
             if q_hidden is None:
                 continue
-            q = _logits(q_hidden[part], q_weight, q_bias, ctx.dtype)
+            q = logits_of(q_hidden[part], q_weight, q_bias, ctx.dtype)
             lse_q = q.logsumexp(1)
             m_N[part] -= q.gather(1, label)[:, 0] - lse_q
             if divergence:
@@ -78,12 +78,12 @@ class _TokenTerms(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         for at in range(0, len(labels), ctx.rows):
             part = slice(at, at + ctx.rows)
-            p = _logits(hidden[part], weight, bias, ctx.dtype)
+            p = logits_of(hidden[part], weight, bias, ctx.dtype)
             # (k - m) e = the weight of P; what m gives to the label and k takes by Q comes on top.
             grad = (p - p.logsumexp(1, keepdim=True)).exp_().mul_((grad_k[part] - grad_m[part])[:, None])
             grad.scatter_add_(1, labels[part, None], grad_m[part, None])
             if ctx.divergence:
-                q = _logits(q_hidden[part], q_weight, q_bias, ctx.dtype)
+                q = logits_of(q_hidden[part], q_weight, q_bias, ctx.dtype)
                 grad -= (q - q.logsumexp(1, keepdim=True)).exp_().mul_(grad_k[part, None])
             low = grad.to(ctx.dtype)
             if grad_hidden is not None:
@@ -100,11 +100,13 @@ class _TokenTerms(torch.autograd.Function):
         )
 
 
-def _autocasting(hidden: Tensor) -> bool:
-    return torch.is_autocast_enabled(hidden.device.type)
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the type in which logits are multiplied here: autocast's, or that of the hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return logits in float32, multiplied in `dtype`."""
     with torch.autocast(hidden.device.type, enabled=False):
         logits = (hidden.to(dtype) @ weight.to(dtype).T).float()

@@ -1,0 +1,266 @@
+"""Do pre-training and distillation compound? The paper's arms at equal optimiser steps, on one text.
+
+    F 3    PF 1+3    D 2    D+F 2+3    PD 1+2    PD+F 1+2+3         1 pre-train, 2 distil, 3 fine-tune
+
+The teacher is tuned on the very labels that F and PF get, so no arm learns from more labels than another. All that is
+pre-trained shares one stage 1; what follows runs once for each seed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from brickyard.checks.run import FINISHED, Answers, Inequality, judge
+from brickyard.compare.plan import code_digest, key_of
+from brickyard.core import brick, registry, trial
+from brickyard.core.answers import answer
+from brickyard.core.base import Base, open_base
+from brickyard.core.batches import encode
+from brickyard.core.data import Data, read_data
+from brickyard.core.method import Claim
+from brickyard.core.task import task_of
+
+NAME = "pretrained-distillation"
+WANTED = ("PD >= PF", "PF >= F", "PD >= D", "D >= F", "PD >= F + 3.0")
+GATE = "teacher > majority + 20.0"
+CONTROL = "PD > control + 5.0"
+
+
+def compound(
+    claim: Claim,
+    *,
+    steps: int = 1200,
+    pretrain: int = 600,
+    tune: int = 200,
+    labelled: int = 500,
+    teacher_steps: int = 160,
+    teacher_lr: float = 1e-4,
+    layers: int = 2,
+    width: int = 128,
+    heads: int = 2,
+    vocabulary: int = 8000,
+    batch: int = 32,
+) -> dict[str, Any]:
+    """Measure the arms of a classifier's student.
+
+    Args:
+        steps: optimiser steps of every arm in all; `pretrain` of them are stage 1 and `tune` stage 3 where an arm has
+            those stages beside stage 2.
+        labelled: rows whose labels the teacher and stage 3 see; the text of all train rows is the unlabelled pool.
+            With `claim.train_rows` PD is also measured on pools of so many rows and four times as many.
+        teacher_steps, teacher_lr: of the teacher's tuning.
+    """
+    data = read_data(claim.data)
+    splits = {name: dict(split.columns) for name, split in data.splits.items()}
+    names = data.labels or ()
+    for columns in splits.values():
+        columns["label"] = [names[i] for i in columns["label"]]
+    pool = {"train": {"text": splits["train"]["text"]}}
+    chosen = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(data.splits["train"]))[:labelled])
+    splits["train"] = {k: [v[i] for i in chosen] for k, v in splits["train"].items()}
+    sizes = {k: v for k, v in locals().items() if isinstance(v, int)}
+    runs = _Runs(claim, _folder(claim, sizes), splits, pool, batch)
+    teacher = runs.teacher(teacher_steps, teacher_lr)
+    shape = {"layers": layers, "width": width, "heads": heads}
+    new = {**shape, "vocabulary": vocabulary}
+    first = runs.student("stage1", 0, {**new, "pretrain_steps": pretrain, "distil_steps": 0, "tune_steps": 0}, [])
+    ready = {"student": str(first / "stages" / "pretrain")}
+    left = steps - pretrain
+    arms = {
+        "F": (new, 0, steps),
+        "PF": (ready, 0, left),
+        "D": (new, steps, 0),
+        "D+F": (new, steps - tune, tune),
+        "PD": (ready, left, 0),
+        "PD+F": (ready, left - tune, tune),
+        "control": ({**ready, "shuffle": True}, left, 0),
+    }
+    answers = {
+        arm: runs.answers(arm, {**start, "pretrain_steps": 0, "distil_steps": soft, "tune_steps": hard}, [teacher])
+        for arm, (start, soft, hard) in arms.items()
+    }
+    answers["teacher"] = runs.of_teacher(claim.seeds)
+    some = answers["teacher"]
+    most = np.bincount(some.labels.astype(int)).argmax()
+    answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
+    as_labels = {arm: Answers(some.predictions[0], answers[arm].predictions) for arm in ("PD", "PF")}
+    figures = {text: judge(Inequality.read(text), answers, "accuracy") for text in WANTED}
+    figures["agreement with the teacher: PD > PF"] = judge(Inequality.read("PD > PF"), as_labels, "accuracy")
+    out = _verdict(figures, judge(Inequality.read(GATE), answers, "accuracy"), GATE)
+    out["control"] = _control(
+        "soft labels of other rows", CONTROL, judge(Inequality.read(CONTROL), answers, "accuracy")
+    )
+    out["arms"] = {arm: _figures(found, runs.seconds.get(arm, 0.0)) for arm, found in answers.items()}
+    out |= {"base": claim.base, "data": data.name, "rows": data.report["rows"], "sizes": sizes, "stage1": runs.stage1}
+    if claim.train_rows:
+        out["by_text"] = {}
+        for rows in (claim.train_rows, 4 * claim.train_rows):
+            runs.pool = {"train": {"text": pool["train"]["text"][:rows]}}
+            options = {**ready, "pretrain_steps": 0, "distil_steps": left, "tune_steps": 0}
+            found = runs.answers(f"PD on {rows}", options, [teacher])
+            out["by_text"][rows] = float((found.predictions == found.labels).mean())
+    (runs.folder / FINISHED).touch()
+    return out
+
+
+def language_model(
+    claim: Claim,
+    *,
+    wanted: Sequence[str] = ("PF > PD", "F > D"),
+    steps: int = 600,
+    pretrain: int = 300,
+    batch: int = 16,
+    k: int = 32,
+    lr: float = 1e-3,
+) -> dict[str, Any]:
+    """Measure a language model's student of half its layers and width, in nats per token (fewer are better).
+
+    F and PF learn the text alone, D and PD the teacher's soft labels in place of all steps or of those after
+    `pretrain`; F and D have one schedule, PF and PD two. The teacher is `claim.base` as it is.
+    """
+    base = open_base(claim.base)
+    data = read_data(claim.data, task="causal-lm")
+    sizes = {k: v for k, v in locals().items() if isinstance(v, int)}
+    splits = {name: dict(split.columns) for name, split in data.splits.items()}
+    runs = _Runs(claim, _folder(claim, [sizes, list(wanted)]), splits, None, batch)
+    heads = max(1, base.config.num_attention_heads // 2)
+    shape = {
+        "layers": max(1, base.config.num_hidden_layers // 2),
+        "width": base.width // 2,
+        "heads": heads,
+        "k": k,
+        **{f"{stage}_lr": lr for stage in ("pretrain", "distil", "tune")},
+    }
+    arms = {
+        "F": (0, 0, steps, False),
+        "D": (0, steps, 0, False),
+        "PF": (pretrain, 0, steps - pretrain, False),
+        "PD": (pretrain, steps - pretrain, 0, False),
+        "control": (0, steps, 0, True),
+    }
+    needed = {name for text in wanted for name in (Inequality.read(text).left, Inequality.read(text).right)}
+    answers = {}
+    for arm in [arm for arm in arms if arm in needed | {"F", "D", "control"}]:
+        first, soft, hard, shuffle = arms[arm]
+        stages = {"pretrain_steps": first, "distil_steps": soft, "tune_steps": hard, "shuffle": shuffle}
+        answers[arm] = runs.answers(arm, {**shape, **stages}, [])
+    answers["teacher"] = _of_base(base, data, claim)
+    metric, control, gate = "nats_per_token", "control > D", "F > teacher"
+    figures = {text: judge(Inequality.read(text), answers, metric) for text in wanted}
+    out = _verdict(figures, judge(Inequality.read(gate), answers, metric), gate, unit="hundredths of a nat")
+    out["control"] = _control("soft labels of other tokens", control, judge(Inequality.read(control), answers, metric))
+    out["arms"] = {arm: _figures(found, runs.seconds.get(arm, 0.0), metric) for arm, found in answers.items()}
+    out |= {"base": claim.base, "data": data.name, "rows": data.report["rows"], "sizes": sizes}
+    (runs.folder / FINISHED).touch()
+    return out
+
+
+class _Runs:
+    """The runs of one check in one folder; each goes on where an interrupted check left it."""
+
+    def __init__(self, claim: Claim, folder: Path, splits: dict[str, Any], pool: Any, batch: int) -> None:
+        self.claim, self.folder, self.splits, self.pool, self.batch = claim, folder, splits, pool, batch
+        self.seconds: dict[str, float] = {}
+        self.stage1: dict[str, Any] = {}
+
+    def teacher(self, steps: int, lr: float) -> Path:
+        """Tune the base on the labelled rows; return its brick."""
+        folder = self.folder / "teacher"
+        if not (folder / "brick" / brick.MANIFEST).is_file():
+            setting = trial.Setting(
+                arm="full",
+                base=self.claim.base,
+                data=self.splits,
+                max_length=self.claim.max_length or None,
+                training={"steps": steps, "lr": lr, "batch": self.batch, "evaluate_every": steps},
+            )
+            trial.run({"setting": asdict(setting), "folder": str(folder)})
+        return folder / "brick"
+
+    def of_teacher(self, seeds: int) -> Answers:
+        """Return the teacher's answers, as often as there are seeds: it is one model, whose answers never change."""
+        table = pq.read_table(self.folder / "teacher" / "answers.parquet", columns=["label", "prediction"])
+        return Answers(table["label"].to_numpy(), np.stack([table["prediction"].to_numpy()] * seeds))
+
+    def student(self, arm: str, seed: int, options: dict[str, Any], bricks: list[Path]) -> Path:
+        """Run the recipe once; return its folder."""
+        folder = self.folder / arm / f"seed{seed}"
+        run: Callable[..., dict[str, Any]] = registry.load(NAME).run
+        report = run(
+            open_base(self.claim.base),
+            [brick.load(path) for path in bricks],
+            registry.config(NAME, options),
+            self.splits,
+            folder=folder,
+            text=self.pool,
+            seed=seed,
+            batch=self.batch,
+            max_length=self.claim.max_length or None,
+        )
+        self.seconds[arm] = self.seconds.get(arm, 0.0) + report["seconds"] / self.claim.seeds
+        if arm == "stage1":
+            self.stage1 = {k: report[k] for k in ("student", "steps", "seconds", "tokens", "text_rows")}
+        return folder
+
+    def answers(self, arm: str, options: dict[str, Any], bricks: list[Path]) -> Answers:
+        """Run an arm with every seed and read what its students answer to the test rows."""
+        tables = [
+            pq.read_table(self.student(arm, seed, options, bricks) / "answers.parquet", columns=["label", "prediction"])
+            for seed in range(1, self.claim.seeds + 1)
+        ]
+        return Answers(tables[0]["label"].to_numpy(), np.stack([t["prediction"].to_numpy() for t in tables]))
+
+
+def _folder(claim: Claim, sizes: Any) -> Path:
+    """Return the check's folder, emptied where the check had ended."""
+    folder = Path("runs") / "checks" / f"{NAME}-{key_of([str(claim), sizes, code_digest()])}"
+    if (folder / FINISHED).exists():
+        shutil.rmtree(folder)
+    return folder
+
+
+def _of_base(base: Base, data: Data, claim: Claim) -> Answers:
+    """Return what the untouched base answers to the test documents, as often as there are seeds."""
+    task = task_of(data, metric="nats_per_token")
+    rows = encode(data.splits["test"], base, task, max_length=claim.max_length or None)
+    found = answer(base.model(task, seed=0), rows, task)
+    return Answers(rows.labels.numpy(), np.stack([found.predictions] * claim.seeds))
+
+
+def _figures(found: Answers, seconds: float, metric: str = "accuracy") -> dict[str, Any]:
+    per_seed = [
+        float((p == found.labels).mean() if metric == "accuracy" else p.sum() / found.labels.sum())
+        for p in found.predictions
+    ]
+    return {"mean": float(np.mean(per_seed)), "per_seed": per_seed, "train_seconds": seconds}
+
+
+def _control(what: str, inequality: str, found: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: found[k] for k in ("measured", "low", "high")}
+    return {"what": what, "inequality": inequality, **kept, "destroyed": found["holds"] is True}
+
+
+def _verdict(
+    figures: dict[str, dict[str, Any]], gate: dict[str, Any], text: str, unit: str = "points"
+) -> dict[str, Any]:
+    """Join the inequalities: false if one misses, true if all clear, else undecided; the gate comes first."""
+    found = [f["holds"] for f in figures.values()]
+    holds: Any = False if False in found else True if all(f is True for f in found) else "undecided"
+    said = "; ".join(
+        f"{name}: {f['measured']:+.2f} ({f['low']:+.2f} to {f['high']:+.2f})" for name, f in figures.items()
+    )
+    return {
+        "inequality": "; ".join(figures),
+        "holds": holds if gate["holds"] is True else "set-up invalid",
+        "measured": {name: f["measured"] for name, f in figures.items()},
+        "figures": figures,
+        "gate": {"inequality": text, **{k: gate[k] for k in ("measured", "low", "high", "holds")}},
+        "detail": f"in {unit}: {said}",
+    }
