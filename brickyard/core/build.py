@@ -24,6 +24,7 @@ class Plan:
     arm: Arm
     tuner: str | None
     head: str | None
+    data: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
 
@@ -40,24 +41,30 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     training: dict[str, Any] = {}
     for piece in arm.pieces:
         record = registry.find(piece.name).record
-        if record.slot not in ("tuner", "head"):
-            raise UsageError(f"{piece.name} is a {record.family} method; an arm is made of tuners and heads for now.")
+        if record.slot not in ("tuner", "head", "data"):
+            raise UsageError(
+                f"{piece.name} is a {record.family} method; an arm is made of tuners, heads and curricula for now."
+            )
         if record.slot in slots:
-            raise Refused(f"{slots[record.slot]} and {piece.name} are both a {record.slot}; an arm takes one of each.")
+            both = "curriculum" if record.slot == "data" else record.slot
+            raise Refused(f"{slots[record.slot]} and {piece.name} are both a {both}; an arm takes one of each.")
         if task is not None and task.kind not in record.needs:
-            raise Refused(f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}.")
+            because = f": {record.because}" if record.because else ""
+            raise Refused(f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}{because}.")
         slots[record.slot] = piece.name
         configs[piece.name] = registry.config(piece.name, piece.options)
+    if not slots.keys() & {"tuner", "head"}:
+        raise Refused(f"{arm} trains nothing; a curriculum stands beside a tuner or a head: full + {slots['data']}.")
     # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
     if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):
         raise Refused(
             f"{slots['head']}:plus=true changes the backbone itself and cannot stand beside {slots['tuner']}."
         )
-    for slot in ("head", "tuner"):
+    for slot in ("data", "head", "tuner"):
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
     training.update(arm.training)
-    return Plan(arm, slots.get("tuner"), slots.get("head"), configs, training)
+    return Plan(arm, slots.get("tuner"), slots.get("head"), slots.get("data"), configs, training)
 
 
 def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:

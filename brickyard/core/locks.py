@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import socket
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -121,3 +122,16 @@ def _same(handle: int, path: Path) -> bool:
         return False
     held = os.fstat(handle)
     return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+
+@contextlib.contextmanager
+def waiting(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a lock, waiting for another process that has it: it is building just what we want."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(Lock(path))
+                break
+            except Locked:
+                time.sleep(0.1)
+        yield

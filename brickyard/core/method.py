@@ -57,8 +57,8 @@ class Claim:
 class Record:
     """What `brickyard methods` and `show` print of a method.
 
-    `needs` lists the tasks it works on; `slot` says which place of an arm it fills; `search` maps an option (or lr) to
-    the values that a search tries; `presets` maps a preset to the options that it sets.
+    `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills; `search`
+    maps an option (or lr) to the values that a search tries; `presets` maps a preset to the options that it sets.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Record:
     title: str
     paper: str = ""
     needs: tuple[str, ...] = TASKS
+    because: str = ""
     slot: Literal["tuner", "head", "step", "objective", "data", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -21,7 +21,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +33,8 @@ import transformers
 from torch import Tensor, nn
 
 from brickyard.core import files
-from brickyard.core.errors import BadData, DiskFull, Locked, NotFinite, Refused, UnknownName, UnsafeFile, UsageError
-from brickyard.core.locks import Lock
+from brickyard.core.errors import BadData, DiskFull, NotFinite, Refused, UnknownName, UnsafeFile, UsageError
+from brickyard.core.locks import waiting
 
 LIMIT = 4 * 2**30  # bytes of one entry
 LIMIT_VARIABLE = "BRICKYARD_STATES_LIMIT"
@@ -139,7 +139,7 @@ class States:
         entry = folder / source.key(base, attention)
         if made._open(entry):
             return made
-        with _held(entry.with_suffix(".lock")):
+        with waiting(entry.with_suffix(".lock")):
             # Whoever held the lock before us may have built just this entry.
             return made if made._open(entry) else made._build(source, limit, entry)
 
@@ -411,19 +411,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, flag in flags.items():
             m.training = flag
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold a lock, waiting for another process that is building the same entry."""
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(Lock(path))
-                break
-            except Locked:
-                time.sleep(0.1)
-        yield
 
 
 def _limit() -> int:

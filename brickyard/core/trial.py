@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import torch
 
 from brickyard.core import brick as bricks
-from brickyard.core import measure
+from brickyard.core import measure, registry
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
 from brickyard.core.build import Plan, build, resolve, training_of
+from brickyard.core.curriculum import Curriculum
 from brickyard.core.data import Data, read_data
 from brickyard.core.loop import Answers, Backprop, Examples, Training, answer, to_device, train, train_mode
 from brickyard.core.receipt import assert_effect, receipt, snapshot
@@ -119,6 +120,14 @@ def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples
     return made, known
 
 
+def curriculum_of(ready: Prepared, sets: Mapping[str, Examples]) -> Curriculum | None:
+    """Return the curriculum that the arm names, prepared on the rows it will train on (`sets`, see `examples`)."""
+    name = ready.plan.data
+    if name is None:
+        return None
+    return registry.load(name).curriculum(ready.plan.configs[name], ready, sets, _device(ready.setting))
+
+
 def _device(setting: Setting) -> torch.device:
     if setting.device:
         return torch.device(setting.device)
@@ -162,6 +171,7 @@ def tune(
     attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
     attached.model.to(_device(setting))
     sets, cost = examples(ready, attached)
+    curriculum = curriculum_of(ready, sets)
     kept = _retention(ready, attached)
     few = max(1, 512 // int(sets["train"].lengths[0])) if task.generative else _PROBE_ROWS  # a vocabulary is wide
     probe = _inputs(sets["train"].collate(np.arange(min(few, len(sets["train"])))), _device(setting))
@@ -169,6 +179,9 @@ def tune(
     before = snapshot(attached.model)
     training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
     identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
+    if curriculum is not None:
+        identity["curriculum"] = curriculum.digest
+        cost["curriculum_seconds"] = curriculum.seconds
     trained = train(
         attached,
         sets["train"],
@@ -179,6 +192,7 @@ def tune(
         identity=identity,
         allow_change=allow_change,
         callbacks=callbacks,
+        curriculum=curriculum,
         device=setting.device,
     )
     proof = receipt(before, attached.model, attached, probe, base_logits)
@@ -196,11 +210,13 @@ def tune(
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
         "validation": _best(trained.history, task),
         "cost": {
-            "train_seconds": trained.seconds + cost.get("states_seconds", 0.0),
+            "train_seconds": trained.seconds + cost.get("states_seconds", 0.0) + cost.get("curriculum_seconds", 0.0),
             "trainable_parameters": sum(p.numel() for p in attached.parameters()),
             **cost,
         },
     }
+    if curriculum is not None:
+        result["curriculum"] = curriculum.report(trained.steps, training.batch)
     if evaluate is not None:
         answers = answer(attached.model, sets[evaluate], task, precision=training.precision)
         labels = sets[evaluate].labels.numpy()
@@ -214,6 +230,7 @@ def tune(
         "receipt": proof,
         "scores": {k: result[k] for k in ("score", "validation") if k in result},
         "parents": [],
+        **({"curriculum": result["curriculum"]} if curriculum is not None else {}),
     }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
@@ -268,10 +285,14 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     Returns trainable_parameters, saved_for_backward_bytes and peak_bytes (on the longest batch, dropout off for the
     former), step_ms and mean_step_ms (median and mean over batches as training draws them; short steps are repeated),
     forward_flops (of such a batch), gradient and optimiser bytes, and for an arm on cached states the milliseconds a
-    row's states take and which states they are (`states_of`: arms of one name share them).
+    row's states take and which states they are (`states_of`: arms of one name share them). Of an arm with a curriculum,
+    `curriculum_seconds` is what preparing it cost: it was done here in full, and runs find it in the cache if there is
+    one.
     """
     setting = Setting(**argument["setting"])
-    ready = prepare(setting, ("train",))
+    ordered = resolve(parse(setting.arm)).data is not None
+    ready = prepare(setting, ("train", "validation") if ordered else ("train",))
+    curriculum = curriculum_of(ready, ready.encoded)
     attached = build(ready.plan, ready.base, ready.task, seed=setting.seed, attention=setting.attention)
     device = _device(setting)
     attached.model.to(device)
@@ -317,6 +338,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "forward_flops": flops,
         "states_ms_per_row": 1000 * states["states_seconds"] * longer if states else 0.0,
         "states_of": str(getattr(getattr(attached.model, "head", None), "frozen_pool", None)) if states else "",
+        "curriculum_seconds": curriculum.seconds if curriculum else 0.0,
         "rows": len(lengths),
         **{f"{split}_rows": _rows_like(ready, split, len(lengths)) for split in ("validation", "test")},
         "batch": batch,
