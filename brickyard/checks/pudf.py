@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy.stats import binomtest, pearsonr, spearmanr, t
+from scipy.stats import binomtest, rankdata, t
 
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core.arm import Arm, parse
@@ -42,8 +42,8 @@ def recovery(claim: Claim, *, students: int = 20, items: int = 1000, repeats: in
         theta_J, b_I = np.linspace(-2, 2, students), g.standard_normal(items)
         right_JI = g.random((students, items)) < 1 / (1 + np.exp(b_I - theta_J[:, None]))
         difficulty_I, ability_J = fit_irt(right_JI)
-        found.append((spearmanr(difficulty_I, b_I).statistic, pearsonr(ability_J, theta_J).statistic))
-        control.append(spearmanr(fit_irt(g.permuted(right_JI, axis=1))[0], b_I).statistic)
+        found.append((_correlation(rankdata(difficulty_I), rankdata(b_I)), _correlation(ability_J, theta_J)))
+        control.append(_correlation(rankdata(fit_irt(g.permuted(right_JI, axis=1))[0]), rankdata(b_I)))
     rank, line = (_mean(values) for values in zip(*found, strict=True))
     gone = _mean(control)
     goals = {"rank": 0.85, "line": 0.99}
@@ -155,10 +155,10 @@ def curriculum(
         **main,
         "holds": holds if gate["holds"] is True and spent <= SHARE * full + 1 else "set-up invalid",
         "detail": (
-            f"{main['measured']:+.2f} points ({main['low']:+.2f} to {main['high']:+.2f}) on {spent / full:.2f} times the "
-            f"examples; against random difficulties {control['measured']:+.2f} ({control['low']:+.2f} to "
-            f"{control['high']:+.2f}); the crowd took {crowd:.1f} s, a run on {SHARE} of the examples saves {saved:.1f} s: "
-            f"it pays for itself after {crowd / max(saved, 1e-6):.1f} fine-tunes"
+            f"{main['measured']:+.2f} points ({main['low']:+.2f} to {main['high']:+.2f}) on {spent / full:.2f} times "
+            f"the examples; against random difficulties {control['measured']:+.2f} ({control['low']:+.2f} to "
+            f"{control['high']:+.2f}); the crowd took {crowd:.1f} s, a run on {SHARE} of the examples saves "
+            f"{saved:.1f} s: it pays for itself after {crowd / max(saved, 1e-6):.1f} fine-tunes"
         ),
         "arms": {name: _arm(text, epochs, runs[name]) for name, (text, epochs) in arms.items()},
         "control": {
@@ -232,6 +232,10 @@ def _arm(text: str, epochs: float, runs: list[dict[str, Any]]) -> dict[str, Any]
         "trainable_parameters": runs[0]["cost"]["trainable_parameters"],
         "train_seconds": float(np.median([run["cost"]["train_seconds"] for run in runs])),
     }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _mean(values: Any) -> tuple[float, float, float]:

@@ -271,7 +271,8 @@ def train(
     attached.model.to(accelerator.device)
     model = attached.model
     state = State(attached, task, training, training.total_steps(len(examples)), accelerator)
-    state.hooks = Hooks([*attached.callbacks, *callbacks, *([curriculum] if curriculum else [])])
+    # A checkpoint knows callbacks by their place, so what belongs to the arm comes before what the caller brings.
+    state.hooks = Hooks([*attached.callbacks, *([curriculum] if curriculum else []), *callbacks])
     torch.manual_seed(training.seed)
     step = make_step(attached, training)
     saved = Checkpoints(
