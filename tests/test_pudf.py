@@ -103,6 +103,12 @@ def test_far_from_the_items_newton_does_not_run_away(b: float, right: int) -> No
     assert 1000 / (1 + math.exp(b - x)) + x == pytest.approx(right, abs=1e-6)
 
 
+def test_ten_million_answers_settle_within_what_their_sum_is_rounded_by() -> None:
+    total, count = np.array([1e7]), np.array([1e7])
+    x = pudf.modes(total, np.array([-8.0]), count)[0]
+    assert 1e7 / (1 + math.exp(-8 - x)) + x == pytest.approx(1e7, abs=1e-3)
+
+
 def test_without_a_prior_ability_moves_with_the_items_and_needs_a_wrong_and_a_right_answer() -> None:
     b_I = np.random.Generator(np.random.PCG64(1)).standard_normal(40)
     right_I = np.arange(40) % 3 > 0
@@ -262,6 +268,15 @@ def test_a_resumed_run_refuses_other_difficulties(text_base: Path, tmp_path: Pat
     write_jsonl(tmp_path / "r.jsonl", turned)
     with pytest.raises(Changed, match="curriculum"):
         trial.tune(prepare(asked), tmp_path / "run", checkpoint_every=2)
+
+
+def test_the_time_that_a_crowd_took_is_in_the_training_time(text_base: Path, tmp_path: Path) -> None:
+    names = tuple(f"train-{i}" for i in range(96)) + tuple(f"validation-{i}" for i in range(40))
+    made = responses(names)
+    write_jsonl(tmp_path / "r.jsonl", Responses(made.students, names, made.right_JI, {"seconds": 5000.0}))
+    asked = setting(text_base, f"linear-probe + pudf:min_size=48,balance=true,responses='{tmp_path}/r.jsonl'")
+    cost = trial.tune(prepare(asked), tmp_path / "run")["cost"]
+    assert 5000 < cost["curriculum_seconds"] < 5100 and cost["curriculum_seconds"] < cost["train_seconds"]
 
 
 class Everything(Curriculum):

@@ -138,8 +138,7 @@ def modes(total_R: np.ndarray, location_S: np.ndarray, count_S: np.ndarray, *, p
 
     This is where the log posterior of someone with `total_r` right answers is largest; precision 0 is the likelihood
     alone, which needs 0 < total_r < sum count. Newton's step is taken where it stays inside the bracket around the
-    root and is at most half the step before, else the bracket is halved: far from the root the curve is flat, and
-    plain steps leap to and fro.
+    root, else the bracket is halved: far from the root the curve is flat, and plain steps leap to and fro.
     """
     asked = count_S.sum()
     if precision > 0:
@@ -149,7 +148,8 @@ def modes(total_R: np.ndarray, location_S: np.ndarray, count_S: np.ndarray, *, p
             raise UsageError("all or no answer right: without a prior the ability is infinite; use precision > 0.")
         odds_R = np.log(total_R / (asked - total_R))
         low_R, high_R = location_S.min() + odds_R, location_S.max() + odds_R
-    x_R, last_R = np.clip(np.zeros(len(total_R)), low_R, high_R), high_R - low_R
+    settled = max(_TOLERANCE, 4 * np.finfo(float).eps * asked)  # a sum of that many terms is rounded by no less
+    x_R = np.clip(np.zeros(len(total_R)), low_R, high_R)
     for _ in range(_NEWTON):
         p_RS = expit(x_R[:, None] - location_S)
         excess_R = p_RS @ count_S + precision * x_R - total_R  # grows with x
@@ -157,12 +157,11 @@ def modes(total_R: np.ndarray, location_S: np.ndarray, count_S: np.ndarray, *, p
         high_R = np.where(excess_R > 0, x_R, high_R)
         slope_R = (p_RS * (1 - p_RS)) @ count_S + precision
         step_R = excess_R / np.maximum(slope_R, np.finfo(float).tiny)
-        far_R = np.abs(step_R) > _TOLERANCE
+        far_R = np.abs(step_R) > settled
         if not far_R.any():
             return x_R - step_R
-        leaps_R = (x_R - step_R <= low_R) | (x_R - step_R >= high_R) | (np.abs(step_R) > last_R / 2)
-        step_R = np.where(leaps_R & far_R, x_R - (low_R + high_R) / 2, step_R)
-        x_R, last_R = x_R - step_R, np.abs(step_R)
+        leaps_R = (x_R - step_R <= low_R) | (x_R - step_R >= high_R)
+        x_R = np.where(leaps_R & far_R, (low_R + high_R) / 2, x_R - step_R)
     raise RunFailed(f"the ability did not settle within {_NEWTON} steps; are the difficulties sound?")
 
 
