@@ -61,7 +61,9 @@ def plan(
             # A run builds the states of every split before it trains, and its training time says so.
             row |= {
                 "steps": steps,
-                "train_seconds": states_seconds({outcome.key: p}) + steps * p["mean_step_ms"] / 1000,
+                "train_seconds": states_seconds({outcome.key: p})
+                + p["curriculum_seconds"]
+                + steps * p["mean_step_ms"] / 1000,
             }
         out.append(row)
     return out

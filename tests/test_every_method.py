@@ -36,6 +36,10 @@ COMPOSED = {
     "lora + moment-probing": "lora:r=4 + moment-probing:p=64",
     "mos + linear-probe": "mos:r=3,e=2,p=1,l=2 + linear-probe",
     "telly + moment-probing": "telly:k=1 + moment-probing:p=64",
+    "full + pudf": "full + pudf:min_size=16,balance=true",
+    "lora + pudf": "lora:r=4 + pudf:min_size=16,balance=true",
+    "linear-probe + pudf": "linear-probe + pudf:min_size=16,balance=true",
+    "full + curriculum": "full + curriculum:by=random,min_size=16",
 }
 ALL = {**METHODS, **COMPOSED}
 TASKS = {

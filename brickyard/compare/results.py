@@ -115,6 +115,7 @@ def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.nd
         "train_seconds": middle("train_seconds"),
         "brick_bytes": int(middle("brick_bytes")),
         "states_seconds": float(np.median([v["cost"].get("states_seconds", 0.0) for v in values])),
+        "curriculum_seconds": float(np.median([v["cost"].get("curriculum_seconds", 0.0) for v in values])),
         "peak_resident_bytes": int(np.median([t["peak_resident_bytes"] for t in entry["trials"]])),
     }
     row["training"] = values[0]["training"]

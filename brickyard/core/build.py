@@ -28,6 +28,7 @@ class Plan:
     tuner: str | None
     head: str | None
     objective: str | None
+    data: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
 
@@ -44,16 +45,22 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     training: dict[str, Any] = {}
     for piece in arm.pieces:
         record = registry.find(piece.name).record
-        if record.slot not in ("tuner", "head", "objective"):
+        if record.slot not in ("tuner", "head", "objective", "data"):
             raise UsageError(
-                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head and an objective."
+                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head, an objective and a "
+                "curriculum."
             )
         if record.slot in slots:
-            raise Refused(f"{slots[record.slot]} and {piece.name} are both a {record.slot}; an arm takes one of each.")
+            both = "curriculum" if record.slot == "data" else record.slot
+            raise Refused(f"{slots[record.slot]} and {piece.name} are both a {both}; an arm takes one of each.")
         if task is not None and task.kind not in record.needs:
-            raise Refused(f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}.")
+            because = f": {record.because}" if record.because else ""
+            raise Refused(f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}{because}.")
         slots[record.slot] = piece.name
         configs[piece.name] = registry.config(piece.name, piece.options)
+    if not slots.keys() & {"tuner", "head"}:
+        other = next(iter(slots.values()))
+        raise Refused(f"{arm} trains nothing; {other} stands beside a tuner or a head: 'full + {other}'.")
     # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
     if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):
         raise Refused(
@@ -61,13 +68,12 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         )
     if task is not None and task.kind == "preference" and "objective" not in slots:
         slots["objective"], configs[PREFERENCE] = PREFERENCE, registry.config(PREFERENCE, {})
-    if "objective" in slots and not slots.keys() & {"tuner", "head"}:
-        raise UsageError(f"{arm} trains nothing; put a tuner before the objective: 'lora + {slots['objective']}'.")
-    for slot in ("objective", "head", "tuner"):
+    for slot in ("data", "objective", "head", "tuner"):
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
     training.update(arm.training)
-    return Plan(arm, slots.get("tuner"), slots.get("head"), slots.get("objective"), configs, training)
+    found = {slot: slots.get(slot) for slot in ("tuner", "head", "objective", "data")}
+    return Plan(arm=arm, configs=configs, training=training, **found)
 
 
 def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from brickyard.core.batches import Order
 from brickyard.core.checkpoint import Checkpoints
 from brickyard.core.errors import NotFinite, UsageError
 from brickyard.core.task import Task
+
+if TYPE_CHECKING:
+    from brickyard.core.curriculum import Curriculum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,22 +252,24 @@ def train(
     identity: dict[str, Any] | None = None,
     allow_change: Sequence[str] = (),
     callbacks: Sequence[Any] = (),
+    curriculum: Curriculum | None = None,
     make_step: Callable[[Attached, Training], Step] = Backprop,
     device: str | None = None,
 ) -> Trained:
     """Train `attached` on `examples`; with `validation` the best evaluated weights are the ones left in the model.
 
     With `folder`, checkpoints are written there every `training.checkpoint_every` steps and an earlier run is resumed;
-    `identity` (config, data, code) must equal the earlier run's, else Changed. Raises NotFinite at the first NaN.
+    `identity` (config, data, code) must equal the earlier run's, else Changed. With `curriculum` the same number of
+    steps goes to the rows that it chooses. Raises NotFinite at the first NaN.
     """
     accelerator = Accelerator(cpu=device == "cpu")
     attached.model.to(accelerator.device)
     model = attached.model
     state = State(attached, task, training, training.total_steps(len(examples)), accelerator)
-    state.hooks = Hooks([*attached.callbacks, *callbacks])
+    # A checkpoint knows callbacks by their place, so what belongs to the arm comes before what the caller brings.
+    state.hooks = Hooks([*attached.callbacks, *([curriculum] if curriculum else []), *callbacks])
     torch.manual_seed(training.seed)
     step = make_step(attached, training)
-    order = step.sampler(examples.lengths, training)
     saved = Checkpoints(
         folder, {"training": asdict(training), "data": examples.digest, **(identity or {})}, allow_change
     )
@@ -275,7 +280,11 @@ def train(
     seconds, stopped = 0.0, "done"
     started = time.monotonic()
     train_mode(model)
-    for rows in _rows(order, per_epoch, state.step, state.total):
+    if curriculum is None:
+        batches = _rows(step.sampler(examples.lengths, training), per_epoch, state.step, state.total)
+    else:
+        batches = curriculum.batches(state, lambda rows: step.sampler(examples.lengths[rows], training))
+    for rows in batches:
         state.batch_rows = rows
         state.losses.append(step(state, list(_micro(examples, rows, training, accelerator))))
         state.step += 1

@@ -59,9 +59,9 @@ class Claim:
 class Record:
     """What `brickyard methods` and `show` print of a method.
 
-    `needs` lists the tasks it works on; `slot` says which place of an arm it fills; `search` maps an option (or lr) to
-    the values that a search tries; `presets` maps a preset to the options that it sets. `part_of` names the record
-    whose claims cover this one too.
+    `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills; `search`
+    maps an option (or lr) to the values that a search tries; `presets` maps a preset to the options that it sets.
+    `part_of` names the record whose claims cover this one too.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Record:
     title: str
     paper: str = ""
     needs: tuple[str, ...] = TASKS
+    because: str = ""
     slot: Literal["tuner", "head", "step", "objective", "data", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)

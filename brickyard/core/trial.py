@@ -27,6 +27,7 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
 from brickyard.core.build import Plan, build, resolve, training_of
 from brickyard.core.completions import EncodedCompletions
+from brickyard.core.curriculum import Curriculum
 from brickyard.core.data import Data, read_data
 from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
 from brickyard.core.objective import WithColumns, check_head, model_inputs
@@ -37,7 +38,7 @@ from brickyard.core.task import Task, task_of
 
 _PROBE_ROWS = 16
 _SLOW = 0.3  # seconds of a step
-_CHARGED = ("states_seconds", "prepare_seconds")
+_CHARGED = ("states_seconds", "prepare_seconds", "curriculum_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,14 @@ def _with(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:
     return replace(ready, plan=plan)
 
 
+def curriculum_of(ready: Prepared, sets: Mapping[str, Examples]) -> Curriculum | None:
+    """Return the curriculum that the arm names, prepared on the rows it will train on (`sets`, see `examples`)."""
+    name = ready.plan.data
+    if name is None:
+        return None
+    return registry.load(name).curriculum(ready.plan.configs[name], ready, sets, ready.device)
+
+
 def run(argument: dict[str, Any]) -> dict[str, Any]:
     """Train and evaluate one setting in `folder`; see `finish` for the result.
 
@@ -238,6 +247,7 @@ def tune(
     attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
     attached.model.to(ready.device)
     sets, cost = examples(ready, attached)
+    curriculum = curriculum_of(ready, sets)
     kept = _retention(ready, attached)
     few = min(_few(task, sets["train"]), len(sets["train"]))
     probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
@@ -249,6 +259,9 @@ def tune(
     before = snapshot(attached.model)
     training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
     identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
+    if curriculum is not None:
+        identity["curriculum"] = curriculum.digest
+        cost["curriculum_seconds"] = curriculum.seconds
     trained = train(
         attached,
         train_rows,
@@ -259,6 +272,7 @@ def tune(
         identity=identity,
         allow_change=allow_change,
         callbacks=callbacks,
+        curriculum=curriculum,
         device=setting.device,
     )
     proof = receipt(before, attached.model, attached, probe, base_logits)
@@ -287,6 +301,8 @@ def tune(
             **prepared,
         },
     }
+    if curriculum is not None:
+        result["curriculum"] = curriculum.report(trained.steps, training.batch)
     if evaluate is not None:
         answers = answer(attached.model, sets[evaluate], task, precision=training.precision)
         labels = sets[evaluate].labels.numpy()
@@ -301,6 +317,7 @@ def tune(
         "scores": {k: result[k] for k in ("score", "validation") if k in result},
         "parents": [],
         **({"asked": asked, "chosen": chosen} if chosen else {}),
+        **({"curriculum": result["curriculum"]} if curriculum is not None else {}),
     }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
@@ -376,12 +393,16 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     former), step_ms and mean_step_ms (median and mean over batches as training draws them; short steps are repeated),
     forward_flops (of such a batch), gradient and optimiser bytes, and for an arm on cached states the milliseconds a
     row's states take and which states they are (`states_of`: arms of one name share them). Where an option is chosen
-    in training, all this is of its costliest value, and `choosing_seconds` what choosing takes.
+    in training, all this is of its costliest value, and `choosing_seconds` what choosing takes. Of an arm with a
+    curriculum, `curriculum_seconds` is what preparing it cost: it was done here in full, and runs find it in the cache
+    if there is one.
     """
     setting = Setting(**argument["setting"])
-    ready = prepare(setting, ("train",))
+    ordered = resolve(parse(setting.arm)).data is not None
+    ready = prepare(setting, ("train", "validation") if ordered else ("train",))
     dear, choosing_steps = _chosen(ready, "costliest")
     ready = _with(ready, dear)
+    curriculum = curriculum_of(ready, ready.encoded)
     attached = build(ready.plan, ready.base, ready.task, seed=setting.seed, attention=setting.attention)
     device = ready.device
     attached.model.to(device)
@@ -428,6 +449,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "states_ms_per_row": 1000 * states["states_seconds"] * longer if states else 0.0,
         "states_of": states["states_of"] if states else "",
         "prepare_ms_per_row": 1000 * prepared.get("prepare_seconds", 0.0) * longer,
+        "curriculum_seconds": curriculum.seconds if curriculum else 0.0,
         "rows": len(lengths),
         **{f"{split}_rows": _rows_like(ready, split, len(lengths)) for split in ("validation", "test")},
         "batch": batch,
