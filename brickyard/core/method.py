@@ -21,6 +21,7 @@ FAMILIES = (
     "audit",
     "serve",
     "distribute",
+    "models",  # layers and small architectures: known to the registry, run by no verb
 )
 TASKS = ("text-classification", "pair-classification", "regression", "image-classification", "causal-lm")
 
