@@ -140,7 +140,7 @@ def lightning_attention(
         )
     first_SHde = q_BHNd.new_zeros(shape, dtype=state) if initial_state is None else initial_state.to(state)
     form = Tiled
-    if q_BHNd.is_cuda and _has_triton():
+    if q_BHNd.is_cuda and q_BHNd.dtype != torch.float64 and _has_triton():
         form = importlib.import_module("brickyard.models._lightning_triton").TritonTiled
     blocks = Blocks.of(q_BHNd, cu_seqlens, block)
     o_BHNe, final = form.apply(q_BHNd, k_BHNd, v_BHNe, slopes_H, first_SHde, blocks)
