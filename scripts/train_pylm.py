@@ -1,6 +1,7 @@
 """Train `embedded:pylm` (or its smaller size) on the corpus of `scripts/pylm_corpus.py`; interrupted, it goes on.
 
     python scripts/train_pylm.py --corpus runs/pylm/corpus --out runs/pylm/base [--size small] [--seed 0] [--half 0|1]
+        [--arch transnormer]
 
 Nine tenths of the tokens are read in blocks of 256 at a constant rate after a warm-up, the rest in blocks of 1,024
 while the rate falls to zero. The model and its tokenizer end in --out in bfloat16, with training.json beside them.
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from brickyard.core.attached import attach_in_place
 from brickyard.core.files import read_tensors, write_json, write_tensors
 from brickyard.core.loop import State, Training, train
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.task import Task
+from brickyard.models.transnormer import TransNormerConfig, TransNormerForCausalLM
 
 TASK = Task("causal-lm", "nats_per_token", None, 1, "text")
 SIZES: dict[str, dict[str, Any]] = {
@@ -45,6 +47,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
         "tie_word_embeddings": True,
     },
+}
+# TransNormer has a gate of the width squared more in each block; a narrower feed-forward pays for it.
+ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {size: options["intermediate_size"] for size, options in SIZES.items()}),
+    "transnormer": (TransNormerConfig, TransNormerForCausalLM, {"base": 600, "small": 224}),
 }
 SHORT, LONG = 256, 1024  # positions of a block
 LONG_SHARE = 0.1  # of the tokens
@@ -127,7 +134,7 @@ class Progress:
 
 
 def phase(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     ids: np.ndarray,
     held_out: np.ndarray,
     end: int,
@@ -136,6 +143,7 @@ def phase(
     size: int,
     done: int,
     folder: Path,
+    identity: dict[str, Any],
 ) -> None:
     """Train in blocks of `size`; an interrupted phase goes on, a finished one is read."""
     finished = folder / "weights.safetensors"
@@ -152,7 +160,7 @@ def phase(
             TASK,
             replace(training, evaluate_every=10**9),
             folder=folder / "checkpoints",
-            identity={"size": size},
+            identity=identity | {"size": size},
             callbacks=(progress,),
         )
         write_tensors(finished, {n: p.detach().clone() for n, p in model.named_parameters()})
@@ -169,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, default=Path("runs/pylm/corpus"))
     parser.add_argument("--out", type=Path, default=Path("runs/pylm/base"))
     parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--tokens", type=float, default=50e6)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -182,17 +191,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         ids = ids[:middle] if args.half == 0 else ids[middle:]
     end = int(held_out[-1])
     torch.manual_seed(args.seed)
-    config = LlamaConfig(
+    make_config, make_model, feed_forward = ARCHITECTURES[args.arch]
+    arch = {} if args.arch == "llama" else {"arch": args.arch}
+    config = make_config(
         vocab_size=4096,
         max_position_embeddings=LONG,
-        num_key_value_heads=None,
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
         use_cache=False,
-        **SIZES[args.size],
+        **SIZES[args.size] | {"intermediate_size": feed_forward[args.size]},
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model = make_model._from_config(config, attn_implementation="eager" if arch else "sdpa")
     precision = "bfloat16" if torch.cuda.is_available() or cpu_bfloat16_is_fast() else "float32"
     long_tokens = LONG_SHARE * args.tokens
     common = {"lr": args.lr, "wd": 0.1, "seed": args.seed, "precision": precision, "checkpoint_every": 200}
@@ -211,9 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         **common,
     )
     untrained = held_out_loss(model, Stream(held_out, end, LONG), 128)
-    phase(model, ids, held_out, end, first, size=SHORT, done=0, folder=args.out / "short")
-    phase(model, ids, held_out, end, second, size=LONG, done=first.steps * BATCH_TOKENS, folder=args.out / "long")
+    phase(model, ids, held_out, end, first, size=SHORT, done=0, folder=args.out / "short", identity=arch)
+    done = first.steps * BATCH_TOKENS
+    phase(model, ids, held_out, end, second, size=LONG, done=done, folder=args.out / "long", identity=arch)
     about = {
+        **arch,
         "size": args.size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": (first.steps + second.steps) * BATCH_TOKENS,

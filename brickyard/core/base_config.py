@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as chatter
 
+from brickyard.core import registry
 from brickyard.core.base_files import ADAPTER, CONFIG, STEERING
 from brickyard.core.errors import BadBase, UnknownName, UnsafeFile
 from brickyard.core.files import plain_file, read_json
@@ -91,6 +92,8 @@ def build_config(known: dict[str, Any], folder: Path, trusted: bool) -> Pretrain
     needs_code = known.pop("__needs_code__")
     kind = known["model_type"]
     reference = known.get("auto_map", {}).get("AutoConfig") if trusted else None
+    if kind in {entry.record.name for entry in registry.records("models")}:
+        registry.load(kind)  # an architecture of Brickyard's own; its file registers it with transformers
     if reference is None and kind not in CONFIG_MAPPING:
         if needs_code:
             raise BadBase(

@@ -21,6 +21,7 @@ FAMILIES = (
     "audit",
     "serve",
     "distribute",
+    "models",  # layers and small architectures: known to the registry, run by no verb
 )
 # Tasks of language models, which use the base's own output layer.
 LANGUAGE_TASKS = ("causal-lm", "instruct", "preference", "multiple-choice")

@@ -1,0 +1,1 @@
+"""Network layers and small architectures, which anyone may import."""
