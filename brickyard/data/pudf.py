@@ -79,7 +79,7 @@ RECORD = Record(
                 "shuffled": "linear-probe:hidden=256,lr=3e-3 + pudf:shuffled=true",
             },
             epochs=20,
-            seeds=5,
+            seeds=8,
             max_length=64,
             full={
                 "arms": {
@@ -90,6 +90,7 @@ RECORD = Record(
                     "shuffled": "full:lr=5e-5 + pudf:shuffled=true",
                 },
                 "epochs": 5,
+                "seeds": 3,
                 "max_length": 0,
             },
         ),
