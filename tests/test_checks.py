@@ -54,7 +54,7 @@ def test_every_claim_in_the_records_is_well_formed() -> None:
         for claim in entry.record.claims:
             if claim.measure:
                 continue
-            names = {*claim.arms, "control", "majority"}
+            names = {*claim.arms, "control", "majority", "coin"}
             for text in filter(None, [claim.inequality, claim.gate, claim.control.get("inequality", "")]):
                 found = Inequality.read(text)
                 assert {found.left, found.right} <= names, (entry.record.name, text)

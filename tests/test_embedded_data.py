@@ -247,7 +247,8 @@ def test_a_file_keeps_its_side_between_versions(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert embedded.DATA == ("digits", "python-source", "python-tests", "stdlib-topics")
+    docstrings = ("docstring-choice", "docstring-pairs", "docstrings")
+    assert ("digits", *docstrings, "python-source", "python-tests", "stdlib-topics") == embedded.DATA
     assert embedded.BASES == ("minilm", "tiny-conv", "tiny-vit")
     with pytest.raises(UnknownName, match="unknown embedded data set 'stdlib_topic'; did you mean stdlib-topics"):
         embedded.data("stdlib_topic")
@@ -273,3 +274,21 @@ def test_bases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tiny_conv").mkdir()
     (tmp_path / "tiny_conv" / "config.json").write_text("{}", "utf-8")
     assert embedded.base_folder("tiny-conv") == tmp_path / "tiny_conv"
+
+
+def test_prompts_pairs_and_choices_come_from_the_same_functions_split_by_file() -> None:
+    rows, pairs, questions = (embedded.data(n) for n in ("docstrings", "docstring-pairs", "docstring-choice"))
+    summaries = {split: dict.fromkeys(columns["completion"]) for split, columns in rows.items()}
+    assert all(len(summaries[split]) == len(rows[split]["prompt"]) >= 100 for split in rows)  # each stands once
+    assert not set(summaries["train"]) & (set(summaries["validation"]) | set(summaries["test"]))
+    own = {split: set(zip(c["prompt"], c["completion"], strict=True)) for split, c in rows.items()}
+    for split, columns in pairs.items():
+        found = list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True))
+        assert all((p, a) in own[split] and a != b and b in summaries[split] for p, a, b in found)
+        lengths = np.array([(len(a), len(b)) for _, a, b in found])
+        assert np.abs(lengths[:, 0] - lengths[:, 1]).mean() < 0.15 * lengths[:, 0].mean()  # no cue by length
+    for split, columns in questions.items():
+        found = list(zip(columns["prompt"], columns["choices"], columns["label"], strict=True))
+        assert all((p, c[k]) in own[split] and len(set(c)) == 4 for p, c, k in found)
+        share = np.bincount(columns["label"], minlength=4) / len(found)
+        assert (abs(share - 0.25) < 0.08).all()

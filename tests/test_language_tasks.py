@@ -284,7 +284,7 @@ def test_an_objective_needs_something_to_train_and_its_own_task(causal_base: Pat
     from brickyard.core.build import resolve
     from brickyard.core.errors import Refused
 
-    with pytest.raises(UsageError, match=r"trains nothing; put a tuner before the objective: 'lora [+] dpo'"):
+    with pytest.raises(Refused, match=r"dpo trains nothing; dpo stands beside a tuner or a head: 'full [+] dpo'"):
         resolve(parse("dpo"), TASKS["preference"])
     with pytest.raises(Refused, match="dpo works on preference; this task is instruct"):
         resolve(parse("lora + dpo"), TASKS["instruct"])

@@ -413,7 +413,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(text_base: Path, causal_ba
     data["validation"] = {k: v[:6] for k, v in data["validation"].items()}
     with pytest.raises(Refused, match="halves validation, which has 6 rows"):
         refused("full + pudf:min_size=2,crowd=held-out", text_base, data)
-    with pytest.raises(Refused, match="trains nothing; a curriculum stands beside"):
+    with pytest.raises(Refused, match="trains nothing; pudf stands beside a tuner or a head"):
         resolve(parse("pudf"))
     with pytest.raises(Refused, match="curriculum and pudf are both a curriculum"):
         resolve(parse("full + curriculum + pudf"))

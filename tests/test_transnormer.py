@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from brickyard.core import registry, trial
+from brickyard.core.answers import answer
 from brickyard.core.base import blocks, open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Split
 from brickyard.core.errors import BadBase, UsageError
 from brickyard.core.generate import Decoding, continuations
-from brickyard.core.loop import answer
 from brickyard.core.roles import roles
 from brickyard.core.task import Task
 from brickyard.models.lightning_attention import layer_slopes, matrix_form

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +151,7 @@ class EncodedCompletions(Encoded):
     def _inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
         return {k: v for k, v in self.collate(rows).items() if k != "labels"}
 
-    @cached_property
+    @property
     def _content(self) -> str:
         digest = hashlib.sha256(f"completions {self.kind} {self.pad}".encode())
         for name, values in {**self.flat, "count": self.count_N, "swapped": self.swapped}.items():
