@@ -116,11 +116,13 @@ class _StateLayer(LinearAttentionLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row's state."""
-        self.recurrent_states[0] = self.recurrent_states[0].repeat_interleave(repeats, dim=0)
+        state: Any = self.recurrent_states[0]
+        self.recurrent_states[0] = state.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the states of some rows."""
-        self.recurrent_states[0] = self.recurrent_states[0][indices]
+        state: Any = self.recurrent_states[0]
+        self.recurrent_states[0] = state[indices]
 
 
 class TransNormerCache(Cache):
@@ -142,7 +144,8 @@ class TransNormerCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes of all states."""
-        return sum(s.nbytes for layer in self.layers for s in layer.recurrent_states.values() if s is not None)
+        layers: list[Any] = list(self.layers)
+        return sum(s.nbytes for layer in layers for s in layer.recurrent_states.values() if s is not None)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,8 @@ class GatedLinearAttention(nn.Module):
         else:
             o, state = lightning_attention(q, k, v, self.slopes, state, keep)
         if cache is not None:
-            cache.layers[self.layer_idx].update_recurrent_state(state)
+            layer: Any = cache.layers[self.layer_idx]
+            layer.update_recurrent_state(state)
         o_BTD = self.norm(o.transpose(1, 2).flatten(2))
         return self.o_proj(o_BTD * torch.sigmoid(self.gate_proj(x_BTD)))
 
@@ -304,7 +308,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     config_class = TransNormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("TransNormerBlock",)
+    _no_split_modules = ["TransNormerBlock"]
     _is_stateful = True  # a state cannot be rolled back, so there is no assisted generation
 
     @torch.no_grad()
