@@ -23,6 +23,7 @@ Importing this module registers the classes with transformers' Auto classes; `op
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
