@@ -309,7 +309,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     config_class = TransNormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransNormerBlock"]
+    _no_split_modules = ["TransNormerBlock"]  # noqa: RUF012 (the type that transformers gives it)
     _is_stateful = True  # a state cannot be rolled back, so there is no assisted generation
 
     @torch.no_grad()
