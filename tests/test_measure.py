@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 import warnings
 from pathlib import Path
@@ -222,15 +223,22 @@ def test_peak_of_a_training_step_and_its_parts():
     assert big > 4 * peak / 2
 
 
+def touched(size: int) -> mmap.mmap:
+    """Fresh resident pages; the allocator might hand out some that it had kept."""
+    pages = mmap.mmap(-1, size)
+    pages[::4096] = bytes(len(range(0, size, 4096)))
+    return pages
+
+
 def test_resident_high_water_belongs_to_this_process():
-    ballast = bytearray(b"x") * 80_000_000
+    ballast = touched(80_000_000)
     parent = measure.resident_high_water()
-    del ballast
+    ballast.close()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # an inherited figure (ru_maxrss) would still hold the ballast; leave without running any test code
         before = measure.resident_high_water()
-        ballast = bytearray(b"x") * 40_000_000
+        ballast = touched(40_000_000)
         os.write(write, f"{before} {measure.resident_high_water()} {len(ballast)}".encode())
         os._exit(0)
     os.waitpid(child, 0)
