@@ -282,15 +282,14 @@ class Tiled(torch.autograd.Function):
         decays = Decays.of(slopes_H, blocks, dtype, len(q_RGCd))
         state_RGde = first_SHde.new_empty(*q_RGCd.shape[:2], *first_SHde.shape[2:])
         o_RGCe = torch.empty_like(v_RGCe)
-        with torch.autocast(q_BHNd.device.type, enabled=False):
-            for rows, part in _groups(q_RGCd):
-                k = k_RGCd[rows, part] * decays.key_RGC1[rows, part]
-                _product(k.mT, v_RGCe[rows, part], out=state_RGde[rows, part])
-            final = blocks.scan(state_RGde, decays.block_RG, blocks.by_row(first_SHde))
-            for rows, part in _groups(q_RGCd):
-                q, k, v, state, o = (x[rows, part] for x in (q_RGCd, k_RGCd, v_RGCe, state_RGde, o_RGCe))
-                _product(_scores(q, k, decays.mask_R1CC[rows]), v, out=o)
-                _add_product(q * decays.query_R1C1[rows], state, out=o)
+        for rows, part in _groups(q_RGCd):
+            k = k_RGCd[rows, part] * decays.key_RGC1[rows, part]
+            _product(k.mT, v_RGCe[rows, part], out=state_RGde[rows, part])
+        final = blocks.scan(state_RGde, decays.block_RG, blocks.by_row(first_SHde))
+        for rows, part in _groups(q_RGCd):
+            q, k, v, state, o = (x[rows, part] for x in (q_RGCd, k_RGCd, v_RGCe, state_RGde, o_RGCe))
+            _product(_scores(q, k, decays.mask_R1CC[rows]), v, out=o)
+            _add_product(q * decays.query_R1C1[rows], state, out=o)
         ctx.blocks = blocks
         ctx.save_for_backward(q_BHNd, k_BHNd, v_BHNe, slopes_H, state_RGde)
         return blocks.join(o_RGCe, v_BHNe), blocks.by_sequence(final, len(slopes_H))
@@ -304,23 +303,22 @@ class Tiled(torch.autograd.Function):
         decays = Decays.of(slopes_H, blocks, dtype, len(q_RGCd))
         dq_RGCd, dk_RGCd, dv_RGCe = (torch.empty_like(x) for x in (q_RGCd, k_RGCd, v_RGCe))
         dstate_RGde = torch.empty_like(state_RGde)
-        with torch.autocast(q_BHNd.device.type, enabled=False):
-            for rows, part in _groups(q_RGCd):
-                q = q_RGCd[rows, part] * decays.query_R1C1[rows]
-                _product(q.mT, do_RGCe[rows, part], out=dstate_RGde[rows, part])
-            dfirst = blocks.scan(dstate_RGde, decays.block_RG, blocks.by_row(dfinal_SHde), backwards=True)
-            for rows, part in _groups(q_RGCd):
-                q, k, v, do = (x[rows, part] for x in (q_RGCd, k_RGCd, v_RGCe, do_RGCe))
-                dq, dk, dv = (x[rows, part] for x in (dq_RGCd, dk_RGCd, dv_RGCe))
-                state, dstate = state_RGde[rows, part], dstate_RGde[rows, part]
-                mask, query, key = decays.mask_R1CC[rows], decays.query_R1C1[rows], decays.key_RGC1[rows, part]
-                _product(_scores(q, k, mask).mT, do, out=dv)
-                _add_product(k * key, dstate, out=dv)
-                dscores = _scores(do, v, mask)
-                _product(dscores.mT, q, out=dk)
-                _add_product(v * key, _flipped(dstate), out=dk)
-                _product(dscores, k, out=dq)
-                _add_product(do * query, _flipped(state), out=dq)
+        for rows, part in _groups(q_RGCd):
+            q = q_RGCd[rows, part] * decays.query_R1C1[rows]
+            _product(q.mT, do_RGCe[rows, part], out=dstate_RGde[rows, part])
+        dfirst = blocks.scan(dstate_RGde, decays.block_RG, blocks.by_row(dfinal_SHde), backwards=True)
+        for rows, part in _groups(q_RGCd):
+            q, k, v, do = (x[rows, part] for x in (q_RGCd, k_RGCd, v_RGCe, do_RGCe))
+            dq, dk, dv = (x[rows, part] for x in (dq_RGCd, dk_RGCd, dv_RGCe))
+            state, dstate = state_RGde[rows, part], dstate_RGde[rows, part]
+            mask, query, key = decays.mask_R1CC[rows], decays.query_R1C1[rows], decays.key_RGC1[rows, part]
+            _product(_scores(q, k, mask).mT, do, out=dv)
+            _add_product(k * key, dstate, out=dv)
+            dscores = _scores(do, v, mask)
+            _product(dscores.mT, q, out=dk)
+            _add_product(v * key, _flipped(dstate), out=dk)
+            _product(dscores, k, out=dq)
+            _add_product(do * query, _flipped(state), out=dq)
         given = ((dq_RGCd, q_BHNd), (dk_RGCd, k_BHNd), (dv_RGCe, v_BHNe))
         first = blocks.by_sequence(dfirst, len(slopes_H))
         return *(blocks.join(grad, like) for grad, like in given), None, first, None
@@ -350,7 +348,7 @@ def _scores(a_RGCd: Tensor, b_RGCd: Tensor, mask_R1CC: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    # bmm on views, for matmul copies factors of four dimensions.
+    # bmm on views, for matmul copies factors of four dimensions; with `out`, so that autocast leaves it alone.
     torch.bmm(_stacked(a), _stacked(b), out=_stacked(out))
 
 
