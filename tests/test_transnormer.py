@@ -89,7 +89,7 @@ def test_the_network_is_its_equations(model: TransNormerForCausalLM) -> None:
             q, k = (torch.view_as_real(torch.complex(*z.chunk(2, -1)) * turn) for z in (q, k))
             q, k = (torch.cat((z[..., 0], z[..., 1]), -1) for z in (q, k))
         o, _ = matrix_form(q, k, v, torch.tensor(layer_slopes(2, i, 3)))
-        gate = torch.sigmoid(y @ w["self_attn.gate_proj.weight"])
+        gate = y @ w["self_attn.gate_proj.weight"]
         x = x + (norm(o.transpose(1, 2).flatten(2)) * gate) @ w["self_attn.o_proj.weight"]
         y = norm(x)
         x = x + ((y @ w["mlp.gate_proj.weight"]) * (y @ w["mlp.up_proj.weight"])) @ w["mlp.down_proj.weight"]

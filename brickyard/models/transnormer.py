@@ -4,7 +4,7 @@ Each block, with SRMSNorm(x) = x / (||x||_2 / sqrt(D)) without weights, on state
 
     X <- X + GLA(SRMSNorm(X)),   GLA: Q, K = swish(X W_q), swish(X W_k);  V = X W_v;  U = X W_u
                                  o_t = sum_{j <= t} lambda^(t-j) (q_t . k_j) v_j  in each head
-                                 out = (SRMSNorm(O) * sigmoid(U)) W_o,  O all heads beside one another
+                                 out = (SRMSNorm(O) * U) W_o,  O all heads beside one another
     X <- X + SGLU(SRMSNorm(X)),  SGLU = ((X W_gate) * (X W_up)) W_down,  no activation
 
 Positions: the decay lambda = exp(-s) of each head and layer (`lightning_attention.layer_slopes`) everywhere, and in the
@@ -14,9 +14,9 @@ The state of a row is H matrices [d, d] in float32 a layer, however long the tex
 added nor decayed. Documents packed into one row are kept apart by `position_ids` that start anew, if no attention mask
 is given: the rule by which transformers keeps them apart.
 
-Source: Qin et al. 2023, TransNormerLLM (arXiv 2307.14995), with the sigmoid gate of its later versions. Claim: quality
-on a par with a Llama of equal size, at a cost per token that does not grow with the length.
-Left out: learned angles; biases; the released models' other activations.
+Source: Qin et al. 2023, TransNormerLLM (arXiv 2307.14995). Claim: quality on a par with a Llama of equal size, at a
+cost per token that does not grow with the length.
+Left out: learned angles; biases; the sigmoid around U of later versions.
 Importing this module registers the classes with transformers' Auto classes; `open_base` does so where it is needed.
 """
 
@@ -265,7 +265,7 @@ class GatedLinearAttention(nn.Module):
             layer: Any = cache.layers[self.layer_idx]
             layer.update_recurrent_state(state)
         o_BTD = self.norm(o.transpose(1, 2).flatten(2))
-        return self.o_proj(o_BTD * torch.sigmoid(self.gate_proj(x_BTD)))
+        return self.o_proj(o_BTD * self.gate_proj(x_BTD))
 
 
 class SimpleGatedLinearUnit(nn.Module):
