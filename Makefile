@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test lint bench docs pylm clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,18 @@ bench: setup
 
 docs: setup
 	$(PY) scripts/make_docs.py
+
+# The embedded language models, from the source that is installed here; interrupted, it goes on. About two hours.
+pylm: setup
+	test -f runs/pylm/corpus/sources.json || $(PY) scripts/pylm_corpus.py --out runs/pylm/corpus
+	$(PY) scripts/train_pylm.py --out runs/pylm/base --compile
+	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 12e6 --compile
+	$(PY) scripts/train_pylm.py --out runs/pylm/small-a --size small --tokens 12e6 --compile --seed 1 --half 0
+	$(PY) scripts/train_pylm.py --out runs/pylm/small-b --size small --tokens 12e6 --compile --seed 2 --half 1
+	$(PY) scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm
+	$(PY) scripts/pylm_report.py runs/pylm/small/model brickyard/embedded/pylm_small
+	$(PY) scripts/pylm_report.py runs/pylm/small-a/model brickyard/embedded/pylm_small_a
+	$(PY) scripts/pylm_report.py runs/pylm/small-b/model brickyard/embedded/pylm_small_b
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,8 +1,9 @@
-"""Hold `embedded:pylm` against what it must beat: xz, a 5-gram model on the same tokens, and itself untrained.
+"""Hold a model of `train_pylm.py` against what it must beat, and write it with its card as an embedded base.
 
-    python scripts/pylm_report.py --corpus runs/pylm/corpus --model runs/pylm/base/model
+    python scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm
 
-Prints bits per byte of the held-out packages, and how many greedy completions of held-out function bodies parse.
+What it must beat: xz, a 5-gram model on the same tokens, and itself untrained, in bits per byte of the held-out
+packages; and the 5-gram in how many greedy completions of held-out function bodies parse.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import ast
 import json
 import lzma
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from brickyard.compare.charts import tag
+from brickyard.compare.scales import Axis
 from brickyard.core.answers import answer
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Split
+from brickyard.core.files import sha256, write_json
 from brickyard.core.task import Task
 
 TASK = Task("causal-lm", "bits_per_byte", None, 1, "text")
@@ -165,31 +170,35 @@ def parses(body: Body, completion: str) -> bool:
     return bool("".join(kept).strip())
 
 
-def main() -> None:
-    """Measure and print everything as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--corpus", type=Path, default=Path("runs/pylm/corpus"))
-    parser.add_argument("--model", type=Path, default=Path("runs/pylm/base/model"))
-    parser.add_argument("--completions", type=int, default=200)
-    args = parser.parse_args()
-    texts = [json.loads(line)["text"] for line in (args.corpus / "heldout.jsonl").open(encoding="utf-8")]
+def baselines(corpus: Path, texts: list[str], vocabulary: int) -> tuple[dict[str, float], Ngrams]:
+    """Return the bits per byte of xz and of a 5-gram model of the training tokens, and that model."""
     size = sum(len(text.encode()) for text in texts)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train = np.fromfile(args.corpus / "train.bin", dtype=np.uint16)
-    held = np.fromfile(args.corpus / "heldout.bin", dtype=np.uint16)
-    packed = lzma.compress("".join(texts).encode(), preset=9 | lzma.PRESET_EXTREME)
-    out: dict[str, Any] = {"bits_per_byte": {"xz -9e": 8 * len(packed) / size}}
-    grams = Ngrams(train, len(tokenizer))
+    held = np.fromfile(corpus / "heldout.bin", dtype=np.uint16)
+    grams = Ngrams(np.fromfile(corpus / "train.bin", dtype=np.uint16), vocabulary)
     padded = np.concatenate([np.full(ORDER - 1, held[-1], dtype=np.uint16), held])
-    out["bits_per_byte"]["5-gram"] = float(grams.nats(padded).sum() / math.log(2) / size)
-    base = open_base(str(args.model))
+    packed = lzma.compress("".join(texts).encode(), preset=9 | lzma.PRESET_EXTREME)
+    return {
+        "xz -9e": 8 * len(packed) / size,
+        "5-gram, modified Kneser-Ney": float(grams.nats(padded).sum() / math.log(2) / size),
+    }, grams
+
+
+def measure(corpus: Path, folder: Path, completions: int) -> dict[str, Any]:
+    """Return bits per byte of everything, and the shares of completions that parse."""
+    texts = [json.loads(line)["text"] for line in (corpus / "heldout.jsonl").open(encoding="utf-8")]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bits, grams = baselines(corpus, texts, len(tokenizer))
+    base = open_base(str(folder))
     model = base.model(TASK, seed=0)
     encoded = encode(Split({"text": texts}), base, TASK)
-    score = lambda m: TASK.score(encoded.labels, answer(m, encoded, TASK).predictions)  # noqa: E731
+
+    def score(m: torch.nn.Module) -> float:
+        return float(TASK.score(encoded.labels.numpy(), answer(m, encoded, TASK).predictions))
+
     torch.manual_seed(0)
-    out["bits_per_byte"]["untrained"] = score(LlamaForCausalLM(base.config).eval())
-    out["bits_per_byte"]["pylm"] = score(model)
-    chosen = bodies(texts, args.completions)
+    bits["this model, untrained"] = score(LlamaForCausalLM(base.config).eval())
+    bits["this model"] = score(model)
+    chosen = bodies(texts, completions)
     end = int(tokenizer.eos_token_id)
     prompts = [tokenizer(body.before, add_special_tokens=False)["input_ids"][-PROMPT:] for body in chosen]
 
@@ -200,19 +209,129 @@ def main() -> None:
         return made[0, len(prompt) :].tolist()
 
     ways: dict[str, Callable[[list[int]], list[int]]] = {
-        "5-gram": lambda p: grams.greedy(p, BODY, end),
-        "pylm": by_model,
+        "5-gram, modified Kneser-Ney": lambda p: grams.greedy(p, BODY, end),
+        "this model": by_model,
     }
-    out["parses"] = {
+    parsed = {
         name: sum(
             parses(body, tokenizer.decode([t for t in way(prompt) if t != end]))
             for body, prompt in zip(chosen, prompts, strict=True)
         )
-        / len(chosen)
         for name, way in ways.items()
     }
-    out["completions"] = len(chosen)
-    print(json.dumps(out, indent=2))
+    return {"bits_per_byte": bits, "parses": parsed, "completions": len(chosen)}
+
+
+def curve_picture(points: Sequence[dict[str, Any]]) -> str:
+    """Return the loss curve as SVG: nats a token over tokens seen, training pale, held-out dark."""
+    w, h = 640, 300
+    lines = {
+        name: [(p["tokens"] / 1e6, p[name]) for p in points if p[name] is not None] for name in ("train", "held_out")
+    }
+    spots = [spot for line in lines.values() for spot in line]
+    x_axis = Axis(0.0, max(x for x, _ in spots), 48, w - 16)
+    low, high = math.floor(2 * min(y for _, y in spots)) / 2, math.ceil(2 * max(y for _, y in spots)) / 2
+    y_axis = Axis(low, high, h - 40, 16)
+    inner = [tag("rect", width=w, height=h, fill="#fff")]
+    for tick in np.arange(low, high + 0.25, 0.5):
+        y = y_axis.at(float(tick))
+        inner.append(tag("path", d=f"M48 {y:.1f}H{w - 16}", stroke="#e7e9ec"))
+        inner.append(tag("text", f"{tick:.1f}", x=42, y=y + 4, text_anchor="end"))
+    for tick in np.linspace(0, x_axis.high, 6):
+        inner.append(tag("text", f"{tick:.0f}", x=x_axis.at(float(tick)), y=h - 22, text_anchor="middle"))
+    inner.append(tag("text", "million tokens seen", x=w / 2, y=h - 6, text_anchor="middle"))
+    for (name, line), colour in zip(lines.items(), ("#b9c0c7", "#0060a8"), strict=True):
+        path = "M" + "L".join(f"{x_axis.at(x):.1f} {y_axis.at(y):.1f}" for x, y in line)
+        inner.append(tag("path", d=path, fill="none", stroke=colour, stroke_width=2))
+        words = {"train": "training", "held_out": "held out"}[name]
+        inner.append(tag("text", words, x=w - 90, y=32 if name == "train" else 50, fill=colour))
+    frame = f"0 0 {w} {h}"
+    style = {"font_family": "sans-serif", "font_size": 12, "fill": "#5a636d", "xmlns": "http://www.w3.org/2000/svg"}
+    label = "Loss in nats a token over the tokens seen"
+    return f"{tag('svg', *inner, viewBox=frame, width=w, height=h, role='img', aria_label=label, **style)}\n"
+
+
+def card(folder: Path, about: dict[str, Any], found: dict[str, Any], sources: dict[str, Any]) -> str:
+    """Return the model card: what it is, what it was trained on and how, and what was measured."""
+    name = folder.name.replace("_", "-")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = folder / "model.safetensors"
+    share = "" if about["half"] is None else f", half {about['half']} of the documents"
+    machine = about["environment"]
+    curve = about["curve"]
+    bits = "\n".join(f"| {who} | {value:.3f} |" for who, value in found["bits_per_byte"].items())
+    parsed = "\n".join(f"| {who} | {n} of {found['completions']} |" for who, n in found["parses"].items())
+    licences = "\n".join(
+        f"| {s['package']} {s['version']} | {s['licence']} | {s['files']:,} | {s['bytes'] / 1e6:.1f} |"
+        for s in sources["train"]
+    )
+    held = ", ".join(f"{s['package']} {s['version']}" for s in sources["heldout"])
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}: a small language model of Python source
+
+A `{config["architectures"][0]}`: {config["num_hidden_layers"]} layers, width {config["hidden_size"]},
+{config["num_attention_heads"]} heads, feed-forward {config["intermediate_size"]}, a byte-level BPE of
+{config["vocab_size"]:,} tokens, context {config["max_position_embeddings"]:,}. {about["parameters"]:,} parameters in
+bfloat16, {weights.stat().st_size:,} bytes. It is a base for trying and comparing methods on a real language model, not
+a tool that writes code.
+
+sha256 of model.safetensors: `{sha256(weights)}`
+
+## Training
+{about["tokens"]:,} tokens of {about["corpus_tokens"]:,}{share} ({about["epochs"]:.2f} epochs), {sum(about["steps"]):,}
+steps of {about["tokens"] // sum(about["steps"]):,} tokens: {about["steps"][0]:,} steps in blocks of 256 at the constant
+rate {about["lr"]:g} after a warm-up, then {about["steps"][1]:,} in blocks of 1,024 while the rate falls to zero.
+{about["precision"]}, seed {about["seed"]}, on {machine["processor"]}. Scripts: `scripts/pylm_corpus.py`,
+`scripts/train_pylm.py`, `scripts/pylm_report.py` (`make pylm`).
+
+![Loss in nats a token over the tokens seen](loss.svg)
+
+Held-out loss after {curve[-1]["tokens"]:,} tokens: {about["nats_per_token"]:.3f} nats a token
+(untrained {about["untrained_nats_per_token"]:.3f}).
+
+## Measured on held-out packages
+{held}: {sources["counts"]["heldout"]["documents"]:,} files, {sources["counts"]["heldout"]["bytes"]:,} bytes, none of
+them trained on.
+
+| | bits per byte |
+|---|---|
+{bits}
+
+Greedy completions of held-out function bodies ({PROMPT} tokens before, {BODY} after) that parse:
+
+| | parse |
+|---|---|
+{parsed}
+
+## Data
+Python source without tests, split by package. The files that `embedded:python-source` holds out are left out.
+
+| package | licence | files | MB |
+|---|---|---|---|
+{licences}
+"""
+
+
+def main() -> None:
+    """Measure, and write the model with its card."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="the folder `model` of a training")
+    parser.add_argument("out", type=Path, help="where the base is written; its name is the folder's")
+    parser.add_argument("--corpus", type=Path, default=Path("runs/pylm/corpus"))
+    parser.add_argument("--completions", type=int, default=200)
+    args = parser.parse_args()
+    found = measure(args.corpus, args.model, args.completions)
+    print(json.dumps(found, indent=2))
+    about = json.loads((args.model / "training.json").read_text(encoding="utf-8"))
+    shutil.copytree(args.model, args.out, dirs_exist_ok=True)
+    write_json(args.out / "training.json", about | {"report": found})
+    (args.out / "loss.svg").write_text(curve_picture(about["curve"]), encoding="utf-8")
+    sources = json.loads((args.corpus / "sources.json").read_text(encoding="utf-8"))
+    (args.out / "README.md").write_text(card(args.out, about, found, sources), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -274,3 +275,61 @@ def test_a_brick_opens_without_a_second_copy(causal_base: Path) -> None:
     assert build(prepared.plan, prepared.base, prepared.task, seed=0, objective=False).objective is None
     assert resolve(prepared.plan.arm, prepared.task).objective == "dpo"
     assert open_base(str(causal_base)).generative
+
+
+GOLDEN_BETAS = (0.1, 0.5)
+
+
+def golden_batch() -> tuple[list[list[int]], ...]:
+    """Prompts, chosen and rejected answers as token ids, of unequal lengths."""
+    ids = lambda start, n: [1 + (start + 7 * i) % 22 for i in range(n)]  # noqa: E731
+    return (
+        [ids(0, 4), ids(3, 6), ids(5, 2)],
+        [ids(1, 5), ids(2, 3), ids(9, 7)],
+        [ids(4, 2), ids(11, 6), ids(6, 4)],
+    )
+
+
+def golden_model(shift: float) -> nn.Module:
+    """A Llama whose weights are a formula: nothing is drawn."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (1.0 + i) + i + shift)
+            p.copy_((0.3 * wave if p.ndim > 1 else 1 + 0.1 * wave).reshape(p.shape))
+    return model.eval()
+
+
+@pytest.mark.parametrize("place", range(len(GOLDEN_BETAS)))
+def test_losses_and_gradients_are_those_of_trl(place: int) -> None:
+    known = json.loads((Path(__file__).parent / "golden" / "trl_dpo.json").read_text(encoding="utf-8"))["found"][place]
+    prompts, chosen, rejected = golden_batch()
+    rows = [(p, a) for answers in (chosen, rejected) for p, a in zip(prompts, answers, strict=True)]
+    longest = max(len(p) + len(a) for p, a in rows)
+    ids, labels = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -100)
+    for row, (p, a) in enumerate(rows):
+        ids[row, : len(p) + len(a)] = torch.tensor(p + a)
+        labels[row, len(p) - 1 : len(p) + len(a) - 1] = torch.tensor(a)
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    policy, untouched = golden_model(0.0), golden_model(0.5)
+    with torch.no_grad():
+        reference = Reference(states(untouched, batch), untouched.lm_head)  # type: ignore[arg-type]
+    config = dpo.Config(beta=known["beta"])
+    loss = dpo.loss(config, states(policy, batch), policy.lm_head, batch, reference)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(known["loss"], rel=1e-5)
+    loss.backward()
+    norms = {n: float(p.grad.norm()) for n, p in policy.named_parameters() if p.grad is not None}
+    assert norms.keys() == known["gradient_norms"].keys()
+    assert norms == pytest.approx(known["gradient_norms"], rel=1e-4)

@@ -12,7 +12,15 @@ from pathlib import Path
 from brickyard.core.errors import BadBase, UnknownName
 
 _HERE = Path(__file__).parent
-_BASES = {"minilm": "", "tiny-conv": "tiny_conv", "tiny-vit": "tiny_vit"}  # "": from the package of the extra
+_BASES = {
+    "minilm": "",  # from the package of the extra
+    "pylm": "pylm",
+    "pylm-small": "pylm_small",
+    "pylm-small-a": "pylm_small_a",
+    "pylm-small-b": "pylm_small_b",
+    "tiny-conv": "tiny_conv",
+    "tiny-vit": "tiny_vit",
+}
 
 DATA = tuple(
     sorted(file.stem.replace("_", "-") for file in _HERE.glob("*.py") if "\ndef splits(" in file.read_text("utf-8"))
