@@ -26,7 +26,7 @@ from brickyard.core.measure import cpu_bfloat16_is_fast, environment, forward_fl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from train_pylm import BATCH_TOKENS, LONG, SHORT, TASK, Stream, language_model  # noqa: E402
+from train_pylm import BATCH_TOKENS, LONG, SHORT, TASK, Stream, language_model
 
 SIDE = 2048  # of the square matrices
 STEPS = 4  # of the loop in one measurement
@@ -73,7 +73,7 @@ def main() -> None:
             model.compile()
         attached = attach_in_place(model, [n for n, _ in model.named_parameters()], matched={}, no_decay=[])
 
-        def step(attached=attached, stream=stream, training=training) -> None:  # noqa: ANN001
+        def step(attached=attached, stream=stream, training=training) -> None:
             train(attached, stream, None, TASK, training)
 
         runs[name] = step

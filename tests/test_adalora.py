@@ -22,9 +22,10 @@ from brickyard.core.answers import predict
 from brickyard.core.build import build
 from brickyard.core.errors import NoEffect, Refused, UsageError
 from brickyard.core.loop import train
+from brickyard.core.ranks import keep_best
 from brickyard.core.trainer import ArmTrainer
 from brickyard.core.wrap import ADAPTER
-from brickyard.tune.adalora import Config, keep_best, residual
+from brickyard.tune.adalora import Config, residual
 
 ARM = "adalora:init_r=4,target_r=2,every=2,target=[query,key,value,out,up,down]"
 LAYERS = 12  # two blocks of six linear layers

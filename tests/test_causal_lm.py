@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,10 @@ from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Split, read_data
 from brickyard.core.documents import EncodedBlocks
-from brickyard.core.errors import BadBase, BadData, Refused, UsageError
+from brickyard.core.errors import BadBase, BadData, Changed, Refused, UsageError
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.influence import influence
+from brickyard.core.loop import State
 from brickyard.core.task import Task, task_of
 from brickyard.embedded import base_folder
 
@@ -175,3 +178,39 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path, causal_base
     (small / "tokenizer.json").write_bytes((base_folder("minilm") / "tokenizer.json").read_bytes())
     with pytest.raises(BadBase, match="another model"):
         blocks(small, texts)
+
+
+def test_one_endless_line_and_mixed_encodings_are_refused_by_name(tmp_path: Path) -> None:
+    endless = tmp_path / "endless" / "train.txt"
+    endless.parent.mkdir()
+    with endless.open("wb") as file:
+        for _ in range(51):
+            file.write(b"word " * 200_000)
+    with pytest.raises(BadData, match=r"50,000,000.*(split|cut|shorter|lines)"):
+        read_data(str(endless.parent), task="causal-lm", need=("train",))
+    mixed = tmp_path / "mixed" / "train.txt"
+    mixed.parent.mkdir()
+    mixed.write_bytes("na\u00efve\n".encode() * 3 + "na\u00efve\n".encode("latin-1"))
+    with pytest.raises(BadData, match=r"train\.txt is not valid UTF-8: .*line 4"):
+        read_data(str(mixed.parent), task="causal-lm", need=("train",))
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(causal_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(causal_base, base)
+    setting = {"data": documents(), "task": "causal-lm", "training": {"steps": 8, "batch": 2}, "device": "cpu", "max_length": 32}
+
+    class Stop:
+        def before_step(self, state: State) -> None:
+            if state.step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        brickyard.tune("lora", base=str(base), out=tmp_path / "run", checkpoint_every=2, callbacks=[Stop()], **setting)
+    file = base / "tokenizer.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    words = known["model"]["vocab"]
+    words["good"], words["bad"] = words["bad"], words["good"]
+    file.write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(Changed):
+        brickyard.tune("lora", base=str(base), out=tmp_path / "run", checkpoint_every=2, **setting)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.stats import binomtest, rankdata, t
 
-from brickyard.checks.run import Answers, Inequality, judge
-from brickyard.core.arm import Arm, parse
-from brickyard.core.errors import RunFailed
-from brickyard.core.jobs import Job, Local
+from brickyard.checks._runs import answers, arm_row, majority, trained, with_training
+from brickyard.checks.run import Inequality, judge
+from brickyard.core.arm import parse
 from brickyard.core.method import Claim
 from brickyard.core.readers import read
 from brickyard.core.trial import Setting, curriculum_of, prepare
@@ -124,23 +121,21 @@ def curriculum(
     """
     data, _ = spoiled(claim.data, rows)
     asked = {"base": claim.base, "max_length": claim.max_length or None, "data": data, **(setting or {})}
-    arms = {name: (text, float(claim.epochs)) for name, text in claim.arms.items()}
-    arms["pudf-short"] = (arms["pudf"][0], SHARE * claim.epochs)
+    arms = {name: with_training(text, epochs=float(claim.epochs)) for name, text in claim.arms.items()}
+    arms["pudf-short"] = with_training(claim.arms["pudf"], epochs=SHARE * claim.epochs)
     with tempfile.TemporaryDirectory(prefix="brickyard-pudf-") as place:
-        runs = _trained(arms, asked, claim.seeds, Path(place), workers)
+        runs = trained(arms, asked, claim.seeds, Path(place), workers)
         seconds = {
             name: float(np.median([run["cost"]["train_seconds"] for run in run_S])) for name, run_S in runs.items()
         }
         states = float(np.median([run["cost"].get("states_seconds", 0.0) for run in runs["random-order"]]))
         longer = (seconds["pudf"] - states) / max(seconds["random-order"] - states, 1e-6)
         epochs = claim.epochs * min(max(longer, 1.0), LONGEST)
-        arms["equal-time"] = (arms["random-order"][0], epochs)
-        runs |= _trained({"equal-time": arms["equal-time"]}, asked, claim.seeds, Path(place), workers)
-        answers = {name: _answers(Path(place), name, claim.seeds) for name in arms}
-    labels = answers["pudf"].labels
-    most = np.bincount(labels.astype(int)).argmax()
-    answers["majority"] = Answers(labels, np.full_like(answers["pudf"].predictions, most))
-    compare = lambda text: {"inequality": text, **judge(Inequality.read(text), answers, "accuracy")}  # noqa: E731
+        arms["equal-time"] = with_training(claim.arms["random-order"], epochs=epochs)
+        runs |= trained({"equal-time": arms["equal-time"]}, asked, claim.seeds, Path(place), workers)
+        found = {name: answers(Path(place), name, claim.seeds) for name in arms}
+    found["majority"] = majority(found["pudf"])
+    compare = lambda text: {"inequality": text, **judge(Inequality.read(text), found, "accuracy")}  # noqa: E731
     main = compare(f"pudf-short >= random-order - {-MARGIN}")
     control = compare("pudf > random-difficulty")
     gate = compare("random-order > majority + 10.0")
@@ -160,7 +155,7 @@ def curriculum(
             f"{control['high']:+.2f}); the crowd took {crowd:.1f} s, a run on {SHARE} of the examples saves "
             f"{saved:.1f} s: it pays for itself after {crowd / max(saved, 1e-6):.1f} fine-tunes"
         ),
-        "arms": {name: _arm(text, epochs, runs[name]) for name, (text, epochs) in arms.items()},
+        "arms": {name: arm_row(text, runs[name]) for name, text in arms.items()},
         "control": {
             "what": "random difficulties under the competence schedule",
             "destroyed": control["holds"] is True,
@@ -196,42 +191,6 @@ def spoiled(name: str, rows: int = 0, *, share: float = WRONG) -> tuple[dict[str
         for label, wrong, step in zip(train["label"], wrong_N, other_N, strict=True)
     ]
     return {**splits, "train": train}, wrong_N
-
-
-def _trained(
-    arms: Mapping[str, tuple[str, float]], asked: Mapping[str, Any], seeds: int, folder: Path, workers: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Run every arm with every seed in processes of their own; RunFailed names one that did not finish."""
-    jobs = []
-    for name, (text, epochs) in arms.items():
-        arm = parse(text)
-        arm = replace(arm, training={**arm.training, "epochs": epochs})
-        for seed in range(1, seeds + 1):
-            setting = Setting(arm=str(arm), seed=seed, **asked)
-            argument = {"setting": asdict(setting), "folder": str(folder / f"{name}-{seed}")}
-            jobs.append(Job(key=f"{name}-{seed}", function="brickyard.core.trial:run", argument=argument))
-    # The first run fills the cache of states, the first with a crowd that of the crowd.
-    outcomes = {outcome.key: outcome for outcome in Local(workers).run(jobs)}
-    for key, outcome in outcomes.items():
-        if outcome.status != "done":
-            raise RunFailed(f"check pudf: {key} {outcome.status}: {outcome.reason}")
-    return {name: [outcomes[f"{name}-{seed}"].value for seed in range(1, seeds + 1)] for name in arms}
-
-
-def _answers(folder: Path, name: str, seeds: int) -> Answers:
-    tables = [pq.read_table(folder / f"{name}-{seed}" / "answers.parquet") for seed in range(1, seeds + 1)]
-    return Answers(tables[0]["label"].to_numpy(), np.stack([table["prediction"].to_numpy() for table in tables]))
-
-
-def _arm(text: str, epochs: float, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    scores = [run["score"]["mean"] for run in runs]
-    return {
-        "arm": str(Arm(parse(text).pieces, {**parse(text).training, "epochs": epochs})),
-        "mean": float(np.mean(scores)),
-        "per_seed": scores,
-        "trainable_parameters": runs[0]["cost"]["trainable_parameters"],
-        "train_seconds": float(np.median([run["cost"]["train_seconds"] for run in runs])),
-    }
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -102,12 +102,18 @@ def check(
     measured: list[dict[str, Any] | None] = [None] * len(claims)
     # Claims with one set-up share their runs: an arm that stands in several is trained once.
     groups: dict[str, list[int]] = {}
+    shared: dict[str, dict[str, Any]] = {}
     for i, claim in enumerate(claims):
+        setup = str([getattr(claim, name) for name in SETUP])
         if claim.measure:
-            function = getattr(importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}"), claim.measure)
-            measured[i] = {"text": claim.text, "kind": claim.kind, **function(claim)}
+            key = f"{claim.measure} {setup}"
+            if key not in shared:
+                checks = importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}")
+                shared[key] = getattr(checks, claim.measure)(claim)
+            found = shared[key][claim.part] if claim.part else shared[key]
+            measured[i] = {"text": claim.text, "kind": claim.kind, **found}
         else:
-            groups.setdefault(str([getattr(claim, name) for name in SETUP]), []).append(i)
+            groups.setdefault(setup, []).append(i)
     folders = []
     for members in groups.values():
         run = _Run.of(name, [claims[i] for i in members], base, data, listen)

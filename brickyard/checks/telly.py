@@ -6,28 +6,19 @@ import itertools
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.stats import t as student
-from torch import Tensor
 
 from brickyard.checks._rho_curve import rho_curve
+from brickyard.checks._steps import attached, in_turn, mean_ratio, one_step, random_batch
 from brickyard.core import measure
-from brickyard.core.arm import parse
-from brickyard.core.attached import Attached
-from brickyard.core.base import Base, open_base
-from brickyard.core.build import build, resolve
-from brickyard.core.loop import train_mode
+from brickyard.core.base import open_base
 from brickyard.core.method import Claim
-from brickyard.core.prefix import ENTERING
 from brickyard.core.roles import blocks
-from brickyard.core.task import Task
 
 __all__ = ["rho_curve", "saved_bytes", "step_time"]
 
 HEAD = " + linear-probe"
 FULL, RATIO, LINEAR = "full", 0.65, 0.02
 BATCH, TOKENS, ROUNDS = 32, 64, 8
-_TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
 
 
 def depths(layers: int) -> list[int]:
@@ -48,17 +39,12 @@ def step_time(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS, rounds:
     arms = {FULL: FULL, **{f"k={k}": f"telly:k={k},cache=false" for k in depths(count)}}
     arms |= {f"k={k} kept": f"telly:k={k}" for k in depths(count) if k}
     arms["top"] = f"telly:k={two_thirds},top=true"
-    steps = {name: _step(_attached(base, arm), base, batch, tokens) for name, arm in arms.items()}
-    for step in steps.values():
-        step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):  # each meets the same state of the machine
-        for name in np.roll(list(steps), -turn):
-            taken[name].append(measure.step_time(steps[name], warmup=0, repeats=1))
+    steps = {name: one_step(attached(base, arm + HEAD), base, batch, tokens) for name, arm in arms.items()}
+    taken = in_turn(steps, rounds)
     full_R = np.array(taken[FULL])
-    ratios = {name: _mean_ratio(np.array(found) / full_R) for name, found in taken.items() if name != FULL}
+    ratios = {name: mean_ratio(np.array(found) / full_R) for name, found in taken.items() if name != FULL}
     chain = [f"k={k}" for k in depths(count)]
-    falls = [_mean_ratio(np.array(taken[b]) / np.array(taken[a])) for a, b in itertools.pairwise(chain)]
+    falls = [mean_ratio(np.array(taken[b]) / np.array(taken[a])) for a, b in itertools.pairwise(chain)]
     at = ratios[f"k={two_thirds}"]
     if at[2] <= RATIO and all(high < 1 for _, _, high in falls):
         holds: Any = True
@@ -100,8 +86,9 @@ def saved_bytes(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS) -> di
     count = len(blocks(base.backbone()))
 
     def kept(arm: str) -> int:
-        inputs, loss = _batch(base, batch, tokens)
-        return measure.saved_for_backward_bytes(_attached(base, arm, "eager").model, inputs, loss)
+        inputs, loss = random_batch(base, batch, tokens)
+        model = attached(base, arm + HEAD, "eager").model
+        return measure.saved_for_backward_bytes(model, inputs, loss)
 
     sizes = np.array([kept(f"telly:k={k},cache=false") for k in range(count)], dtype=np.float64)
     full, top = kept(FULL), kept(f"telly:k={count // 2},top=true")
@@ -128,40 +115,3 @@ def saved_bytes(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS) -> di
         },
         "figures": {"bytes": sizes.tolist(), "full": full, "top": top},
     }
-
-
-def _mean_ratio(ratios_R: np.ndarray) -> tuple[float, float, float]:
-    """Geometric mean of paired ratios and its 95 % interval over rounds."""
-    logs_R = np.log(ratios_R)
-    reach = student.ppf(0.975, len(logs_R) - 1) * logs_R.std(ddof=1) / np.sqrt(len(logs_R))
-    return float(np.exp(logs_R.mean())), float(np.exp(logs_R.mean() - reach)), float(np.exp(logs_R.mean() + reach))
-
-
-def _attached(base: Base, arm: str, attention: str = "sdpa") -> Attached:
-    return build(resolve(parse(arm + HEAD), _TASK), base, _TASK, seed=0, attention=attention)
-
-
-def _batch(base: Base, batch: int, tokens: int) -> tuple[dict[str, Tensor], Any]:
-    """Full rows of random tokens, and the loss on random labels."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(base.config.vocab_size), (batch, tokens), generator=generator)
-    labels = torch.randint(2, (batch,), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs, lambda logits: _TASK.loss(logits, labels)
-
-
-def _step(attached: Attached, base: Base, batch: int, tokens: int) -> Any:
-    """One step of training as the loop makes it: forward, backward, AdamW."""
-    inputs, loss = _batch(base, batch, tokens)
-    if attached.prefix is not None:
-        with torch.no_grad():
-            inputs[ENTERING] = attached.prefix(**inputs).last_hidden_state
-    optimiser = torch.optim.AdamW(attached.parameters(), lr=1e-5, fused=True)
-    train_mode(attached.model)
-
-    def step() -> None:
-        loss(attached.model(**inputs).logits).backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
-    return step

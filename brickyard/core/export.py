@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.adalora.layer import AdaLoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from brickyard.core import brick as bricks
@@ -21,6 +21,7 @@ from brickyard.core.errors import Refused, UsageError
 from brickyard.core.files import complete_folder, write_json, write_tensors
 from brickyard.core.inject_export import to_lora
 from brickyard.core.inject_layer import BrickyardLinear
+from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.receipt import assert_parity, parity
 from brickyard.core.retention import TEXTS
 from brickyard.core.wrap import ADAPTER
@@ -41,21 +42,28 @@ def export(
     """
     made = bricks.load(folder)
     opened = open_base(base or made.manifest["base"]["spec"])
-    if rank is not None:
-        raise UsageError(
-            f"--rank: {made.manifest['method']} was trained for one rank only; leave it out, or use --max-rank."
-        )
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; give a new folder.")
     if to == "peft":
-        return _peft(made, opened, out, max_rank)
+        return _peft(made, opened, out, rank, max_rank)
     if max_rank is not None:
         raise UsageError("--max-rank belongs to --to peft; a merged model holds the whole change.")
-    return _merged(made, opened, out)
+    return _merged(made, opened, out, rank)
 
 
-def _peft(made: Brick, base: Base, out: Path, max_rank: int | None) -> dict[str, Any]:
+def at_rank(model: nn.Module, rank: int | None) -> None:
+    """Use the model's adapter at `rank`, where one is given; Refused where it was trained for one rank only."""
+    if rank is None:
+        return
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, BrickyardTuner):
+        raise Refused("--rank: this brick was trained for one rank only; leave the option out, or use --max-rank.")
+    tuner.at_rank(ADAPTER, rank)
+
+
+def _peft(made: Brick, base: Base, out: Path, rank: int | None, max_rank: int | None) -> dict[str, Any]:
     model = made.apply(base).model
+    at_rank(model, rank)
     if not isinstance(model, PeftModel):
         raise Refused(
             f"{made.manifest['arm']} is no adapter on layers; use --to merged, or load the brick with Brickyard."
@@ -129,9 +137,11 @@ def _fold(model: PeftModel, out: Path) -> None:
         write_json(temporary / "adapter_config.json", {k: getattr(v, "value", v) for k, v in known.items()})
 
 
-def _merged(made: Brick, base: Base, out: Path) -> dict[str, Any]:
+def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, Any]:
     applied = made.apply(base).model
     plain: Any = made.apply(base).model
+    at_rank(applied, rank)
+    at_rank(plain, rank)
     if isinstance(plain, PeftModel):
         try:
             plain = plain.merge_and_unload(safe_merge=True)

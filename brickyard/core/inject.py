@@ -9,9 +9,13 @@ PEFT; a method file brings its mathematics as module-level functions. `config` i
     weight(config, part) -> dW_mn                    any other change of the weight: merge, LoRA by SVD
     delta(config, part, x) -> y'                     y = W x + y', a faster path than `weight`, or the only one
     around(config, part, x, y) -> y                  the whole step from base output y, for rescalers and fused paths
+    whole(config, part, x, bias) -> y                optional, beside `weight`: the layer in one product where no other
+                                                     adapter is active; the base layer is not called
     draw(config, leaves, generator) -> {name: any}   optional: once per training forward, seen as `part.drawn`
+    at_rank(config, leaves, rank) -> {name: any}     optional: what `choose` sets where one adapter serves several ranks
     check(config, part) -> None                      optional: raise BadBrick for loaded tensors that cannot be right
 
+A method that removes ranks in training says where they lie: RANK_AXES = {"name": axis}, see `core.ranks`.
 `plan` and at least one of the next four are needed. In training `around` goes before `delta`, then `factors`, then
 `weight`; outside training and autograd `factors` goes first, so they must agree. `config.dropout`, if there is one, is
 applied to x as PEFT does; `config.target` holds the default targets.

@@ -13,6 +13,7 @@ from brickyard.core import wrap
 from brickyard.core.attached import Attached
 from brickyard.core.inject_config import BrickyardConfig, find
 from brickyard.core.inject_tuner import BrickyardTuner
+from brickyard.core.ranks import Ranks
 
 
 def attach(model: nn.Module, name: str, config: Any, task: Any = None) -> Attached:
@@ -31,7 +32,9 @@ def attach(model: nn.Module, name: str, config: Any, task: Any = None) -> Attach
 def _checked(tuner: BrickyardTuner, load: Callable[[dict[str, Tensor]], None]) -> Callable[[dict[str, Tensor]], None]:
     def checked(tensors: dict[str, Tensor]) -> None:
         ours = {k: k.removeprefix("base_model.") + f".{wrap.ADAPTER}" for k in tensors}
-        tuner.check_tensors(wrap.ADAPTER, {v: tensors[k] for k, v in ours.items()})
+        stored = {v: tensors[k] for k, v in ours.items()}
+        Ranks(tuner, wrap.ADAPTER).fit(stored)
+        tuner.check_tensors(wrap.ADAPTER, stored)
         load(tensors)
 
     return checked

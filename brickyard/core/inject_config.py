@@ -50,7 +50,8 @@ class BrickyardConfig(PeftConfig):
     `method` and `options` are what an arm names; `seed` draws everything random (None: taken from torch's generator
     when the adapter is made, and stored). With `target_modules=None` the method's own `target` is used; lists of names
     or endings, a regular expression and "all-linear" mean what they mean in PEFT, but an entry that matches nothing is
-    an error. `init_weights=False` fills tensors that start at zero with small noise, for tests.
+    an error. `init_weights=False` fills tensors that start at zero with small noise, for tests. `rank_pattern` maps
+    layers to the ranks they have left where a method removes ranks in training (`core.ranks`).
     """
 
     method: str = ""
@@ -63,6 +64,7 @@ class BrickyardConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
     init_weights: bool = True
+    rank_pattern: dict[str, int] | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:

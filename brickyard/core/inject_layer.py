@@ -341,11 +341,13 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
+        active = [] if self.merged else [adapter for adapter in self.active_adapters if adapter in self.bound]
+        if len(active) == 1 and self.bound[active[0]].has("whole"):
+            bound = self.bound[active[0]]
+            return bound.module.whole(bound.config, self.part(active[0]), x, self.get_base_layer().bias)
         y = self.base_layer(x, *args, **kwargs)
-        if not self.merged:
-            for adapter in self.active_adapters:
-                if adapter in self.bound:
-                    y = self._adapted(adapter, x, y)
+        for adapter in active:
+            y = self._adapted(adapter, x, y)
         return y
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

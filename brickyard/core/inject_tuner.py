@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from brickyard.core import inject_config
+from brickyard.core import inject_config, ranks
 from brickyard.core.errors import BadBrick, NotFinite, Refused, UnknownName, UsageError
 from brickyard.core.inject_config import BrickyardConfig, check_matched
 from brickyard.core.inject_layer import (
@@ -75,6 +75,7 @@ class BrickyardTuner(BaseTuner):
         generator = torch.Generator().manual_seed(config.seed)
         plan = module.plan(options, tuple(leaves.values()), generator)
         _check_plan(config.method, plan, leaves)
+        ranks.cut(plan, module, config.rank_pattern or {})
         if not config.init_weights:
             _fill_zeros(plan, generator)
         others = [(p, p.requires_grad) for attribute in self._containers() for p in attribute.parameters()]
@@ -306,6 +307,14 @@ class BrickyardTuner(BaseTuner):
         for _, layer in self.layers():
             if adapter in layer.bound:
                 layer.choose(adapter, None if values is None else values[layer.bound[adapter].leaf.name])
+
+    def at_rank(self, adapter: str, rank: int) -> None:
+        """Use the adapter at `rank` from now on, outside training; Refused where its method knows one rank only."""
+        bounds = [layer.bound[adapter] for _, layer in self.layers() if adapter in layer.bound]
+        if not bounds[0].has("at_rank"):
+            raise Refused(f"{bounds[0].name} was trained for one rank only; leave the rank out, or use --max-rank.")
+        leaves = tuple(bound.leaf for bound in bounds)
+        self.choose(adapter, bounds[0].module.at_rank(bounds[0].config, leaves, rank))
 
     def _check_merge(self, adapters: Sequence[str] | None, safe: bool) -> None:
         """Refuse before the first layer is touched, so that a model is merged wholly or not at all."""

@@ -104,6 +104,7 @@ class State:
     waited: int = 0
     batch_rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     hooks: Hooks | None = None
+    optimiser: torch.optim.Optimizer | None = None  # None where the step has none
 
 
 class Hooks:
@@ -270,6 +271,7 @@ def train(
     state.hooks = Hooks([*attached.callbacks, *([curriculum] if curriculum else []), *callbacks])
     torch.manual_seed(training.seed)
     step = make_step(attached, training)
+    state.optimiser = getattr(step, "optimiser", None)
     saved = Checkpoints(
         folder, {"training": asdict(training), "data": examples.digest, **(identity or {})}, allow_change
     )

@@ -45,6 +45,7 @@ class Claim:
     data: str = "embedded:stdlib-topics"
     base: str = "embedded:minilm"
     measure: str = ""
+    part: str = ""  # key of this claim in what `measure` returns, where claims share one measurement
     kind: Literal["counted", "measured", "emulated", "predicted"] = "measured"
     epochs: float = 3
     seeds: int = 3

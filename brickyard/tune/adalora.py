@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from brickyard.core.attached import Attached, copy_into
 from brickyard.core.errors import NoEffect, UsageError
 from brickyard.core.method import Claim, Record
+from brickyard.core.ranks import keep_best
 from brickyard.core.task import Task
 from brickyard.core.wrap import ADAPTER, attach_peft, check_rank, targets
 
@@ -121,14 +122,6 @@ class Config:
             raise UsageError("adalora: beta1 and beta2 lie in (0, 1), every >= 1, orth >= 0.")
         if self.score not in ("importance", "magnitude", "random"):
             raise UsageError(f"adalora: score={self.score!r}; importance, magnitude or random were expected.")
-
-
-def keep_best(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Return boolean masks of the `budget` best entries over all score vectors; ties go to the earlier entry."""
-    flat = torch.cat([s.flatten() for s in scores])
-    best = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    best[torch.sort(flat, descending=True, stable=True).indices[:budget]] = True
-    return list(best.split([s.numel() for s in scores]))
 
 
 def residual(matrices: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,118 @@
+"""Runs of a check that wants more of its arms than their answers to the test rows: every seed's brick stays at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from torch import nn
+
+from brickyard.checks.run import Answers
+from brickyard.core import brick as bricks
+from brickyard.core.answers import answer
+from brickyard.core.arm import parse
+from brickyard.core.errors import RunFailed
+from brickyard.core.jobs import Job, Local
+from brickyard.core.method import Claim
+from brickyard.core.trial import Prepared, Setting
+
+
+def asked_by(claim: Claim) -> dict[str, Any]:
+    """Return the keywords of `Setting` that a claim fixes for all of its arms."""
+    training = {"epochs": claim.epochs, **({"batch": claim.batch} if claim.batch else {})}
+    return {
+        "base": claim.base,
+        "data": claim.data,
+        "max_length": claim.max_length or None,
+        "train_rows": claim.train_rows,
+        "training": training,
+    }
+
+
+def with_training(text: str, **training: Any) -> str:
+    """Return the arm `text` with training settings that it does not fix itself."""
+    arm = parse(text)
+    return str(replace(arm, training={**training, **arm.training}))
+
+
+def tuned(
+    claim: Claim, arms: Mapping[str, str], asked: Mapping[str, Any], folder: Path, workers: int
+) -> dict[str, str]:
+    """Return the arms with the learning rate of `claim.lrs` that validates best with seed 0."""
+    if len(claim.lrs) < 2:
+        return {name: with_training(text, **({"lr": claim.lrs[0]} if claim.lrs else {})) for name, text in arms.items()}
+    every = {(name, lr): with_training(text, lr=lr) for name, text in arms.items() for lr in claim.lrs}
+    jobs = []
+    for (name, lr), text in every.items():
+        setting = asdict(Setting(arm=text, seed=0, **asked))
+        argument = {"setting": setting, "folder": str(folder / f"search-{name}-{lr}"), "role": "search"}
+        jobs.append(Job(key=f"{name} {lr}", function="brickyard.core.trial:run", argument=argument))
+    found = _run(jobs, workers)
+    # Validation scores tie often on small sets; the loss of the same rows then decides.
+    rank = lambda name, lr: (found[f"{name} {lr}"]["validation"], -found[f"{name} {lr}"]["validation_loss"])  # noqa: E731
+    return {name: every[name, max(claim.lrs, key=lambda lr: rank(name, lr))] for name in arms}
+
+
+def trained(
+    arms: Mapping[str, str], asked: Mapping[str, Any], seeds: int, folder: Path, workers: int = 2
+) -> dict[str, list[dict[str, Any]]]:
+    """Run every arm with seeds 1..`seeds` in processes of their own; RunFailed names one that did not finish.
+
+    Returns name -> results; the bricks stand in `folder/NAME-SEED/brick`.
+    """
+    jobs = []
+    for name, text in arms.items():
+        for seed in range(1, seeds + 1):
+            argument = {
+                "setting": asdict(Setting(arm=text, seed=seed, **asked)),
+                "folder": str(folder / f"{name}-{seed}"),
+            }
+            jobs.append(Job(key=f"{name}-{seed}", function="brickyard.core.trial:run", argument=argument))
+    found = _run(jobs, workers)
+    return {name: [found[f"{name}-{seed}"] for seed in range(1, seeds + 1)] for name in arms}
+
+
+def _run(jobs: list[Job], workers: int) -> dict[str, Any]:
+    outcomes = {outcome.key: outcome for outcome in Local(workers).run(jobs)}
+    for key, outcome in outcomes.items():
+        if outcome.status != "done":
+            raise RunFailed(f"{key} {outcome.status}: {outcome.reason}")
+    return {key: outcome.value for key, outcome in outcomes.items()}
+
+
+def answers(folder: Path, name: str, seeds: int) -> Answers:
+    """Return what the seeds of an arm answered to the test rows."""
+    tables = [pq.read_table(folder / f"{name}-{seed}" / "answers.parquet") for seed in range(1, seeds + 1)]
+    return Answers(tables[0]["label"].to_numpy(), np.stack([table["prediction"].to_numpy() for table in tables]))
+
+
+def opened_answers(ready: Prepared, folder: Path, name: str, changes: Sequence[Callable[[nn.Module], None]]) -> Answers:
+    """Return what the seeds of an arm answer to the test rows once each opened brick went through its change."""
+    found = []
+    for seed, change in enumerate(changes, 1):
+        model = bricks.load(folder / f"{name}-{seed}" / "brick").apply(ready.base).model
+        change(model)
+        found.append(answer(model, ready.encoded["test"], ready.task).predictions)
+    return Answers(ready.encoded["test"].labels.numpy(), np.stack(found))
+
+
+def majority(of: Answers) -> Answers:
+    """Return the answers of one who always gives the most frequent class."""
+    most = np.bincount(of.labels.astype(int)).argmax()
+    return Answers(of.labels, np.full_like(of.predictions, most))
+
+
+def arm_row(text: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a check's JSON says of an arm."""
+    scores = [run["score"]["mean"] for run in runs]
+    return {
+        "arm": text,
+        "mean": float(np.mean(scores)),
+        "per_seed": scores,
+        "trainable_parameters": runs[0]["cost"]["trainable_parameters"],
+        "train_seconds": float(np.median([run["cost"]["train_seconds"] for run in runs])),
+    }

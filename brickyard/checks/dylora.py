@@ -1,0 +1,152 @@
+"""The claims of `dylora`: its quality at every rank beside LoRAs of that rank and a LoRA that was cut, and its cost."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from brickyard.checks._runs import answers, arm_row, asked_by, majority, opened_answers, trained, tuned
+from brickyard.checks._steps import attached, in_turn, mean_ratio, one_step
+from brickyard.checks.run import Inequality, judge
+from brickyard.core.base import open_base
+from brickyard.core.export import at_rank
+from brickyard.core.method import Claim
+from brickyard.core.trial import Setting, prepare
+from brickyard.core.wrap import ADAPTER
+
+RANKS = (1, 2, 4, 8)
+CUT = ("alpha over the rank left", "alpha over 8", "by singular values")
+TARGET = "target=[query,value]"
+DEAR = 1.3  # times a LoRA that a DyLoRA may cost
+ROUNDS = 12
+
+
+def by_rank(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
+    """Train one DyLoRA and a LoRA of every rank, and hold them against each other at every rank.
+
+    Control of both parts: a LoRA of rank 8 is no DyLoRA, so used at rank 1 as it stands it must fall behind by more
+    than a point. Gate: LoRA of rank 8 beats the majority class by 10 points.
+    """
+    arms = {"dylora": f"dylora:r={RANKS[-1]},{TARGET}", "frozen": f"dylora:r={RANKS[-1]},frozen=true,{TARGET}"}
+    arms |= {f"lora{r}": f"lora:r={r},alpha=16,{TARGET}" for r in RANKS}
+    asked = {**asked_by(claim), **more}
+    with tempfile.TemporaryDirectory(prefix="brickyard-dylora-") as place:
+        folder = Path(place)
+        arms = tuned(claim, arms, asked, folder, workers)
+        runs = trained(arms, asked, claim.seeds, folder, workers)
+        found = {name: answers(folder, name, claim.seeds) for name in arms}
+        ready = prepare(Setting(arm=arms["lora8"], **asked), ("train", "test"))
+        for r in RANKS:
+            for name in ("dylora", "frozen"):
+                change = [lambda model, r=r: at_rank(model, r)] * claim.seeds
+                found[f"{name}@{r}"] = opened_answers(ready, folder, name, change)
+            for how in CUT:
+                change = [lambda model, r=r, how=how: cut(model, r, how)] * claim.seeds
+                found[f"cut@{r} {how}"] = opened_answers(ready, folder, "lora8", change)
+    found["majority"] = majority(found["lora8"])
+
+    def compare(a: str, b: str, margin: float) -> dict[str, Any]:
+        names = {"a": found[a], "b": found[b]}
+        return {"a": a, "b": b, "margin": margin, **judge(Inequality("a", "b", margin), names, ready.task.metric)}
+
+    means = {name: float(np.mean([ready.task.score(f.labels, p) for p in f.predictions])) for name, f in found.items()}
+    best = {r: max((f"cut@{r} {how}" for how in CUT), key=lambda name: means[name]) for r in RANKS}
+    gate = compare("lora8", "majority", 10.0)
+    gone = compare(f"cut@1 {CUT[0]}", "lora1", -1.0)
+    control = {
+        "what": "a LoRA of rank 8 used at rank 1 as it stands: nothing taught it to be cut",
+        "inequality": "cut >= lora - 1.0",
+        "destroyed": gone["holds"] is False,
+        **{k: gone[k] for k in ("measured", "low", "high")},
+    }
+    every = [compare(f"dylora@{r}", f"lora{r}", -1.0) for r in RANKS]
+    over = [compare(f"dylora@{r}", best[r], 1.0) for r in RANKS if r <= 4]
+    spread = {
+        name: max(values) - min(values)
+        for name, values in (
+            ("dylora", [means[f"dylora@{r}"] for r in RANKS]),
+            ("cut", [means[best[r]] for r in RANKS]),
+        )
+    }
+    rows = {name: arm_row(text, runs[name]) for name, text in arms.items()}
+    shared = {"gate": gate, "control": control, "arms": rows, "figures": {"means": means, "spread": spread}}
+    valid = gate["holds"] is True
+    return {
+        "every_rank": {"inequality": "dylora(b) >= lora(b) - 1.0 for b = 1, 2, 4, 8", **_all(every, valid), **shared},
+        "against_cutting": {"inequality": "dylora(b) >= cut(b) + 1.0 for b = 1, 2, 4", **_all(over, valid), **shared},
+    }
+
+
+def _all(parts: list[dict[str, Any]], valid: bool) -> dict[str, Any]:
+    """Join inequalities that must all hold; the figures are those of the one nearest to failing."""
+    worst = min(parts, key=lambda part: part["low"] - part["margin"])
+    said = [part["holds"] for part in parts]
+    holds: Any = False if False in said else True if all(h is True for h in said) else "undecided"
+    detail = "; ".join(f"{p['a']} - {p['b']} {p['measured']:+.2f} ({p['low']:+.2f} to {p['high']:+.2f})" for p in parts)
+    return {
+        "holds": holds if valid else "set-up invalid",
+        **{k: worst[k] for k in ("measured", "low", "high")},
+        "detail": detail + " points",
+        "comparisons": parts,
+    }
+
+
+@torch.no_grad()
+def cut(model: nn.Module, rank: int, how: str) -> None:
+    """Leave `rank` ranks of every LoRA layer: its first ones, at either scaling, or those of its largest values."""
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        a_rn, b_mr = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        if how == CUT[2]:
+            u_mk, s_k, v_kn = torch.linalg.svd(b_mr @ a_rn, full_matrices=False)
+            a_rn[:rank], b_mr[:, :rank] = v_kn[:rank], u_mk[:, :rank] * s_k[:rank]
+        if how == CUT[0]:
+            layer.scaling[ADAPTER] *= len(a_rn) / rank
+        a_rn[rank:], b_mr[:, rank:] = 0.0, 0.0
+
+
+def search_cost(claim: Claim, *, batch: int = 32, tokens: int = 32, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time steps of DyLoRA and of LoRA of the same largest rank in turn; the interval is over rounds.
+
+    Four ranks then cost four LoRAs, or one DyLoRA. Control: the dense weights trained in place of ranks.
+    """
+    base = open_base(claim.base)
+    arms = {
+        "lora": f"lora:r=8,alpha=16,{TARGET}",
+        "dylora": f"dylora:r=8,{TARGET}",
+        "frozen": f"dylora:r=8,frozen=true,{TARGET}",
+        "full": "full",
+    }
+    steps = {name: one_step(attached(base, text), base, batch, tokens) for name, text in arms.items()}
+    taken = in_turn(steps, rounds)
+    ratios = {name: mean_ratio(np.array(taken[name]) / np.array(taken["lora"])) for name in arms if name != "lora"}
+    mean, low, high = ratios["dylora"]
+    gone = ratios["full"]
+    holds: Any = True if high <= DEAR else False if low > DEAR else "undecided"
+    return {
+        "inequality": f"t(dylora) <= {DEAR:g} t(lora)",
+        "holds": holds,
+        "measured": mean,
+        "low": low,
+        "high": high,
+        "detail": (
+            f"a step of DyLoRA takes {mean:.2f} ({low:.2f} to {high:.2f}) of LoRA's at B={batch}, T={tokens}, with "
+            f"frozen lower ranks {ratios['frozen'][0]:.2f}; a search over {len(RANKS)} ranks costs "
+            f"{len(RANKS) / mean:.1f} times as much"
+        ),
+        "gate": None,
+        "control": {
+            "what": "all weights trained, which is no low-rank step",
+            "inequality": f"t(full) > {DEAR:g} t(lora)",
+            "measured": gone[0],
+            "low": gone[1],
+            "high": gone[2],
+            "destroyed": gone[1] > DEAR,
+        },
+        "figures": {"seconds": taken, "ratios": ratios},
+    }

@@ -1,0 +1,140 @@
+"""The claims of `sora`: with part of its ranks beside a whole LoRA, and beside a LoRA that was cut afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from scipy.stats import norm
+from torch import nn
+
+from brickyard.checks._runs import answers, arm_row, asked_by, majority, opened_answers, trained, tuned, with_training
+from brickyard.checks.run import Inequality, judge
+from brickyard.core.arm import parse
+from brickyard.core.build import build
+from brickyard.core.method import Claim
+from brickyard.core.ranks import keep_best
+from brickyard.core.trial import Prepared, Setting, prepare
+from brickyard.core.wrap import ADAPTER
+
+RANK = 8
+SHARES = (0.9, 0.7, 0.55, 0.4, 0.25)  # of the ranks that thresholds are laid out to leave
+MANY, FEW = 0.7, 0.4  # of the ranks, as the card asks
+TARGET = "target=blocks"
+
+
+def by_sparsity(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
+    """Find the thresholds that leave 70 and 40 % of the ranks, without a look at any score, and train with them.
+
+    Control: the same training on shuffled labels. Gate: the whole LoRA beats the majority class by 10 points.
+    """
+    asked = {**asked_by(claim), **more}
+    with tempfile.TemporaryDirectory(prefix="brickyard-sora-") as place:
+        folder = Path(place)
+        arms = tuned(claim, {"lora": f"lora:r={RANK},alpha=16,{TARGET}", "dense": sora(0.0)}, asked, folder, workers)
+        ready = prepare(Setting(arm=arms["lora"], **asked), ("train", "test"))
+        steps = math.ceil(len(ready.encoded["train"]) / ready.training.batch) * ready.training.epochs
+        chosen = parse(arms["dense"]).training
+        grid = {f"k={k:.2g}": with_training(sora(k), **chosen) for k in thresholds(steps)}
+        swept = trained(grid, asked, 1, folder, workers)
+        left = {name: ranks_left(runs[0]) / whole_ranks(ready) for name, runs in swept.items()}
+        many = min(left, key=lambda name: abs(left[name] - MANY))
+        few = min(
+            (n for n in left if left[n] <= FEW), key=lambda n: FEW - left[n], default=min(left, key=left.__getitem__)
+        )
+        arms |= {"many": grid[many], "few": grid[few]}
+        runs = trained(arms, asked, claim.seeds, folder, workers)
+        runs |= trained({"shuffled": arms["many"]}, {**asked, "shuffle_labels": True}, claim.seeds, folder, workers)
+        found = {name: answers(folder, name, claim.seeds) for name in (*arms, "shuffled")}
+        kept = {name: [ranks_left(run) for run in runs[name]] for name in ("dense", "many", "few")}
+        for how in ("smallest", "random"):
+            cut = [
+                lambda model, b=budget, s=seed, how=how: leave(model, b, how, s)
+                for seed, budget in enumerate(kept["few"])
+            ]
+            found[how] = opened_answers(ready, folder, "lora", cut)
+    found["majority"] = majority(found["lora"])
+
+    def compare(text: str) -> dict[str, Any]:
+        return {"inequality": text, **judge(Inequality.read(text), found, ready.task.metric)}
+
+    total = whole_ranks(ready)
+    shares = {name: float(np.mean(counts)) / total for name, counts in kept.items()}
+    rising = list(left.values())
+    gate = compare("lora > majority + 10.0")
+    gone = compare("many > shuffled + 5.0")
+    shared = {
+        "gate": gate,
+        "control": {"what": "training labels shuffled", "destroyed": gone["holds"] is True, **gone},
+        "arms": {name: arm_row(text, runs[name]) for name, text in arms.items()},
+        "figures": {
+            "ranks": kept,
+            "of": total,
+            "share_by_threshold": left,
+            "never_rises": all(a >= b for a, b in itertools.pairwise(rising)),
+            "comparisons": [compare("dense >= lora"), compare("few >= random"), compare("many >= dense")],
+        },
+    }
+    parts = {}
+    for part, text, name in (
+        ("against_dense", "many >= lora - 0.5", "many"),
+        ("against_cutting", "few >= smallest", "few"),
+    ):
+        outcome = compare(text)
+        near = abs(shares["many"] - MANY) <= 0.1 if name == "many" else shares["few"] <= FEW + 0.02
+        valid = gate["holds"] is True and near
+        parts[part] = {
+            **outcome,
+            "holds": outcome["holds"] if valid else "set-up invalid",
+            "detail": (
+                f"{outcome['measured']:+.2f} points ({outcome['low']:+.2f} to {outcome['high']:+.2f}) with "
+                f"{100 * shares[name]:.0f} % of {total} ranks"
+            ),
+            **shared,
+        }
+    return parts
+
+
+def sora(k: float) -> str:
+    """Return the arm with threshold k."""
+    return f"sora:r={RANK},alpha=16,k={k:.3g},{TARGET}"
+
+
+def thresholds(steps: float) -> list[float]:
+    """Return the thresholds at which a gate that no gradient moves would be left alive with each of SHARES.
+
+    It starts from N(0, 1) and is pulled by k times the course of the learning rate, on average half its peak.
+    """
+    return [float(norm.ppf(1 - share / 2)) / (0.5 * steps) for share in SHARES]
+
+
+def ranks_left(run: dict[str, Any]) -> int:
+    """Return the ranks of the weights that a run kept."""
+    best = next(point for point in run["history"] if point["step"] == run["best_step"])
+    return int(best["ranks"])
+
+
+def whole_ranks(ready: Prepared) -> int:
+    """Return the ranks of all target layers before any has died."""
+    made = build(ready.plan, ready.base, ready.task, seed=0)
+    return RANK * sum(isinstance(m, LoraLayer) for m in made.model.modules())
+
+
+@torch.no_grad()
+def leave(model: nn.Module, budget: int, how: str, seed: int) -> None:
+    """Leave `budget` ranks of a trained LoRA: those of the largest |a_i| |b_i|, or random ones; the others become 0."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for layer in layers:
+        a_rn, b_mr = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        size_r = a_rn.norm(dim=1) * b_mr.norm(dim=0)
+        scores.append(size_r if how == "smallest" else torch.rand(len(size_r), generator=generator))
+    for layer, mask_r in zip(layers, keep_best(scores, budget), strict=True):
+        layer.lora_B[ADAPTER].weight[:, ~mask_r] = 0.0

@@ -1,0 +1,165 @@
+"""DyLoRA: which ranks a step uses and trains, and that the first b ranks are an ordinary LoRA of rank b."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bridged import bert, logits, words
+from bridged import stir as stir_adapter
+from conftest import text_data
+from peft import PeftModel, get_peft_model
+from scipy.stats import chisquare
+
+import brickyard
+from brickyard.core.base import open_base
+from brickyard.core.errors import Refused, UsageError
+from brickyard.core.export import export
+from brickyard.core.inject import BrickyardConfig, BrickyardLinear, Leaf, register, to_lora
+from brickyard.tune import dylora
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+register()
+R = 4
+
+
+def model(stirred: bool = True, **options: object) -> PeftModel:
+    made = get_peft_model(bert(), BrickyardConfig(method="dylora", options={"r": R, "alpha": 8.0, **options}, seed=1))
+    if stirred:
+        stir_adapter(made, "default")
+    return made.eval()
+
+
+def layers(made: PeftModel) -> list[BrickyardLinear]:
+    return [m for m in made.modules() if isinstance(m, BrickyardLinear)]
+
+
+def at(made: PeftModel, rank: int) -> PeftModel:
+    made.base_model.at_rank("default", rank)  # type: ignore[operator]
+    return made
+
+
+def leaf(name: str) -> Leaf:
+    return Leaf(name=name, group="g", in_features=8, out_features=8, position=0, count=1)
+
+
+@pytest.mark.parametrize("rank", range(1, R + 1))
+def test_at_a_rank_it_is_the_lora_of_that_rank(rank: int, tmp_path: Path) -> None:
+    made = at(model(), rank)
+    layer = layers(made)[0]
+    x, part = torch.randn(2, 3, layer.in_features), layer.part("default")
+    wanted = layer.base_layer(x) + 8.0 / rank * (x @ part["a"][:rank].T) @ part["bt"][:rank]
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+    found = logits(made)
+    to_lora(made, "default", tmp_path / "lora")
+    plain = PeftModel.from_pretrained(bert(), str(tmp_path / "lora")).eval()
+    assert plain.peft_config["default"].r == rank  # type: ignore[attr-defined]
+    torch.testing.assert_close(logits(plain), found, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(made.merge_and_unload()), found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_adapter_changes_nothing_at_any_rank() -> None:
+    plain, made = logits(bert()), model(stirred=False)
+    for rank in range(1, R + 1):
+        torch.testing.assert_close(logits(at(made, rank)), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_trains_the_ranks_it_uses_or_the_topmost_alone(frozen: bool) -> None:
+    made = model(frozen=frozen).train()
+    seen = set()
+    for _ in range(12):
+        made.zero_grad()
+        made(**words()).logits.square().sum().backward()
+        drawn = {layer.drawn["default"] for layer in layers(made)}
+        assert len(drawn) == 1  # the same for every layer
+        b = drawn.pop()
+        seen.add(b)
+        for layer in layers(made):
+            for name in ("a", "bt"):
+                gradient = getattr(layer, f"brick_{name}")["default"].grad
+                assert not gradient[b:].any()
+                assert gradient[b - 1].any()
+                assert bool(gradient[: b - 1].any()) == (not frozen and b > 1)
+    assert len(seen) > 2
+
+
+def test_the_topmost_ranks_gradient_is_the_same_frozen_or_not() -> None:
+    found = []
+    for frozen in (False, True):
+        made = model(frozen=frozen).train()
+        made(**words()).logits.square().sum().backward()
+        b = layers(made)[0].drawn["default"]
+        found.append(layers(made)[0].get_parameter("brick_a.default").grad[b - 1])  # type: ignore[index]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"distribution": "geometric"}, {"unit": 2, "r_min": 2}], ids=str)
+def test_draws_follow_the_distribution(options: dict) -> None:
+    config = dylora.Config(r=8, **options)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(dylora.draw(config, (leaf("x"),), generator)["x"] for _ in range(10_000))
+    allowed = dylora.ranks(config)
+    p = dylora.probabilities(config).numpy()
+    assert set(drawn) == set(allowed) and p.sum() == pytest.approx(1)
+    assert chisquare([drawn[b] for b in allowed], 10_000 * p).pvalue > 1e-3
+    if options.get("distribution"):
+        assert (np.diff(p) < 0).all()
+
+
+def test_nothing_is_drawn_outside_training_and_a_resumed_run_goes_on_drawing(tmp_path: Path) -> None:
+    made = model()
+    assert torch.equal(logits(made), logits(made)) and torch.equal(logits(made), logits(at(made, R)))
+    made.train()
+    sequence = []
+    for step in range(8):
+        made(**words())
+        sequence.append(layers(made)[0].drawn["default"])
+        if step == 3:
+            kept = {k: v.clone() for k, v in made.state_dict().items()}
+    assert len(set(sequence)) > 1
+    again = model(stirred=False)
+    again.load_state_dict(kept)
+    again.base_model.brick_step["default"] = torch.tensor(4)  # type: ignore[index]
+    again.train()
+    rest = []
+    for _ in range(4):
+        again(**words())
+        rest.append(layers(again)[0].drawn["default"])
+    assert rest == sequence[4:]
+
+
+def test_a_brick_is_exported_at_every_rank(text_base: Path, tmp_path: Path) -> None:
+    training = {"batch": 8, "epochs": 3, "lr": 5e-3}
+    brickyard.tune(
+        "dylora:r=4", base=str(text_base), data=text_data(), training=training, device="cpu", out=tmp_path / "run"
+    )
+    folder = next(path.parent for path in (tmp_path / "run").rglob("adapter_config.json"))
+    base = open_base(str(text_base))
+    sizes = []
+    for rank in (1, 3):
+        found = export(folder, "peft", tmp_path / f"r{rank}", rank=rank)
+        assert found["max_gap"] <= 1e-4 and base.input == "text"
+        sizes.append((tmp_path / f"r{rank}" / "adapter_model.safetensors").stat().st_size)
+    assert sizes[0] < sizes[1]
+    assert export(folder, "merged", tmp_path / "merged", rank=2)["max_gap"] <= 1e-4
+    with pytest.raises(UsageError, match=r"trained for \[1, 2, 3, 4\]"):
+        export(folder, "peft", tmp_path / "no", rank=5)
+
+
+def test_a_rank_is_refused_where_a_method_has_one_only() -> None:
+    with pytest.raises(Refused, match="one rank only"):
+        at(get_peft_model(bert(), BrickyardConfig(method="sora", options={"r": 2})), 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"r_min": 0}, {"r_min": 9}, {"unit": 3}, {"distribution": "normal"}, {"alpha": 0.0}], ids=str
+)
+def test_bad_options_are_refused(options: dict) -> None:
+    with pytest.raises(UsageError):
+        dylora.Config(**options)
+    with pytest.raises(Refused, match="exceeds layer"):
+        model(r=17)

@@ -1,0 +1,265 @@
+"""SoRA and the rank engine: the proximal step, ranks that die, and what is left as a plain LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bridged import bert, logits, words
+from bridged import stir as stir_adapter
+from conftest import text_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from torch.nn import functional as F
+
+import brickyard
+from brickyard.core import trial
+from brickyard.core.base import open_base
+from brickyard.core.build import build
+from brickyard.core.errors import BadBrick, NoEffect, Refused, UsageError
+from brickyard.core.inject import BrickyardConfig, register, to_lora
+from brickyard.core.loop import State, train
+from brickyard.core.ranks import Ranks, keep_best
+from brickyard.tune import sora
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+register()
+NUMBERS = st.floats(-10, 10, allow_nan=False, width=32)
+
+
+def model(**options: object) -> PeftModel:
+    return get_peft_model(bert(), BrickyardConfig(method="sora", options={"r": 4, **options}, seed=1)).eval()
+
+
+def stir(peft_model: PeftModel, seed: int = 5) -> PeftModel:
+    stir_adapter(peft_model, "default", seed)
+    return peft_model
+
+
+def ranks(peft_model: PeftModel) -> Ranks:
+    return Ranks(peft_model.base_model, "default")  # type: ignore[arg-type]
+
+
+def gates(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: layer.brick_gate["default"] for name, layer in ranks(peft_model).layers().items()}
+
+
+def kill(peft_model: PeftModel, seed: int = 0, share: float = 0.5) -> dict[str, torch.Tensor]:
+    """Set a random half of the gates to zero, all of those of one layer; return what is left as masks."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for place, gate in enumerate(gates(peft_model).values()):
+            gate[torch.rand(len(gate), generator=g) < (1.0 if place == 3 else share)] = 0.0
+    return {name: gate != 0 for name, gate in gates(peft_model).items()}
+
+
+@settings(deadline=None)
+@given(st.lists(NUMBERS, min_size=1, max_size=20), st.lists(NUMBERS, min_size=1, max_size=20), st.floats(0, 3))
+def test_the_soft_threshold_is_the_proximal_step_of_an_l1_norm(a: list[float], b: list[float], k: float) -> None:
+    for v, found in zip(a, sora.soft(torch.tensor(a, dtype=torch.float64), k).tolist(), strict=True):
+        assert found == pytest.approx(np.sign(v) * max(abs(v) - k, 0.0), abs=1e-12)
+    size = min(len(a), len(b))
+    one, other = (torch.tensor(x[:size], dtype=torch.float64) for x in (a, b))
+    assert ((sora.soft(one, k) - sora.soft(other, k)).abs() <= (one - other).abs() + 1e-12).all()
+    assert not sora.soft(torch.zeros(3), k).any()
+
+
+def test_the_released_rule_shrinks_and_then_cuts() -> None:
+    k = 0.25
+    values = torch.tensor([0.5, 1.5, 2.0, 3.0, -0.5, -1.5, -2.0, -3.0]) * k
+    assert sora.sequential(values, k).tolist() == pytest.approx([0, 0, k, 2 * k, 0, 0, -k, -2 * k])
+
+
+def test_a_new_adapter_changes_nothing_and_the_gates_are_drawn() -> None:
+    plain, adapted = bert(), model()
+    torch.testing.assert_close(logits(adapted), logits(plain), rtol=0, atol=0)
+    found = torch.cat(list(gates(adapted).values()))
+    assert found.std() > 0.5 and not (found == 1).any()
+    assert all((g == 1).all() for g in gates(model(gate="ones")).values())
+
+
+def test_a_layer_computes_its_equation_in_training_and_outside() -> None:
+    adapted = stir(model(alpha=8.0))
+    layer = next(iter(ranks(adapted).layers().values()))
+    x = torch.randn(3, 5, layer.in_features)
+    part = layer.part("default")
+    wanted = layer.base_layer(x) + 2.0 * F.linear(F.linear(x, part["a"]) * part["gate"], part["b"])
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+    layer.train()
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dead_rank_gets_no_gradient_but_its_gate_does() -> None:
+    adapted = stir(model()).train()
+    with torch.no_grad():
+        for gate in gates(adapted).values():
+            gate[1] = 0.0
+    adapted(**words()).logits.square().sum().backward()
+    for layer in ranks(adapted).layers().values():
+        a, b, gate = (getattr(layer, f"brick_{n}")["default"] for n in ("a", "b", "gate"))
+        assert not a.grad[1].any() and not b.grad[:, 1].any()
+        assert a.grad[0].any() and b.grad[:, 0].any()
+        assert gate.grad[1] != 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cutting_dead_ranks_keeps_the_outputs_and_the_moments_of_the_rest(seed: int) -> None:
+    adapted = stir(model(), seed=seed).train()
+    optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    adapted(**words()).logits.square().sum().backward()
+    optimiser.step()
+    masks = kill(adapted.eval(), seed)
+    before = logits(adapted)
+    first = next(name for name, mask in masks.items() if 0 < mask.sum() < 4)
+    layer = ranks(adapted).layers()[first]
+    held = [getattr(layer, f"brick_{n}")["default"] for n in ("a", "b", "gate")]
+    moments = [optimiser.state[p]["exp_avg_sq"].clone() for p in held]
+    ranks(adapted).keep(masks, optimiser)
+    assert ranks(adapted).now() == {name: int(mask.sum()) for name, mask in masks.items()}
+    assert ranks(adapted).now()[list(masks)[3]] == 0
+    torch.testing.assert_close(logits(adapted), before, rtol=1e-5, atol=1e-6)
+    for p, moment, axis in zip(held, moments, (0, 1, 0), strict=True):
+        assert (
+            p
+            is getattr(layer, f"brick_{'a' if p.ndim == 2 and axis == 0 else 'b' if p.ndim == 2 else 'gate'}")[
+                "default"
+            ]
+        )
+        kept = masks[first].nonzero()[:, 0]
+        torch.testing.assert_close(optimiser.state[p]["exp_avg_sq"], moment.index_select(axis, kept), rtol=0, atol=0)
+    adapted.train()(**words()).logits.square().sum().backward()
+    optimiser.step()  # the same objects, in their new shapes
+
+
+def test_a_cut_adapter_is_stored_merged_and_exported_in_its_shape(tmp_path: Path) -> None:
+    adapted = stir(model())
+    masks = kill(adapted)
+    ranks(adapted).keep(masks, None)
+    before = logits(adapted)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(bert(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(again), before, rtol=0, atol=0)
+    assert ranks(again).now() == {name: int(mask.sum()) for name, mask in masks.items()}  # type: ignore[arg-type]
+    exported = to_lora(adapted, "default", tmp_path / "lora")
+    assert exported.exact and exported.ranks == {n: int(m.sum()) for n, m in masks.items() if m.any()}
+    plain = PeftModel.from_pretrained(bert(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(logits(plain), before, rtol=1e-5, atol=1e-5)
+    sizes = [(tmp_path / f / "adapter_model.safetensors").stat().st_size for f in ("lora", "adapter")]
+    whole = stir(model())
+    whole.save_pretrained(str(tmp_path / "whole"))
+    of_all = sum(int(m.sum()) for m in masks.values()) / sum(len(m) for m in masks.values())
+    weights = sum(t.numel() for n, t in whole.base_model.adapter_tensors("default").items() if "gate" not in n)  # type: ignore[operator]
+    kept = sum(t.numel() for n, t in adapted.base_model.adapter_tensors("default").items() if "gate" not in n)  # type: ignore[operator]
+    assert kept / weights == pytest.approx(of_all, abs=0.05) and sizes[0] < 1.2 * sizes[1]
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), before, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_in_a_file_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadBrick, match="allows 0 to 4"):
+        get_peft_model(bert(), BrickyardConfig(method="sora", options={"r": 4}, rank_pattern={_first(): 9}))
+    with pytest.raises(BadBrick, match="no ranks here"):
+        get_peft_model(bert(), BrickyardConfig(method="sora", options={"r": 4}, rank_pattern={"elsewhere": 1}))
+    with pytest.raises(Refused, match="exceeds layer"):
+        model(r=17)
+
+
+def _first() -> str:
+    return next(iter(ranks(model()).layers()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k": -1.0}, {"schedule": [1e-3, 1e-4]}, {"schedule": [-1.0, 0.0]}, {"r": 0}, {"prox": "hard"}, {"gate": "zeros"}],
+    ids=str,
+)
+def test_bad_options_are_refused(options: dict) -> None:
+    with pytest.raises(UsageError):
+        sora.Config(**options)
+
+
+def setting(arm: str, base: Path) -> trial.Setting:
+    training = {"batch": 8, "precision": "float32"}
+    return trial.Setting(arm=arm, base=str(base), data=text_data(), training=training, device="cpu")
+
+
+def test_gates_are_in_a_group_of_their_own_without_weight_decay(text_base: Path) -> None:
+    prepared = trial.prepare(setting("sora:r=4,gate_lr=0.5", text_base), ("train",))
+    made = build(prepared.plan, prepared.base, prepared.task, seed=0)
+    others, own = made.parameter_groups
+    assert {p.ndim for p in own["params"]} == {1} and own["weight_decay"] == 0.0 and own["lr_scale"] == 0.5
+    assert not {id(p) for p in own["params"]} & {id(p) for p in others["params"]}
+
+
+def tuned(arm: str, base: Path) -> tuple[dict[str, int], dict]:
+    training = {"batch": 8, "epochs": 4, "lr": 5e-3}
+    made, result = brickyard.tune(arm, base=str(base), data=text_data(), training=training, device="cpu")
+    applied = made.apply(open_base(str(base))).model
+    return ranks(applied).now(), result  # type: ignore[arg-type]
+
+
+def test_ranks_fall_with_the_threshold_and_the_brick_holds_what_is_left(text_base: Path) -> None:
+    totals = []
+    for k in (0.0, 0.02, 0.05):
+        left, result = tuned(f"sora:r=4,k={k}", text_base)
+        totals.append(sum(left.values()))
+        best = next(point for point in result["history"] if point["step"] == result["best_step"])
+        assert best["ranks"] == totals[-1] > 0
+    assert totals[0] == 4 * len(left) > totals[1] > totals[2]
+
+
+class Stop:
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def before_step(self, state: State) -> None:
+        if state.step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_ranks_cut_in_training_resume_bit_for_bit(text_base: Path, tmp_path: Path) -> None:
+    """Interrupted after the cut, the run goes on in the new shapes and ends in the same weights."""
+    arm = "sora:r=4,k=0.02,compact=3"
+    ends = []
+    for stop in (0, 40):
+        prepared = trial.prepare(setting(arm, text_base), ("train",))
+        training = replace(prepared.training, steps=60, checkpoint_every=10, lr=5e-3, schedule="constant", batch=8)
+        data = prepared.encoded["train"]
+
+        for callbacks in ([Stop(stop)], []) if stop else ([],):
+            torch.manual_seed(0)
+            made = build(prepared.plan, prepared.base, prepared.task, seed=0)
+            try:
+                train(made, data, None, prepared.task, training, folder=tmp_path / f"s{stop}", callbacks=callbacks)
+            except KeyboardInterrupt:
+                assert sum(ranks(made.model).now().values()) < 4 * len(ranks(made.model).now())  # type: ignore[arg-type]
+        ends.append(made.tensors())
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=0)
+
+
+def test_a_threshold_that_kills_everything_is_no_result(text_base: Path) -> None:
+    with pytest.raises(NoEffect, match="every rank of every layer"):
+        tuned("sora:r=2,k=5.0", text_base)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(0, 40))
+def test_the_budget_is_kept_by_count_and_by_cost(scores: list[list[int]], budget: int) -> None:
+    vectors = [torch.tensor(s, dtype=torch.float32) for s in scores]
+    masks = keep_best(vectors, budget)
+    total = sum(len(s) for s in scores)
+    assert sum(int(m.sum()) for m in masks) == min(budget, total)
+    kept = [v for s, m in zip(vectors, masks, strict=True) for v in s[m].tolist()]
+    dropped = [v for s, m in zip(vectors, masks, strict=True) for v in s[~m].tolist()]
+    assert not kept or not dropped or min(kept) >= max(dropped)
+    costs = [1.0 + i for i in range(len(scores))]
+    spent = sum(c * int(m.sum()) for c, m in zip(costs, keep_best(vectors, budget, costs), strict=True))
+    assert spent <= budget
+    with pytest.raises(UsageError):
+        keep_best(vectors, budget, [0.0] * len(vectors))
