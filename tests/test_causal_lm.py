@@ -198,7 +198,8 @@ def test_one_endless_line_and_mixed_encodings_are_refused_by_name(tmp_path: Path
 def test_a_run_does_not_go_on_with_another_tokenizer(causal_base: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(causal_base, base)
-    setting = {"data": documents(), "task": "causal-lm", "training": {"steps": 8, "batch": 2}, "device": "cpu", "max_length": 32}
+    training = {"steps": 8, "batch": 2}
+    setting = {"data": documents(), "task": "causal-lm", "training": training, "device": "cpu", "max_length": 32}
 
     class Stop:
         def before_step(self, state: State) -> None:
