@@ -20,7 +20,7 @@ import torch
 from brickyard.core.attached import attach_in_place
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
-from brickyard.core.data import open_data
+from brickyard.core.data import read_data
 from brickyard.core.loop import Training, train
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment, forward_flops, interleaved
 
@@ -42,7 +42,7 @@ def wasted() -> dict[str, float]:
     """Return the share of positions that packing `embedded:python-source` leaves without a target."""
     base = open_base("embedded:pylm")
     found = {}
-    for name, split in open_data("embedded:python-source").splits.items():
+    for name, split in read_data("embedded:python-source", task="causal-lm").splits.items():
         encoded = encode(split, base, TASK)
         labels = encoded.collate(np.arange(len(encoded)))["labels"]
         found[name] = float((labels == -100).float().mean())

@@ -174,6 +174,21 @@ def phase(
             p.copy_(stored[name])
 
 
+def language_model(size: str, arch: str, end: int) -> PreTrainedModel:
+    """Return an untrained model; `end` is the token that stands between documents."""
+    make_config, make_model, feed_forward = ARCHITECTURES[arch]
+    config = make_config(
+        vocab_size=4096,
+        max_position_embeddings=LONG,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        use_cache=False,
+        **SIZES[size] | {"intermediate_size": feed_forward[size]},
+    )
+    return make_model._from_config(config, attn_implementation="sdpa" if arch == "llama" else "eager")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or go on training, and write the model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -195,18 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ids = ids[:middle] if args.half == 0 else ids[middle:]
     end = int(held_out[-1])
     torch.manual_seed(args.seed)
-    make_config, make_model, feed_forward = ARCHITECTURES[args.arch]
     arch = {} if args.arch == "llama" else {"arch": args.arch}
-    config = make_config(
-        vocab_size=4096,
-        max_position_embeddings=LONG,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-        use_cache=False,
-        **SIZES[args.size] | {"intermediate_size": feed_forward[args.size]},
-    )
-    model = make_model._from_config(config, attn_implementation="eager" if arch else "sdpa")
+    model = language_model(args.size, args.arch, end)
     if args.compile:
         model.compile()
     precision = "bfloat16" if torch.cuda.is_available() or cpu_bfloat16_is_fast() else "float32"

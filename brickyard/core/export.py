@@ -19,7 +19,7 @@ from brickyard.core.base import Base, HeadedModel, open_base
 from brickyard.core.brick import Brick
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.files import complete_folder, write_json, write_tensors
-from brickyard.core.inject_export import to_lora
+from brickyard.core.inject_export import check_whole, to_lora
 from brickyard.core.inject_layer import BrickyardLinear
 from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.receipt import assert_parity, parity
@@ -143,6 +143,7 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
     at_rank(applied, rank)
     at_rank(plain, rank)
     if isinstance(plain, PeftModel):
+        check_whole({n: m for n, m in plain.named_modules() if isinstance(m, BrickyardLinear)})
         try:
             plain = plain.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,13 +16,16 @@ from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.ranks import Ranks
 
 
-def attach(model: nn.Module, name: str, config: Any, task: Any = None) -> Attached:
-    """Put the bridged method `name` on the layers of `model` that `config.target` matches; its head trains along.
+def attach(
+    model: nn.Module, name: str, config: Any, task: Any = None, *, target: str | Sequence[str] | None = None
+) -> Attached:
+    """Put the bridged method `name` on the layers of `model` that `target` matches (by default `config.target`).
 
-    This is the whole `attach` of a method file whose functions follow the protocol above. What is random comes from
-    torch's generator. Raises Unmatched where a pattern matches nothing, Refused where a layer does not fit.
+    The model's head trains along. This is the whole `attach` of a method file whose functions follow the protocol
+    above. What is random comes from torch's generator. Raises Unmatched where a pattern matches nothing, Refused where
+    a layer does not fit.
     """
-    matched = find(model, config.target)
+    matched = find(model, target or config.target)
     trained = {path: p.requires_grad for path, p in model.named_parameters()}
     attached = wrap.attach_peft(model, BrickyardConfig(method=name, options=asdict(config)), matched)
     tuner: BrickyardTuner = attached.model.base_model  # type: ignore[assignment]

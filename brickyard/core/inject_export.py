@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.errors import Refused, UnknownName, UsageError
 from brickyard.core.files import complete_folder, write_json, write_tensors
-from brickyard.core.inject_layer import PREFIX, BrickyardLinear
+from brickyard.core.inject_layer import PREFIX, BrickyardLinear, sides
 
 _ROOT = "base_model.model."
 
@@ -61,6 +61,7 @@ def to_lora(peft_model: nn.Module, adapter: str, folder: str | Path, *, max_rank
         for name, module in peft_model.named_modules()
         if isinstance(module, BrickyardLinear) and adapter in module.bound
     }
+    check_whole(layers)
     lows, exact, lost, whole = {}, True, 0.0, 0.0
     for name, layer in layers.items():
         lows[name], layer_exact, error, norm = _lower(layer, adapter, max_rank)
@@ -77,6 +78,18 @@ def to_lora(peft_model: nn.Module, adapter: str, folder: str | Path, *, max_rank
         write_json(temporary / "adapter_config.json", _plain(lora.to_dict()))
     ranks = {name: len(low.a_rn) for name, low in lows.items()}
     return Exported(folder, ranks, exact, 0.0 if exact or not whole else (lost / whole) ** 0.5)
+
+
+def check_whole(layers: dict[str, BrickyardLinear]) -> None:
+    """Raise Refused where the base layer under an adapter was made smaller: no plain file fits both bases."""
+    for name, layer in layers.items():
+        leaf = next(iter(layer.bound.values())).leaf
+        found = sides(layer.get_base_layer())
+        if found != (leaf.in_features, leaf.out_features):
+            raise Refused(
+                f"{name} has {found[1]} outputs and {found[0]} inputs left of {leaf.out_features} and "
+                f"{leaf.in_features}; a base whose parts were removed has no plain form yet. Open the brick instead."
+            )
 
 
 def _lower(layer: BrickyardLinear, adapter: str, max_rank: int | None) -> tuple[_Low, bool, float, float]:

@@ -37,6 +37,7 @@ class Leaf:
 
     `group` is equal for the layers of one type (the dotted name without its numbers) and one shape; `position` counts
     from 0 to `count` - 1 within the group in the model's order. Number by it, never by a number found in the name.
+    `role` is what the layer does in its block (`core.roles`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Leaf:
     out_features: int
     position: int
     count: int
+    role: str = "other"
 
 
 @dataclass(frozen=True, kw_only=True)

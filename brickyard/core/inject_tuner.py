@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from brickyard.core import inject_config, ranks
+from brickyard.core import inject_config, ranks, roles
 from brickyard.core.errors import BadBrick, NotFinite, Refused, UnknownName, UsageError
 from brickyard.core.inject_config import BrickyardConfig, check_matched
 from brickyard.core.inject_layer import (
@@ -140,12 +140,18 @@ class BrickyardTuner(BaseTuner):
                 kind = ".".join(part for part in name.split(".") if not part.isdigit())
                 found[name] = (f"{kind}.{m}x{n}", n, m)
         check_matched(config, list(found), names)
-        counts = Counter(group for group, _, _ in found.values())
+        counts, kinds = Counter(group for group, _, _ in found.values()), roles.roles(model)
         seen: Counter[str] = Counter()
         leaves = {}
         for name, (group, n, m) in found.items():
             leaves[name] = Leaf(
-                name=name, group=group, in_features=n, out_features=m, position=seen[group], count=counts[group]
+                name=name,
+                group=group,
+                in_features=n,
+                out_features=m,
+                position=seen[group],
+                count=counts[group],
+                role=kinds.get(name, kinds.get(f"{name}.base_layer", "other")),
             )
             seen[group] += 1
         return leaves

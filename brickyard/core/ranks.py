@@ -86,7 +86,7 @@ class Ranks:
             for _, box, axis in _ranked(layer, self.adapter):
                 tensor = box[self.adapter]
                 index = masks[name].to(tensor.device).nonzero()[:, 0]
-                _take(tensor, axis, index, optimiser)
+                take(tensor, axis, index, optimiser)
             layer._factors.clear()
         self._note()
 
@@ -126,7 +126,8 @@ def _ranked(layer: BrickyardLinear, adapter: str) -> Iterator[tuple[str, Any, in
             yield attribute, getattr(layer, attribute), axes[name]
 
 
-def _take(tensor: Tensor, axis: int, index: Tensor, optimiser: torch.optim.Optimizer | None) -> None:
+def take(tensor: Tensor, axis: int, index: Tensor, optimiser: torch.optim.Optimizer | None) -> None:
+    """Keep only the entries `index` of a live tensor along `axis`, in its gradient and the optimiser's moments too."""
     before = tensor.shape
     if optimiser is not None and isinstance(tensor, nn.Parameter):
         state = optimiser.state.get(tensor, {})
