@@ -19,7 +19,8 @@ from torch import nn
 
 from brickyard.checks import loca as check
 from brickyard.core import trial
-from brickyard.core.build import build
+from brickyard.core.arm import parse
+from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBrick, Refused, UsageError
 from brickyard.core.inject import BrickyardConfig, Leaf, Part, register, to_lora
 from brickyard.core.loop import Backprop, train
@@ -354,6 +355,27 @@ def test_what_does_not_fit_a_layer_or_a_file_is_refused():
                 loca.Config(), Part(leaf, {"positions": torch.tensor(bad, dtype=torch.int32)}, None, False, None)
             )
     loca.check(loca.Config(), Part(leaf, {"positions": torch.tensor([[5], [3]])}, None, False, None))
+
+
+def test_rows_of_a_batch_are_served_by_their_own_adapters():
+    tuned = model()
+    tuned.add_adapter("second", BrickyardConfig(method="loca", options={"n_frequency": 7, "mode": "tokens"}, seed=2))
+    stir(tuned, "default")
+    stir(tuned, "second", seed=6)
+    alone = {}
+    for name in ("default", "second"):
+        tuned.set_adapter(name)
+        alone[name] = logits(tuned)
+    mixed = logits(tuned, adapter_names=["second", "default", "__base__", "second"])
+    expected = torch.stack([alone["second"][0], alone["default"][1], logits(bert())[2], alone["second"][3]])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
+
+
+def test_every_arm_of_the_claims_is_legal():
+    for claim in loca.RECORD.claims:
+        for arm in [*claim.arms.values(), claim.control.get("arm", "loca")]:
+            assert resolve(parse(arm)).tuner in ("loca", "lora", "fourierft")
+        assert claim.arms or callable(getattr(check, claim.measure))
 
 
 CLAIM = Claim(text="t", seeds=3)

@@ -206,7 +206,7 @@ def _stored(attached: Attached) -> list[Tensor]:
 
 def _places(attached: Attached) -> list[Tensor]:
     tuner: Any = attached.model.base_model
-    return [nearest(positions(layer.part(ADAPTER)).detach()).clone() for _, layer in tuner.layers()]
+    return [nearest(positions(layer.part(ADAPTER)).detach()).cpu() for _, layer in tuner.layers()]
 
 
 def _over_seeds(values_S: np.ndarray) -> tuple[float, float, float]:
