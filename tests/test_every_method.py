@@ -27,6 +27,8 @@ METHODS = {
     "lora": "lora:r=4",
     "ia3": "ia3",
     "adalora": "adalora:init_r=4,target_r=2,every=2",
+    "loca": "loca:n_frequency=40,cycle=[1,1]",
+    "fourierft": "fourierft:n_frequency=40",
     "mos": "mos:r=3,e=2,p=1,l=2",
     "telly": "telly:k=1",
     "linear-probe": "linear-probe",

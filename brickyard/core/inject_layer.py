@@ -65,8 +65,9 @@ class Plan:
 class Part:
     """What a method's functions get of one layer: `part["name"]` is its tensor, shared, own or fixed.
 
-    `drawn` is what the method's `draw` gave this layer for the present training step, or outside training what
-    `choose` set (None if neither); `training` tells the two apart. `weight` is the frozen base weight.
+    `drawn` is what the method's `draw`, or its callback in the loop, gave this layer for the present training step, or
+    outside training what `choose` set (None if neither); `training` tells the two apart. `weight` is the frozen base
+    weight.
     """
 
     __slots__ = ("_layer", "drawn", "leaf", "tensors", "training")

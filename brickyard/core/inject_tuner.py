@@ -115,7 +115,8 @@ class BrickyardTuner(BaseTuner):
             matched = inject_config.find(
                 self.model, config.target_modules or getattr(options, "target", inject_config.BLOCKS)
             )
-            config.target_modules = {name for names in matched.values() for name in names}  # type: ignore[assignment]
+            # Where another adapter stands already, the leaf is the layer inside of it.
+            config.target_modules = {n.removesuffix(".base_layer") for names in matched.values() for n in names}  # type: ignore[assignment]
             config.target_modules = {n for n in config.target_modules if self._check_target_module_exists(config, n)}  # type: ignore[assignment,union-attr]
         return config
 

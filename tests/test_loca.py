@@ -1,0 +1,458 @@
+"""LoCA against its equations: transforms, both paths, both gradients, the turns, storage, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from bridged import bert, logits, same, stir, words
+from conftest import text_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from scipy.fft import dctn, idctn
+from torch import nn
+
+from brickyard.checks import loca as check
+from brickyard.core import trial
+from brickyard.core.arm import parse
+from brickyard.core.build import build, resolve
+from brickyard.core.errors import BadBrick, Refused, UsageError
+from brickyard.core.inject import BrickyardConfig, Leaf, Part, register, to_lora
+from brickyard.core.loop import Backprop, train
+from brickyard.core.measure import saved_for_backward
+from brickyard.core.method import Claim
+from brickyard.tune import _dct, loca
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+ARM = "loca:n_frequency=40,cycle=[2,3],locate=0.5"
+register()
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def cosines(n: int) -> torch.Tensor:
+    """C_N written out entry by entry, as the docstring has it."""
+    i, j = np.arange(n)[:, None], np.arange(n)[None]
+    made = np.sqrt(2 / n) * np.cos(np.pi * (2 * j + 1) * i / (2 * n))
+    made[0] = np.sqrt(1 / n)
+    return torch.from_numpy(made)
+
+
+def case(seed: int, m: int, n: int, count: int, tokens: int = 5) -> tuple[torch.Tensor, ...]:
+    """g [T, m], x [T, n], a [K] and positions [2, K] with duplicates and every corner."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randint(side, (count,), generator=generator) for side in (m, n)])
+    corners = torch.tensor([[0, 0], [0, n - 1], [m - 1, 0], [m - 1, n - 1], [0, 0]]).t()
+    index = torch.cat([corners, index], dim=1)
+    return draw(tokens, m, seed=seed), draw(tokens, n, seed=seed + 1), draw(index.shape[1], seed=seed + 2), index
+
+
+def model(seed: int = 1, base: nn.Module | None = None, **options: object) -> PeftModel:
+    given = {"n_frequency": 30, **options}
+    return get_peft_model(base or bert(), BrickyardConfig(method="loca", options=given, seed=seed)).eval()
+
+
+def ready(base: Path, arm: str = ARM, **training: object) -> trial.Prepared:
+    known = {"epochs": 4, "precision": "float32", "batch": 16, "lr": 2e-2, **training}
+    return trial.prepare(
+        trial.Setting(arm=arm, base=str(base), data=text_data(), training=known, cache=False, device="cpu")
+    )
+
+
+@given(st.integers(1, 33), st.integers(1, 33), st.integers(0, 99))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_tables_ffts_and_scipy_are_one_transform(m, n, seed):
+    x = draw(m, n, seed=seed)
+    for transform, theirs in ((_dct.dct2, dctn), (_dct.idct2, idctn)):
+        expected = theirs(x.numpy(), type=2, norm="ortho")
+        for fft in (False, True):
+            np.testing.assert_allclose(transform(x, fft).numpy(), expected, atol=1e-10)
+            np.testing.assert_allclose(transform(x.float(), fft).numpy(), expected, atol=1e-4)
+    torch.testing.assert_close(_dct.dct2(x).norm(), x.norm())
+    table = _dct.table(n, x.device, torch.float32)
+    assert table is _dct.table(n, x.device, torch.float32), "one table for all layers"
+    torch.testing.assert_close(table @ table.t(), torch.eye(n), atol=1e-5, rtol=0)
+    torch.testing.assert_close(_dct.table(n, x.device, torch.float64), cosines(n))
+
+
+def test_beyond_the_largest_table_there_is_none_and_rows_are_evaluated():
+    n = _dct.LARGEST_TABLE + 3
+    before = _dct.table.cache_info().currsize
+    index = torch.tensor([0, 1, 700, n - 1])
+    torch.testing.assert_close(_dct.rows(index, n, torch.float64), cosines(n)[index])
+    torch.testing.assert_close(_dct.rows(index, n, torch.float32).double(), cosines(n)[index], atol=1e-6, rtol=0)
+    x = draw(2, n)
+    torch.testing.assert_close(_dct.idct(_dct.dct(x)), x)
+    torch.testing.assert_close(_dct.dct(x), x @ cosines(n).t())
+    assert _dct.table.cache_info().currsize == before
+    assert _dct.cost(n) < 20 < _dct.cost(n - 3)
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 40), st.integers(0, 999))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_both_paths_are_the_dense_equation_and_its_autograd(m, n, count, seed):
+    g, x, a, index = case(seed, m, n, count)
+    x, a = x.requires_grad_(), a.requires_grad_()
+    spectrum = torch.zeros(m, n, dtype=torch.float64).index_put((index[0], index[1]), a, accumulate=True)
+    dense = cosines(m).t() @ spectrum @ cosines(n)
+    torch.testing.assert_close(loca.change(a, index, m, n), dense)
+    y = 0.7 * x @ dense.t()
+    to_x, to_a = torch.autograd.grad((y * g).sum(), (x, a))
+    for mode in ("tokens", "dense"):
+        got = loca.Cosines.apply(x, a, index, m, 0.7, mode, None)
+        torch.testing.assert_close(got, y)
+        found = torch.autograd.grad((got * g).sum(), (x, a))
+        torch.testing.assert_close(found, (to_x, to_a))
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 30), st.integers(0, 999), st.sampled_from([0.05, 5.0]))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_the_gradient_of_positions_is_the_formula_borders_and_clipping_included(m, n, count, seed, size):
+    g, x, a, index = case(seed, m, n, count)
+    g = g * size
+    z = 0.7 * (cosines(m) @ (g.t() @ x) @ cosines(n).t())
+    expected = torch.zeros_like(index, dtype=torch.float64)
+    for k, (row, col) in enumerate(index.t().tolist()):
+        up, down = z[min(row + 1, m - 1), col], z[max(row - 1, 0), col]
+        right, left = z[row, min(col + 1, n - 1)], z[row, max(col - 1, 0)]
+        expected[:, k] = torch.stack([a[k] / 2 * (up - down), a[k] / 2 * (right - left)]).clamp(-1, 1)
+    for mode in ("tokens", "dense"):
+        real = (index + 0.3 * torch.rand(index.shape, dtype=torch.float64)).requires_grad_()
+        (loca.Cosines.apply(x, a, real, m, 0.7, mode, None) * g).sum().backward()
+        torch.testing.assert_close(real.grad, expected)
+    assert (expected.abs() == 1).any() or size < 1 or count < 20
+
+
+def test_positions_are_scaled_held_and_rounded_as_the_paper_says():
+    u = torch.tensor([[0.0, 0.5, 0.999, 1.4, -0.2], [0.1, 0.49, 0.95, 0.3, 0.7]], requires_grad=True)
+    real = loca.places(u, 11, 5)
+    assert loca.nearest(real).tolist() == [[0, 5, 10, 10, 0], [0, 2, 4, 1, 3]]
+    real.sum().backward()
+    torch.testing.assert_close(u.grad, torch.tensor([[10.0, 10, 10, 0, 0], [4.0, 4, 4, 4, 4]]))
+    last = {m: int(loca.nearest(loca.places(torch.ones(2, 1), m, 2))[0]) for m in (500, 502)}
+    assert last == {500: 499, 502: 500}, "from 502 rows on the last is out of reach"
+
+
+def test_the_schedule_is_the_papers():
+    table = {0: "c", 9: "c", 10: "p", 29: "p", 30: "c", 39: "c", 40: "p", 49: "p", 50: "c", 55: "c", 70: "c"}
+    assert {t: loca.learning(t, 50, (10, 20))[0] for t in table} == table
+    turns = loca.Turns(loca.Config(), [], [])
+    for total, until in ((1000, 100), (200, 30), (20, 20)):
+        turns.begin(SimpleNamespace(total=total, step=0))
+        assert turns.until == until
+    with pytest.raises(UsageError, match="10 optimiser steps leave none to the positions"):
+        turns.begin(SimpleNamespace(total=10, step=0))
+
+
+def test_the_cheaper_path_is_taken_and_gathers_no_more_than_the_layers_matrix(monkeypatch):
+    assert loca.tokens_are_cheaper(2048, 300, 4096, 4096) and loca.tokens_are_cheaper(1, 1000, 384, 384)
+    assert not loca.tokens_are_cheaper(2048, 1000, 384, 384)
+    largest, plain = 0, _dct.rows
+
+    def watched(index, n, dtype):
+        nonlocal largest
+        largest = max(largest, index.numel() * n)
+        return plain(index, n, dtype)
+
+    monkeypatch.setattr(loca, "rows", watched)
+    g, x, a, index = case(0, 8, 6, 200)
+    gradients = loca.gradients_by_tokens(g, x, a, index, of_x=True, of_a=True, of_places=True)
+    assert 0 < largest <= 48
+    whole = loca.gradients_by_matrix(g, x, a, index, of_x=True, of_a=True, of_places=True)
+    for name, found in vars(gradients).items():
+        torch.testing.assert_close(found, getattr(whole, name))
+
+
+def test_a_fresh_adapter_is_the_base_and_one_coefficient_moves_by_alpha():
+    assert same(logits(model()), logits(bert()))
+    tuned = model(alpha=3.0)
+    stir(tuned, "default")
+    layer = next(layer for _, layer in tuned.base_model.layers())
+    part = layer.part("default")
+    index = loca.nearest(loca.positions(part))
+    assert len(set(map(tuple, index.t().tolist()))) < 30, "some positions coincide, and add up"
+    spectrum = np.zeros((16, 16))
+    np.add.at(spectrum, tuple(index.numpy()), 3.0 * part["coefficients"].detach().numpy())
+    np.testing.assert_allclose(layer.change("default"), idctn(spectrum, type=2, norm="ortho"), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_exported_and_reloaded_it_answers_the_same(dtype, tmp_path):
+    tuned = model(base=bert().to(dtype), alpha=2.0)
+    stir(tuned, "default")
+    for _, layer in tuned.base_model.layers():
+        part = layer.part("default")
+        assert part["positions"].dtype == part["coefficients"].dtype == torch.float32
+    adapted = logits(tuned)
+    tuned.save_pretrained(tmp_path / "own")
+    again = PeftModel.from_pretrained(bert().to(dtype), tmp_path / "own", adapter_name="other")
+    assert same(logits(again), adapted)
+    if dtype == torch.float32:
+        written = to_lora(tuned, "default", tmp_path / "lora")
+        assert not written.exact and written.error < 1e-5
+        torch.testing.assert_close(
+            logits(PeftModel.from_pretrained(bert(), tmp_path / "lora")), adapted, rtol=0, atol=1e-4
+        )
+        lossy = to_lora(tuned, "default", tmp_path / "small", max_rank=2)
+        assert 0.1 < lossy.error < 1 and set(lossy.ranks.values()) == {2}
+        torch.testing.assert_close(logits(tuned.merge_and_unload(safe_merge=True)), adapted, rtol=0, atol=1e-5)
+
+
+def test_positions_stored_as_floats_and_as_whole_numbers_give_the_same_model(tmp_path):
+    learned, fixed = model(), model(locate=0.0)
+    stir(learned, "default")
+    for (_, one), (_, other) in zip(learned.base_model.layers(), fixed.base_model.layers(), strict=True):
+        a, b = one.part("default"), other.part("default")
+        assert b["positions"].dtype == torch.int32 and not isinstance(b["positions"], nn.Parameter)
+        with torch.no_grad():
+            b["positions"].copy_(loca.nearest(loca.positions(a)))
+            b["coefficients"].copy_(a["coefficients"])
+    fixed.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(bert(), tmp_path)
+    # The head is no part of the adapter here, and of the same seed.
+    assert same(logits(again), logits(learned)) and not same(logits(again), logits(bert()))
+    trained = {
+        name: sum(p.numel() for p in m.parameters() if p.requires_grad)
+        for name, m in (("learned", learned), ("fixed", fixed))
+    }
+    assert trained == {"learned": 8 * 90, "fixed": 8 * 30}
+
+
+def test_both_arms_start_at_the_same_positions():
+    learned, fixed = model(), model(locate=0.0)
+    for (_, one), (_, other) in zip(learned.base_model.layers(), fixed.base_model.layers(), strict=True):
+        a, b = one.part("default"), other.part("default")
+        assert same(loca.nearest(loca.positions(a)).int(), b["positions"]) and a["positions"].min() >= 0
+
+
+class Watch:
+    """Keeps the tensors of every kind after each step, and the optimiser's state."""
+
+    def __init__(self) -> None:
+        self.a, self.u = [], []
+
+    def after_step(self, state) -> None:
+        groups = state.attached.parameter_groups
+        self.a.append(torch.stack([p.detach().clone() for p in groups[0]["params"]]))
+        self.u.append(torch.stack([p.detach().clone() for p in groups[1]["params"]]))
+
+
+def test_who_rests_does_not_move_and_who_learns_does(text_base):
+    known = ready(text_base, wd=0.1)
+    attached = build(known.plan, known.base, known.task, seed=0)
+    groups = attached.parameter_groups
+    assert [g.get("lr_scale", 1.0) for g in groups] == [1.0, 0.02, 0.2] and groups[1]["weight_decay"] == 0.0
+    assert sum(len(g["params"]) for g in groups) == len([p for p in attached.model.parameters() if p.requires_grad])
+    before = torch.stack([p.detach().clone() for p in groups[1]["params"]])
+    watch = Watch()
+    # Accumulation makes two forwards a step, evaluation more: only steps count.
+    training = replace(known.training, accumulation=2, evaluate_every=4)
+    train(
+        attached,
+        known.encoded["train"],
+        known.encoded["validation"],
+        known.task,
+        training,
+        callbacks=[watch],
+        device="cpu",
+    )
+    assert len(watch.a) == 24
+    for step in range(1, 24):
+        moved = tuple(not same(kept[step], kept[step - 1]) for kept in (watch.a, watch.u))
+        expected = (False, True) if step < 12 and step % 5 >= 2 else (True, False)
+        assert moved == expected, step
+    assert same(watch.u[1], before)
+    assert watch.u[-1].min() >= 0 and watch.u[-1].max() <= loca.LAST
+    assert all(layer.drawn == {} for _, layer in attached.model.base_model.layers())
+
+
+def test_positions_that_step_over_the_edge_come_back():
+    u = nn.Parameter(torch.tensor([[-0.1, 0.5], [0.2, 1.3]]))
+    loca.Turns(loca.Config(), [], [u]).after_step(SimpleNamespace(step=0))
+    assert same(u.detach(), torch.tensor([[0.0, 0.5], [0.2, loca.LAST]]))
+
+
+def test_resume_in_the_middle_of_a_turn_is_exact(text_base, tmp_path):
+    class Stop(Exception):
+        pass
+
+    class At:
+        def after_step(self, state) -> None:
+            if state.step == 9:
+                raise Stop
+
+    known = ready(text_base)
+    training = replace(known.training, checkpoint_every=4)
+    rows, task = known.encoded["train"], known.task
+    found = []
+    for folder in (None, tmp_path):
+        attached = build(known.plan, known.base, task, seed=0)
+        if folder is not None:
+            with pytest.raises(Stop):
+                train(attached, rows, None, task, training, folder=folder, callbacks=[At()], device="cpu")
+            attached = build(known.plan, known.base, task, seed=0)
+        train(attached, rows, None, task, training, folder=folder, device="cpu")
+        found.append(attached.tensors())
+    assert found[0].keys() == found[1].keys() and all(same(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_it_keeps_its_input_and_positions_for_backward_and_hides_nothing():
+    inputs = words(8)
+    kept = {}
+    for mode in ("tokens", "dense"):
+        saved = saved_for_backward(model(mode=mode).train(), inputs, lambda out: out.pow(2).sum())
+        assert saved.hidden == ()
+        kept[mode] = saved.bytes
+    plain = bert()
+    plain.requires_grad_(False)
+    plain.bert.embeddings.word_embeddings.weight.requires_grad_(True)
+    base = saved_for_backward(plain.train(), inputs, lambda out: out.pow(2).sum()).bytes
+    assert kept["tokens"] == kept["dense"] <= base + 8 * (2 * 30 * 4 + 30 * 4 + 4 * 60 * 8)
+
+
+def test_half_precision_products_leave_the_cosines_in_full_precision():
+    tuned = model(mode="dense")
+    stir(tuned, "default")
+    part = next(layer for _, layer in tuned.base_model.layers()).part("default")
+    x = draw(6, 16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loca.delta(loca.Config(mode="dense"), part, x)
+    exact = loca.weight(loca.Config(), part)
+    assert got.dtype == torch.bfloat16
+    assert same(got, x.bfloat16() @ exact.bfloat16().t())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_frequency": 0}, "at least 1 coefficient"),
+        ({"alpha": 0.0}, "positive"),
+        ({"position_lr": 0.0}, "positive"),
+        ({"locate": 1.5}, "share of the steps"),
+        ({"cycle": (0, 20)}, "cycle"),
+        ({"mode": "guess"}, "auto, tokens or dense"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        loca.Config(**options)
+
+
+def test_what_does_not_fit_a_layer_or_a_file_is_refused():
+    with pytest.raises(Refused, match=r"n_frequency=300 exceeds the 256 entries of layer bert\.encoder\.layer\.0"):
+        model(n_frequency=300)
+    leaf = Leaf(name="q", group="g", in_features=4, out_features=6, position=0, count=1)
+    for bad in ([[6], [0]], [[0], [4]], [[-1], [0]]):
+        with pytest.raises(BadBrick, match="lie outside"):
+            loca.check(
+                loca.Config(), Part(leaf, {"positions": torch.tensor(bad, dtype=torch.int32)}, None, False, None)
+            )
+    loca.check(loca.Config(), Part(leaf, {"positions": torch.tensor([[5], [3]])}, None, False, None))
+
+
+def test_rows_of_a_batch_are_served_by_their_own_adapters():
+    tuned = model()
+    tuned.add_adapter("second", BrickyardConfig(method="loca", options={"n_frequency": 7, "mode": "tokens"}, seed=2))
+    stir(tuned, "default")
+    stir(tuned, "second", seed=6)
+    alone = {}
+    for name in ("default", "second"):
+        tuned.set_adapter(name)
+        alone[name] = logits(tuned)
+    mixed = logits(tuned, adapter_names=["second", "default", "__base__", "second"])
+    expected = torch.stack([alone["second"][0], alone["default"][1], logits(bert())[2], alone["second"][3]])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
+
+
+def test_every_arm_of_the_claims_is_legal():
+    for claim in loca.RECORD.claims:
+        for arm in [*claim.arms.values(), claim.control.get("arm", "loca")]:
+            assert resolve(parse(arm)).tuner in ("loca", "lora", "fourierft")
+        assert claim.arms or callable(getattr(check, claim.measure))
+
+
+CLAIM = Claim(text="t", seeds=3)
+
+
+def runs(**changes: float) -> dict[str, check.Runs]:
+    known = {"learned": 0.50, "frozen": 0.53, "shuffled": 0.54, "moved": 0.4, "test": 0.0, "accuracy": 0.6, **changes}
+    noise = np.array([0.0, 0.001, -0.001]) * changes.get("noise", 1.0)
+    return {
+        name: check.Runs(
+            known[name] + noise * (1 + i),
+            1.0 + known["test"] * (name == "learned") + noise,
+            np.full(3, known["accuracy"]),
+            np.full(3, known["moved"]),
+        )
+        for i, name in enumerate(("learned", "frozen", "shuffled"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({"test": -0.001}, True),
+        ({"moved": 0.01}, False),
+        ({"frozen": 0.48}, False),
+        ({"test": 0.05}, False),
+        ({"accuracy": 0.25}, "set-up invalid"),
+        ({"noise": 60.0}, "undecided"),
+    ],
+)
+def test_the_check_of_positions_concludes_what_its_figures_say(changes, holds):
+    # Losses of two arms differ by the same amount in every seed only by accident; scipy warns of it.
+    found = runs(**changes)
+    found["learned"].test_loss_S[:] += [0.0, 1e-4, -1e-4]
+    out = check.judged(found, 0.2, {})
+    assert out["holds"] == holds and out["detail"]
+    assert out["control"]["destroyed"] or changes.get("noise")
+
+
+def test_the_check_of_positions_runs_and_its_control_moves_them_elsewhere(monkeypatch, text_base):
+    plain = check._setting
+    monkeypatch.setattr(
+        check, "_setting", lambda *given: replace(plain(*given), data=text_data(), cache=False, device="cpu")
+    )
+    claim = replace(CLAIM, base=str(text_base), epochs=2, batch=16, seeds=2, max_length=0)
+    out = check.location(claim, options="n_frequency=40,cycle=[2,6],position_lr=5.0")
+    moved = out["figures"]
+    assert set(moved["frozen"]["moved_S"]) == {0.0} and min(moved["learned"]["moved_S"]) > 0.05
+    assert min(moved["shuffled"]["moved_S"]) > 0.05 and out["holds"] in (True, False, "undecided", "set-up invalid")
+    assert moved["learned"]["train_loss_S"] != moved["shuffled"]["train_loss_S"]
+    real = check.reconstruction(replace(claim, seeds=4), side=64, ranks=(1, 2))
+    assert real["holds"] is True and real["control"]["destroyed"]
+    assert np.array(real["figures"]["real"]).shape == (2, 3)
+
+
+def test_the_energy_that_is_kept_counts_positions_of_chosen_cosines_and_none_of_random_ones():
+    spectrum = torch.zeros(16, 16)
+    spectrum[3, 4], spectrum[0, 9], spectrum[7, 7] = 3.0, -4.0, 0.5
+    best, svd, some = check.kept(_dct.idct2(spectrum), 1, torch.Generator().manual_seed(0))
+    assert best == pytest.approx(1.0) and svd == pytest.approx(16 / 25.25) and 0 <= some < 1
+    low_rank = torch.outer(draw(16), draw(16, seed=1)).float()
+    assert check.kept(low_rank, 1, torch.Generator().manual_seed(0))[1] == pytest.approx(1.0)
+
+
+def test_fourierft_starts_at_the_base_if_asked_and_its_head_learns_slower(text_base):
+    known = ready(text_base, "fourierft:n_frequency=40,zero=true")
+    attached = build(known.plan, known.base, known.task, seed=0)
+    plain = known.base.model(known.task, seed=0)
+    batch = {k: v for k, v in known.encoded["test"].collate(np.arange(8)).items() if k != "labels"}
+    with torch.no_grad():
+        attached.model.eval(), plain.eval()
+        assert same(attached.model(**batch).logits, plain(**batch).logits)
+    optimiser = Backprop(attached, known.training).optimiser
+    sizes = {group["lr_scale"]: sum(p.numel() for p in group["params"]) for group in optimiser.param_groups}
+    assert sizes == {1.0: 4 * 40, 0.1: sum(p.numel() for p in attached.parameters()) - 160}
+    with pytest.raises(UsageError, match="n_frequency=0"):
+        ready(text_base, "fourierft:n_frequency=0")
+    with pytest.raises(Refused, match="PEFT refuses"):
+        large = ready(text_base, "fourierft:n_frequency=2000")
+        build(large.plan, large.base, large.task, seed=0)
