@@ -177,7 +177,9 @@ class Sparsifier:
         """Return k of the present step."""
         stages = self.config.schedule or (self.config.k,)
         k = stages[min(len(stages) - 1, state.step * len(stages) // state.total)]
-        return k * state.training.factor(state.step, state.total) if self.config.prox == "soft" else k
+        if self.config.prox == "sequential":
+            return k
+        return k * state.training.factor(state.step, state.total) if state.training.lr else 0.0
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
