@@ -71,7 +71,7 @@ class Record:
     paper: str = ""
     needs: tuple[str, ...] = TASKS
     because: str = ""
-    slot: Literal["tuner", "head", "step", "objective", "data", ""] = ""
+    slot: Literal["tuner", "head", "step", "objective", "data", "memory", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
