@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,16 @@ from conftest import text_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.activations import ACT2FN
 
+from brickyard.checks.s2a import enable_checkpoints
 from brickyard.core import brick as bricks
 from brickyard.core import measure, trial
 from brickyard.core.arm import parse
@@ -26,12 +34,14 @@ from brickyard.core.build import build, resolve
 from brickyard.core.errors import NotFinite, Refused, UsageError
 from brickyard.core.loop import Training, train
 from brickyard.core.task import Task
+from brickyard.core.wrap import attach_peft
 from brickyard.tune._coded import Dropped, Elementwise, Once, Recomputed, Softmax, Trained
 from brickyard.tune._codes import EXACT, Bounded, Grouped, Rows, dither, pack, unpack
 from brickyard.tune.s2a import Config, convert, slope_code
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
 WIDE = {"group": 16}  # the small bases are 32 wide
+EXACTLY = {"group": 16, "bits": 32, "slope_bits": 32, "operand_bits": 32}
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -132,7 +142,7 @@ def test_rows_of_a_norm_keep_mean_and_deviation() -> None:
 )
 def test_derivatives_lie_on_a_grid_over_their_range(name: str, low: float, high: float) -> None:
     phi = ACT2FN[name]
-    code = slope_code(phi, Config())
+    code = slope_code(phi, Config(slope_bits=4))
     assert isinstance(code, Bounded) and (code.low, code.high) == pytest.approx((low, high), abs=5e-3)
     exact, found = gaussian(4000).requires_grad_(), gaussian(4000).requires_grad_()
     y = Elementwise.apply(found, phi, code)
@@ -249,10 +259,10 @@ def classifier(base: Path, attention: str = "eager", arm: str = "lora:r=4") -> A
     return attached
 
 
-def batch(vocabulary: int = 27) -> dict[str, Tensor]:
-    ids = torch.randint(4, vocabulary, (6, 12), generator=torch.Generator().manual_seed(0))
+def batch(rows: int = 6, tokens: int = 12) -> dict[str, Tensor]:
+    ids = torch.randint(4, 27, (rows, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
+    mask[1, tokens * 2 // 3 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -304,7 +314,7 @@ def test_exact_codes_give_the_gradient_of_the_plain_model(kind: str, text_base: 
         model = GPT2LMHeadModel(shape)
     attached: Any = type("Attached", (), {"model": model, "parameters": staticmethod(lambda: list(model.parameters()))})
     logits, exact = gradient(attached)
-    restore = convert(model, Config(bits=32, **WIDE))
+    restore = convert(model, Config(**EXACTLY))
     found_logits, found = gradient(attached)
     restore()
     assert torch.equal(logits, found_logits)
@@ -315,11 +325,49 @@ def kept(attached: Any) -> measure.Saved:
     return measure.saved_for_backward(attached.model, batch(), lambda logits: logits.float().square().mean())
 
 
-@pytest.mark.parametrize("arm", ["lora:r=4", "full", "mos:r=3,e=2,p=1,l=2"])
-def test_a_quarter_is_kept_and_nothing_out_of_sight(arm: str, text_base: Path) -> None:
+def minilm_shaped(attention: str) -> Any:
+    """Two layers of the shape of all-MiniLM-L6-v2, LoRA on query and value, as `Attached` wants to see it."""
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=27, hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536
+    )
+    model = AutoModelForSequenceClassification.from_config(shape, attn_implementation=attention)
+    targets = {"query": [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]}
+    targets["value"] = [name.replace("query", "value") for name in targets["query"]]
+    attached = attach_peft(model, peft.LoraConfig(r=8, lora_alpha=16), targets)
+    with torch.no_grad():
+        for name, p in attached.model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.02 * gaussian(*p.shape))
+    return attached
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_quarter_is_kept_nothing_out_of_sight_and_lora_learns_the_same(attention: str) -> None:
+    attached = minilm_shaped(attention)
+    inputs, labels = batch(rows=4, tokens=64), torch.arange(4) % 2
+    loss = lambda logits: F.cross_entropy(logits, labels)  # noqa: E731
+    found = {}
+    for bits in (None, Config(), Config(bits=4, slope_bits=4, operand_bits=4)):
+        attached.convert = None if bits is None else lambda model, bits=bits: convert(model, bits)
+        with attached.saving():
+            saved = measure.saved_for_backward(attached.model, inputs, loss)
+            attached.model.zero_grad()
+            torch.manual_seed(1)
+            loss(attached.model.train()(**inputs).logits).backward()
+        adapter = [p.grad.flatten() for n, p in attached.model.named_parameters() if "lora" in n]
+        found[bits] = (saved, torch.cat(adapter))
+    (plain, exact), (usual, near), (small, rough) = found.values()
+    assert usual.bytes * 4 <= plain.bytes and small.bytes * 6 <= plain.bytes, (plain, usual, small)
+    assert not usual.hidden and not small.hidden
+    assert cosine(exact, near) > 0.998 and cosine(exact, rough) > 0.98
+
+
+@pytest.mark.parametrize("arm", ["full", "mos:r=3,e=2,p=1,l=2"])
+def test_other_tuners_keep_less_too(arm: str, text_base: Path) -> None:
     attached = classifier(text_base, "eager", arm)
     plain = kept(attached).bytes
-    attached.convert = lambda model: convert(model, Config(**WIDE))
+    attached.convert = lambda model: convert(model, Config(bits=4, slope_bits=4, operand_bits=4, group=32))
     with attached.saving():
         coded = kept(attached)
     assert coded.bytes * 4 <= plain and not coded.hidden, (plain, coded)
@@ -332,7 +380,7 @@ def test_a_gated_network_keeps_its_product_in_codes(causal_base: Path) -> None:
     attached: Any = type("Attached", (), {"model": model})
     loss = lambda logits: logits[..., 0].sum()  # noqa: E731
     plain = measure.saved_for_backward(attached.model, batch(), loss).bytes
-    restore = convert(model, Config(**WIDE))
+    restore = convert(model, Config(bits=4, slope_bits=4, operand_bits=4, group=32))
     coded = measure.saved_for_backward(attached.model, batch(), loss)
     restore()
     assert coded.bytes * 4 <= plain and not coded.hidden, (plain, coded)
@@ -344,7 +392,7 @@ def test_activation_checkpointing_gives_the_same_gradient(stochastic: bool, text
     attached.convert = lambda model: convert(model, Config(stochastic=stochastic, **WIDE))
     with attached.saving():
         logits, expected = gradient(attached)
-        attached.model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpoints(attached.model, {"use_reentrant": False})
         found_logits, found = gradient(attached)
     assert torch.equal(logits, found_logits) and torch.equal(found, expected)
 
@@ -376,7 +424,11 @@ def setting(arm: str, base: Path, **training: Any) -> trial.Setting:
 def test_the_brick_is_the_tuners_own(text_base: Path, tmp_path: Path) -> None:
     """Trained with exact codes it holds what the tuner alone learns; with 4 bits the same tensors, near these."""
     found = {}
-    for name, arm in {"plain": "lora:r=4", "32": "lora:r=4 + s2a:bits=32", "4": "lora:r=4 + s2a:group=16"}.items():
+    for name, arm in {
+        "plain": "lora:r=4",
+        "32": "lora:r=4 + s2a:bits=32,slope_bits=32,operand_bits=32",
+        "4": "lora:r=4 + s2a:group=16",
+    }.items():
         trial.run({"setting": asdict(setting(arm, text_base)), "folder": str(tmp_path / name)})
         found[name] = bricks.load(tmp_path / name / "brick").tensors()
     assert found["plain"].keys() == found["32"].keys() == found["4"].keys()
@@ -400,12 +452,12 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(text_base: Path) -> None:
 def test_the_cost_of_an_arm_is_counted_as_it_trains(text_base: Path) -> None:
     cost = {a: trial.probe({"setting": asdict(setting(a, text_base))}) for a in ("lora:r=4", "lora:r=4 + s2a:group=16")}
     plain, coded = cost.values()
-    assert coded["saved_for_backward_bytes"] * 3 < plain["saved_for_backward_bytes"]
+    assert coded["saved_for_backward_bytes"] * 2 < plain["saved_for_backward_bytes"]
     assert coded["peak_bytes"] < plain["peak_bytes"] and not coded["hidden_saves"]
 
 
 def test_bad_options_and_arms_are_refused(text_base: Path) -> None:
-    for options in ({"bits": 3}, {"score_bits": 5}, {"group": 1}):
+    for options in ({"bits": 3}, {"slope_bits": 6}, {"operand_bits": 5}, {"group": 1}):
         with pytest.raises(UsageError, match="s2a"):
             Config(**options)
     with pytest.raises(Refused, match="stands beside a tuner"):

@@ -208,18 +208,19 @@ class Recomputed(torch.autograd.Function):
         return None, None, None, *(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in given)
 
 
-def coding(x: Tensor, code: Grouped) -> AbstractContextManager[Any]:
-    """Within it, what an operation that is out of reach saves of the size of its input `x` [..., n] is kept in `code`.
+def coding(x: Tensor, once: Once) -> AbstractContextManager[Any]:
+    """Within it, what an operation that is out of reach saves of the size of its input `x` [..., n] is kept in codes.
 
     Such are the products in gated networks and adapters that are no linear layers. A saved tensor counts when it has
     x's leading dimensions (at least two: a weight has none of them) and rows of at least a group, or is x itself.
     """
-    storage = x.untyped_storage()._cdata
+    # The graph keeps these hooks: they must not hold x.
+    storage, lead, size = x.untyped_storage()._cdata, x.shape[:-1], x.numel()
 
     def hold(tensor: Tensor) -> Any:
-        alike = tensor.ndim > 2 and tensor.shape[:-1] == x.shape[:-1] and tensor.shape[-1] >= code.group
-        itself = tensor.untyped_storage()._cdata == storage and tensor.numel() == x.numel()
-        return keep(tensor, code) if tensor.is_floating_point() and (alike or itself) else tensor
+        alike = tensor.ndim > 2 and tensor.shape[:-1] == lead and tensor.shape[-1] >= once.code.group
+        itself = tensor.untyped_storage()._cdata == storage and tensor.numel() == size
+        return once.keep(tensor) if tensor.is_floating_point() and (alike or itself) else tensor
 
     return saved_tensors_hooks(hold, lambda held: held if isinstance(held, Tensor) else held[0].decode(held[1]))
 

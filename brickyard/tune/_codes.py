@@ -75,10 +75,10 @@ class Grouped:
 
         Raises Refused for a tensor that is not of a floating-point type.
         """
-        if not x.is_floating_point():
-            raise Refused(f"s2a: a tensor of type {x.dtype} was to be coded; floating-point activations can be.")
         if self.bits == EXACT:
             return (x,)
+        if not x.is_floating_point():
+            raise Refused(f"s2a: a tensor of type {x.dtype} was to be coded; floating-point activations can be.")
         x_N = x.detach().reshape(-1).float()
         x_KG = _padded(x_N, self.group).view(-(-len(x_N) // self.group), self.group)
         low_K = x_KG.amin(dim=1, keepdim=True)  # amin and amax take a fifth of the time of aminmax on a CPU
@@ -104,7 +104,7 @@ class Grouped:
 class Rows(Grouped):
     """The same for the input of a norm over the last dimension: mean and deviation of each row stay exact.
 
-    Rounding adds its variance to that of the row, so that 1/sigma, and every gradient with it, would come out too small.
+    Rounding adds its variance to that of the row, so that 1/sigma and all gradients would come out too small.
     """
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
