@@ -170,6 +170,8 @@ def test_relu_takes_one_bit_and_is_exact(act: nn.Module) -> None:
 def test_an_unbounded_derivative_is_coded_by_groups() -> None:
     assert isinstance(slope_code(ACT2FN["relu2"], Config()), Grouped)
     assert isinstance(slope_code(nn.ELU(), Config()), Bounded)
+    with pytest.raises(Refused, match="nothing that could be coded"):
+        convert(nn.Sequential(ACT2FN["linear"]), Config())
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(96), nn.RMSNorm(96), nn.LayerNorm(96, elementwise_affine=False)])

@@ -35,7 +35,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.activations import ACT2CLS
+from transformers.activations import ACT2CLS, LinearActivation
 from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.errors import Refused, UsageError
@@ -66,9 +66,10 @@ RECORD = Record(
             inequality="s2a >= lora - 0.5",
             arms={"s2a": "lora + s2a", "lora": "lora"},
             control={
-                "what": "one bit a value: each value is the low or the high of its group",
-                "arm": "lora + s2a:bits=1,slope_bits=1,operand_bits=1",
-                "inequality": "s2a >= control",
+                "what": "training labels shuffled: there is nothing left to learn",
+                "arm": "lora + s2a",
+                "labels": "shuffled",
+                "inequality": "s2a > control + 5.0",
             },
             gate="lora > majority + 10.0",
             epochs=2,
@@ -81,7 +82,10 @@ RECORD = Record(
 )
 
 _NAME = "brickyard_s2a"  # in transformers' AttentionInterface
-_ACTIVATIONS = (*{c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()}, nn.GELU, nn.ELU, nn.Softplus)
+_ACTIVATIONS = tuple(
+    {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()} - {LinearActivation}
+    | {nn.GELU, nn.ELU, nn.Softplus}
+)
 _RANGE = (-40.0, 40.0, 160_001)  # where derivatives are looked at: all bounded ones are flat beyond
 
 
@@ -140,32 +144,32 @@ def convert(model: nn.Module, config: Config) -> Callable[[], None]:
     operands = Grouped(config.operand_bits, config.group, config.stochastic)
     coder = _Coder(config, operands, Once(operands), {})
     gated = _gated(plain)
-    undo = ExitStack()
-    missed, done = [], 0
-    for name, module in leaves.items():
-        if "forward" in vars(module):
-            undo.close()
-            raise Refused(f"s2a: the forward of {name} is replaced already; is the model converted twice?")
-    for name, module in leaves.items():
-        forward = coder.coded(module, name in gated)
-        if forward is not None:
-            _set(undo, module, "forward", forward)
-        elif _dispatches(module):
-            coder.attention(module, undo)
-        elif _uncoded(module):
-            missed.append(f"{name} ({type(module).__name__})")
-            continue
-        else:
-            continue
-        done += 1
-    missed += [f"{name} ({type(plain.get_submodule(name)).__name__})" for name in _own_attention(plain)]
-    if not done or (missed and config.strict):
-        undo.close()
-        what = f"cannot be coded: {', '.join(missed[:5])}" if missed else "holds nothing that could be coded"
-        raise Refused(
-            f"s2a: {len(missed)} modules of this model: {what}. strict=false leaves such modules as they are."
-        )
-    return undo.close
+    replaced = next((name for name, module in leaves.items() if "forward" in vars(module)), None)
+    if replaced is not None:
+        raise Refused(f"s2a: the forward of {replaced} is replaced already; is the model converted twice?")
+    with ExitStack() as undo:
+        missed, done = [], 0
+        for name, module in leaves.items():
+            forward = coder.coded(module, name in gated)
+            if forward is not None:
+                _set(undo, module, "forward", forward)
+            elif _dispatches(module):
+                coder.attention(module, undo)
+            elif _uncoded(module):
+                missed.append(f"{name} ({type(module).__name__})")
+                continue
+            else:
+                continue
+            done += 1
+        missed += [f"{name} ({type(plain.get_submodule(name)).__name__})" for name in _own_attention(plain)]
+        if missed and config.strict:
+            raise Refused(
+                f"s2a: {len(missed)} modules keep what cannot be coded: {', '.join(missed[:5])}; strict=false leaves "
+                "such modules as they are."
+            )
+        if not done:
+            raise Refused("s2a: this model holds nothing that could be coded: no activation, norm or attention.")
+        return undo.pop_all().close
 
 
 def _set(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
@@ -239,7 +243,7 @@ class _Coder:
 
         return forward
 
-    def _linear(self, module: nn.Module) -> Callable[..., Any] | None:
+    def _linear(self, module: Any) -> Callable[..., Any] | None:
         plain, transposed = module.forward, isinstance(module, Conv1D)
         if module.weight.shape[0 if transposed else 1] < self.config.group:
             return None  # the rank-r product inside an adapter: too small to be worth a rounding error
@@ -321,7 +325,7 @@ def _norm(module: nn.Module) -> bool:
 def _uncoded(module: nn.Module) -> bool:
     """Whether the module keeps large inputs and is of a kind that `_Coder` has no forward for."""
     known = isinstance(module, (nn.MultiheadAttention, *_ACTIVATIONS)) or "Norm" in type(module).__name__
-    return known and type(module).__name__ != "LinearActivation" and not any(True for _ in module.children())
+    return known and not any(True for _ in module.children())
 
 
 def _by_hand(layer: nn.Module) -> bool:

@@ -157,8 +157,9 @@ def _biases(model: nn.Module, add: bool, undo: ExitStack) -> list[str]:
     if add:
         output = getattr(model, "get_output_embeddings", lambda: None)()
         for name, module in model.named_modules():
-            plain = isinstance(module, nn.Linear) and module.bias is None and module is not output
-            if plain and not f"{name}.".startswith(heads):
+            if not isinstance(module, nn.Linear) or module is output or f"{name}.".startswith(heads):
+                continue
+            if module.bias is None:
                 undo.callback(setattr, module, "bias", None)
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
     names = [n for n, _ in model.named_parameters() if n.endswith("bias") and not n.startswith(heads)]
