@@ -60,8 +60,8 @@ class Claim:
 class Record:
     """What `brickyard methods` and `show` print of a method.
 
-    `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`:
-    what training keeps for the backward pass); `search` maps an option (or lr) to the values that a search tries;
+    `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`
+    is what training keeps for the backward pass); `search` maps an option (or lr) to the values that a search tries;
     `presets` maps a preset to the options that it sets.
     `part_of` names the record whose claims cover this one too.
     """
