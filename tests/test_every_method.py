@@ -35,6 +35,8 @@ METHODS = {
     "fourierft": "fourierft:n_frequency=40",
     "mos": "mos:r=3,e=2,p=1,l=2",
     "telly": "telly:k=1",
+    "s2a": "lora:r=4 + s2a:group=16",
+    "s2a-modules": "s2a-modules:kind=side,r=4",
     "linear-probe": "linear-probe",
     "moment-probing": "moment-probing:p=64,h=4",
 }

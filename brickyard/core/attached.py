@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ class Attached:
     `detach` gives the model as it was before. `matched` maps each target pattern to the modules that it matched.
     `frozen_states` says that only a head on the last token states trains, so that the loop may feed cached states;
     `prefix` that the bottom blocks are frozen, so that it may feed the states that enter the first block that trains.
-    `objective` stands in place of the task's own loss: (model, batch) -> scalar.
+    `objective` stands in place of the task's own loss: (model, batch) -> scalar. `convert` changes in place what the
+    model keeps for the backward pass, and returns what undoes it.
     """
 
     model: nn.Module
@@ -37,7 +39,18 @@ class Attached:
     callbacks: tuple[Any, ...] = ()
     extra_loss: Callable[[], Tensor] | None = None
     objective: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+    convert: Callable[[nn.Module], Callable[[], None]] | None = None
     peft: bool = False
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Train within it: there the model keeps for backward what the arm says; after it, it is as it was before."""
+        restore = self.convert(self.model) if self.convert is not None else None
+        try:
+            yield
+        finally:
+            if restore is not None:
+                restore()
 
     def parameters(self) -> list[nn.Parameter]:
         """All trainable parameters, in the order of the groups."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from brickyard.core.loop import Training
 from brickyard.core.objective import Objective
 from brickyard.core.task import Task
 
+SLOTS = ("tuner", "head", "objective", "data", "memory")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
 
 
@@ -29,6 +31,7 @@ class Plan:
     head: str | None
     objective: str | None
     data: str | None
+    memory: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
 
@@ -45,13 +48,13 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     training: dict[str, Any] = {}
     for piece in arm.pieces:
         record = registry.find(piece.name).record
-        if record.slot not in ("tuner", "head", "objective", "data"):
+        if record.slot not in SLOTS:
             raise UsageError(
-                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head, an objective and a "
-                "curriculum."
+                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head, an objective, a "
+                "curriculum and a way to save memory."
             )
         if record.slot in slots:
-            both = "curriculum" if record.slot == "data" else record.slot
+            both = {"data": "curriculum", "memory": "way to save memory"}.get(record.slot, record.slot)
             raise Refused(f"{slots[record.slot]} and {piece.name} are both a {both}; an arm takes one of each.")
         if task is not None and task.kind not in record.needs:
             because = f": {record.because}" if record.because else ""
@@ -61,6 +64,8 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     if not slots.keys() & {"tuner", "head"}:
         other = next(iter(slots.values()))
         raise Refused(f"{arm} trains nothing; {other} stands beside a tuner or a head: 'full + {other}'.")
+    if "memory" in slots and "tuner" not in slots:
+        raise Refused(f"{arm}: a head alone keeps next to nothing; {slots['memory']} stands beside a tuner.")
     # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
     if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):
         raise Refused(
@@ -72,7 +77,7 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
     training.update(arm.training)
-    found = {slot: slots.get(slot) for slot in ("tuner", "head", "objective", "data")}
+    found = {slot: slots.get(slot) for slot in SLOTS}
     return Plan(arm=arm, configs=configs, training=training, **found)
 
 
@@ -105,6 +110,8 @@ def build(
         if objective and plan.objective is not None:
             module, config = registry.load(plan.objective), plan.configs[plan.objective]
             attached.objective = Objective(module, config, attached, generative=task.generative)
+        if plan.memory is not None:
+            attached.convert = partial(registry.load(plan.memory).convert, config=plan.configs[plan.memory])
         return attached
 
 

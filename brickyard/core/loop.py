@@ -286,22 +286,23 @@ def train(
         batches = _rows(step.sampler(examples.lengths, training), per_epoch, state.step, state.total)
     else:
         batches = curriculum.batches(state, lambda rows: step.sampler(examples.lengths[rows], training))
-    for rows in batches:
-        state.batch_rows = rows
-        state.losses.append(step(state, list(_micro(examples, rows, training, accelerator))))
-        state.step += 1
-        if validation is not None and (state.step % every == 0 or state.step == state.total):
-            seconds += time.monotonic() - started
-            stop = _evaluate(state, validation)
-            train_mode(model)
-            started = time.monotonic()
-            if stop:
-                stopped = f"no better validation score in {training.patience} evaluations"
-                break
-        elif validation is None and (state.step % every == 0 or state.step == state.total):
-            _point(state, {})
-        if training.checkpoint_every and state.step % training.checkpoint_every == 0 and state.step < state.total:
-            saved.save(state, step)
+    with attached.saving():
+        for rows in batches:
+            state.batch_rows = rows
+            state.losses.append(step(state, list(_micro(examples, rows, training, accelerator))))
+            state.step += 1
+            if validation is not None and (state.step % every == 0 or state.step == state.total):
+                seconds += time.monotonic() - started
+                stop = _evaluate(state, validation)
+                train_mode(model)
+                started = time.monotonic()
+                if stop:
+                    stopped = f"no better validation score in {training.patience} evaluations"
+                    break
+            elif validation is None and (state.step % every == 0 or state.step == state.total):
+                _point(state, {})
+            if training.checkpoint_every and state.step % training.checkpoint_every == 0 and state.step < state.total:
+                saved.save(state, step)
     seconds += time.monotonic() - started
     if state.best_tensors is not None:
         attached.load(state.best_tensors)

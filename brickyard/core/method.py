@@ -61,8 +61,9 @@ class Claim:
 class Record:
     """What `brickyard methods` and `show` print of a method.
 
-    `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills; `search`
-    maps an option (or lr) to the values that a search tries; `presets` maps a preset to the options that it sets.
+    `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`
+    is what training keeps for the backward pass); `search` maps an option (or lr) to the values that a search tries;
+    `presets` maps a preset to the options that it sets.
     `part_of` names the record whose claims cover this one too.
     """
 
@@ -72,7 +73,7 @@ class Record:
     paper: str = ""
     needs: tuple[str, ...] = TASKS
     because: str = ""
-    slot: Literal["tuner", "head", "step", "objective", "data", ""] = ""
+    slot: Literal["tuner", "head", "step", "objective", "data", "memory", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -60,6 +60,11 @@ class ArmTrainer(Trainer):
             model=attached.model, args=args, callbacks=[*options.pop("callbacks", []), callback], **options
         )  # type: ignore[arg-type]
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as Trainer does, keeping for backward what the arm says."""
+        with self.attached.saving():
+            return super().train(*args, **options)
+
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the task's mean loss over the batch, plus the arm's regulariser."""
         labels = inputs["labels"]

@@ -422,17 +422,18 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     # The longest batch is among the measured rows: a row's time goes by its tokens, and those of all rows are known.
     longer = float(lengths.mean() / rows.lengths.sum())
     *usual, long = (to_device(rows.collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
-    saved = measure.saved_for_backward(_Loss(attached, ready.task), {"batch": long}, lambda loss: loss)
     step = Backprop(attached, ready.training)
     state = _bare_state(attached, ready, device)
-    train_mode(attached.model)
-    peak = measure.peak_bytes(lambda: step(state, [(1.0, long)]), device)
-    # The step that counted the peak was the warm-up. A slow step is little disturbed, and is not worth repeating.
-    seconds = []
-    for b in usual:
-        one = functools.partial(step, state, [(1.0, b)])
-        once = measure.step_time(one, warmup=0, repeats=1)
-        seconds.append(once if once > _SLOW else measure.step_time(one, warmup=0, repeats=3))
+    with attached.saving():
+        saved = measure.saved_for_backward(_Loss(attached, ready.task), {"batch": long}, lambda loss: loss)
+        train_mode(attached.model)
+        peak = measure.peak_bytes(lambda: step(state, [(1.0, long)]), device)
+        # The step that counted the peak was the warm-up. A slow step is little disturbed, and is not worth repeating.
+        seconds = []
+        for b in usual:
+            one = functools.partial(step, state, [(1.0, b)])
+            once = measure.step_time(one, warmup=0, repeats=1)
+            seconds.append(once if once > _SLOW else measure.step_time(one, warmup=0, repeats=3))
     flops = measure.forward_flops(attached.model, _inputs(usual[0], device))
     return {
         "trainable_parameters": sum(p.numel() for p in attached.parameters()),
