@@ -52,8 +52,10 @@ class Level:
     def of(cls, keys: np.ndarray, counts: np.ndarray) -> Level:
         """Discount counts by modified Kneser-Ney (Chen and Goodman 1999, sec. 3.3)."""
         n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
-        y = n1 / (n1 + 2 * n2)
-        discount = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        y = n1 / max(n1 + 2 * n2, 1)
+        # Of few n-grams the formula may leave the range that makes sense, or divide by nothing.
+        raw = [0.0, 1 - 2 * y * n2 / max(n1, 1), 2 - 3 * y * n3 / max(n2, 1), 3 - 4 * y * n4 / max(n3, 1)]
+        discount = np.clip(raw, 0, np.arange(4))
         taken = discount[np.minimum(counts, 3)]
         contexts, starts = np.unique(keys >> np.uint64(BITS), return_index=True)
         total = np.add.reduceat(counts, starts)

@@ -99,12 +99,13 @@ def held_out_loss(model: torch.nn.Module, stream: Stream, blocks: int) -> float:
     """Return nats a token over the first blocks of held-out text."""
     model.eval()
     losses = []
-    for rows in np.array_split(np.arange(min(blocks, len(stream))), max(1, blocks * stream.size // BATCH_TOKENS)):
+    blocks = min(blocks, len(stream))
+    for rows in np.array_split(np.arange(blocks), -(-blocks * stream.size // BATCH_TOKENS)):
         batch = stream.collate(rows)
         labels = batch.pop("labels")
         losses.append(float(TASK.loss(model(**batch).logits, labels)) * len(rows))
     model.train()
-    return sum(losses) / min(blocks, len(stream))
+    return sum(losses) / blocks
 
 
 class Progress:

@@ -97,8 +97,19 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
     source = corpus(tmp_path / "corpus")
     monkeypatch.setattr(training, "EVERY", 2)
     monkeypatch.setattr(training, "BATCH_TOKENS", 1024)
-    tokens = str(10 * 1024)
-    ask = lambda name: ["--corpus", str(source), "--out", str(tmp_path / name), "--size", "small", "--tokens", tokens]  # noqa: E731
+    tokens = str(20 * 1024)
+    ask = lambda name: [
+        "--corpus",
+        str(source),
+        "--out",
+        str(tmp_path / name),
+        "--size",
+        "small",
+        "--lr",
+        "1e-3",
+        "--tokens",
+        tokens,
+    ]  # noqa: E731
     training.main(ask("whole"))
     plain = training.Progress.after_step
 
@@ -115,7 +126,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
     one, other = (LlamaForCausalLM.from_pretrained(tmp_path / n / "model").state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     about = json.loads((tmp_path / "cut" / "model" / "training.json").read_text(encoding="utf-8"))
-    assert about["steps"] == [9, 1] and about["nats_per_token"] < about["untrained_nats_per_token"] - 0.5
+    assert about["steps"] == [18, 2] and about["nats_per_token"] < about["untrained_nats_per_token"] - 0.5
     assert "<svg" in report.curve_picture(about["curve"])
 
 
@@ -150,6 +161,7 @@ def test_a_shipped_model_knows_python_that_it_never_saw(name: str) -> None:
     assert bits(base.model(LM, seed=0)) < 0.75 * bits(LlamaForCausalLM(base.config).eval())
 
 
+@pytest.mark.skipif("pylm" not in SHIPPED, reason="embedded:pylm is still in training")
 def test_pylm_beats_what_it_was_held_against() -> None:
     about = json.loads((embedded.base_folder("pylm") / "training.json").read_text(encoding="utf-8"))["report"]
     bits, parsed = about["bits_per_byte"], about["parses"]
