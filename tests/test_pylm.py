@@ -98,18 +98,11 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
     monkeypatch.setattr(training, "EVERY", 2)
     monkeypatch.setattr(training, "BATCH_TOKENS", 1024)
     tokens = str(20 * 1024)
-    ask = lambda name: [
-        "--corpus",
-        str(source),
-        "--out",
-        str(tmp_path / name),
-        "--size",
-        "small",
-        "--lr",
-        "1e-3",
-        "--tokens",
-        tokens,
-    ]  # noqa: E731
+    given = ["--corpus", str(source), "--size", "small", "--lr", "1e-3", "--tokens", tokens, "--out"]
+
+    def ask(name: str) -> list[str]:
+        return [*given, str(tmp_path / name)]
+
     training.main(ask("whole"))
     plain = training.Progress.after_step
 
