@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from brickyard.checks.run import Answers
@@ -19,6 +20,7 @@ from brickyard.core.errors import RunFailed
 from brickyard.core.jobs import Job, Local
 from brickyard.core.method import Claim
 from brickyard.core.trial import Prepared, Setting
+from brickyard.core.wrap import ADAPTER
 
 
 def asked_by(claim: Claim) -> dict[str, Any]:
@@ -98,6 +100,12 @@ def opened_answers(ready: Prepared, folder: Path, name: str, changes: Sequence[C
         change(model)
         found.append(answer(model, ready.encoded["test"], ready.task).predictions)
     return Answers(ready.encoded["test"].labels.numpy(), np.stack(found))
+
+
+def lora_factors(model: nn.Module) -> list[tuple[Any, Any, Any]]:
+    """Return (layer, A [r, n], B [m, r]) of every layer that PEFT's LoRA adapts, the live parameters."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    return [(layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers]
 
 
 def majority(of: Answers) -> Answers:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from brickyard.checks._runs import answers, arm_row, asked_by, majority, opened_answers, trained, tuned
+from brickyard.checks._runs import answers, arm_row, asked_by, lora_factors, majority, opened_answers, trained, tuned
 from brickyard.checks._steps import attached, in_turn, mean_ratio, one_step
 from brickyard.checks.run import Inequality, judge
 from brickyard.core.base import open_base
@@ -100,8 +99,7 @@ def _all(parts: list[dict[str, Any]], valid: bool) -> dict[str, Any]:
 @torch.no_grad()
 def cut(model: nn.Module, rank: int, how: str) -> None:
     """Leave `rank` ranks of every LoRA layer: its first ones, at either scaling, or those of its largest values."""
-    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        a_rn, b_mr = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    for layer, a_rn, b_mr in lora_factors(model):
         if how == CUT[2]:
             u_mk, s_k, v_kn = torch.linalg.svd(b_mr @ a_rn, full_matrices=False)
             a_rn[:rank], b_mr[:, :rank] = v_kn[:rank], u_mk[:, :rank] * s_k[:rank]

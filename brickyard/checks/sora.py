@@ -10,18 +10,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from scipy.stats import norm
 from torch import nn
 
-from brickyard.checks._runs import answers, arm_row, asked_by, majority, opened_answers, trained, tuned, with_training
+from brickyard.checks._runs import (
+    answers,
+    arm_row,
+    asked_by,
+    lora_factors,
+    majority,
+    opened_answers,
+    trained,
+    tuned,
+    with_training,
+)
 from brickyard.checks.run import Inequality, judge
 from brickyard.core.arm import parse
 from brickyard.core.build import build
 from brickyard.core.method import Claim
 from brickyard.core.ranks import keep_best
 from brickyard.core.trial import Prepared, Setting, prepare
-from brickyard.core.wrap import ADAPTER
 
 RANK = 8
 SHARES = (0.9, 0.7, 0.55, 0.4, 0.25)  # of the ranks that thresholds are laid out to leave
@@ -123,18 +131,17 @@ def ranks_left(run: dict[str, Any]) -> int:
 def whole_ranks(ready: Prepared) -> int:
     """Return the ranks of all target layers before any has died."""
     made = build(ready.plan, ready.base, ready.task, seed=0)
-    return RANK * sum(isinstance(m, LoraLayer) for m in made.model.modules())
+    return RANK * len(lora_factors(made.model))
 
 
 @torch.no_grad()
 def leave(model: nn.Module, budget: int, how: str, seed: int) -> None:
     """Leave `budget` ranks of a trained LoRA: those of the largest |a_i| |b_i|, or random ones; the others become 0."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    found = lora_factors(model)
     generator = torch.Generator().manual_seed(seed)
     scores = []
-    for layer in layers:
-        a_rn, b_mr = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    for _, a_rn, b_mr in found:
         size_r = a_rn.norm(dim=1) * b_mr.norm(dim=0)
         scores.append(size_r if how == "smallest" else torch.rand(len(size_r), generator=generator))
-    for layer, mask_r in zip(layers, keep_best(scores, budget), strict=True):
-        layer.lora_B[ADAPTER].weight[:, ~mask_r] = 0.0
+    for (_, _, b_mr), mask_r in zip(found, keep_best(scores, budget), strict=True):
+        b_mr[:, ~mask_r] = 0.0

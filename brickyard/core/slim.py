@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def units(model: nn.Module) -> list[Unit]:
     """Return the removable parts of every block of `model`; Refused where its layers do not show them."""
     found: list[Unit] = []
     kinds, modules = roles(model), dict(model.named_modules())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(text, "num_attention_heads", None)
     for block, _ in blocks(model):

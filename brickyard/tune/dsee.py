@@ -252,10 +252,10 @@ class Pruner:
         self.slimmed = Slimmed()
         self.pruned = not (config.structured or config.unstructured)
 
-    def coefficients(self) -> list[Tensor]:
+    def coefficients(self) -> Sequence[Tensor]:
         """The coefficients c of all heads and neurons, while they are being judged."""
         held = [layer.get_parameter(f"brick_scale.{ADAPTER}") for layer in self.layers.values() if _has(layer, "scale")]
-        return [] if self.pruned else held
+        return () if self.pruned else held
 
     def begin(self, state: State) -> None:
         """Find the places of S; a resumed run then loads its own."""
@@ -311,7 +311,9 @@ class Pruner:
                 if self.config.score == "random":
                     w_mn = torch.rand(w_mn.shape, generator=generator)
                 elif self.config.score == "update" and group is updated:
-                    w_mn = update(self.config, layer.part(ADAPTER))  # type: ignore[assignment]
+                    updated_mn = update(self.config, layer.part(ADAPTER))
+                    assert updated_mn is not None
+                    w_mn = updated_mn
                 scores.append(w_mn.abs().flatten())
             total = sum(s.numel() for s in scores)
             masks = keep_best(scores, total - math.floor(self.config.unstructured * total)) if scores else []
@@ -434,6 +436,6 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
 def _penalty(config: Config, pruner: Pruner) -> Callable[[], Tensor]:
     def penalty() -> Tensor:
         held = pruner.coefficients()
-        return config.l1 * torch.cat(held).abs().mean() if held else torch.zeros(())
+        return config.l1 * torch.cat(tuple(held)).abs().mean() if held else torch.zeros(())
 
     return penalty
