@@ -64,11 +64,15 @@ def test_a_new_adapter_changes_nothing(options: dict) -> None:
 @pytest.mark.parametrize("options", [{}, HALVES, {"unstructured": 0.5}], ids=str)
 def test_the_factored_form_is_the_dense_one_before_and_after_pruning(options: dict) -> None:
     made = attached(**options)
-    for _ in range(2):
+    for _ in range(3):
         for layer in pruner(made).layers.values():
             x, part = torch.randn(2, 5, layer.base_weight().shape[1]), layer.part("default")
             dense = F.linear(x, layer.base_weight() + dsee.weight(pruner(made).config, part), layer.base_layer.bias)  # type: ignore[arg-type]
             torch.testing.assert_close(layer(x), dense, rtol=1e-4, atol=1e-5)
+        if pruner(made).pruned:
+            with pytest.raises(Refused, match="pruned already"):
+                pruner(made).prune(None, torch.Generator().manual_seed(0))
+            break
         pruner(made).prune(None, torch.Generator().manual_seed(0))
 
 

@@ -97,6 +97,22 @@ def test_the_topmost_ranks_gradient_is_the_same_frozen_or_not() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_block_that_is_run_again_uses_the_rank_of_its_step() -> None:
+    found = []
+    for again in (False, True):
+        made = model().train()
+        if again:
+            made.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        for module in made.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        made(**words()).logits.square().sum().backward()
+        found.append([layer.get_parameter("brick_a.default").grad.clone() for layer in layers(made)])  # type: ignore[union-attr]
+        assert int(made.base_model.brick_step["default"]) == 1  # type: ignore[index]
+    for plain, rerun in zip(*found, strict=True):
+        torch.testing.assert_close(plain, rerun, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"distribution": "geometric"}, {"unit": 2, "r_min": 2}], ids=str)
 def test_draws_follow_the_distribution(options: dict) -> None:
     config = dylora.Config(r=8, **options)

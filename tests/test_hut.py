@@ -141,6 +141,7 @@ def test_the_flops_are_counted_both_ways() -> None:
     whole, ahead = found["figures"]["step"], found["figures"]["forward"]
     assert ahead[4096] < 1 < ahead[16]  # the forward pass alone does get cheap
     assert whole[4096] > 1 and found["holds"] is False  # but the gradient of the weight is dense
+    assert found["control"]["destroyed"] and found["figures"]["hira"][4096] > whole[4096]
 
 
 @pytest.mark.parametrize("options", [{"variant": "other"}, {"r": 0}, {"scale": 0.0}], ids=str)

@@ -56,7 +56,8 @@ def saved_work(claim: Claim, *, batch: int = 32, tokens: int = 64, rounds: int =
 
 def _pruned(base: Base, options: str) -> nn.Module:
     made = attached(base, f"dsee:{options}")
-    made.callbacks[-1].prune(None, torch.Generator().manual_seed(0))
+    if not made.callbacks[-1].pruned:
+        made.callbacks[-1].prune(None, torch.Generator().manual_seed(0))
     return made.model.eval()
 
 

@@ -281,7 +281,9 @@ class Pruner:
 
     @torch.no_grad()
     def prune(self, optimiser: torch.optim.Optimizer | None, generator: torch.Generator) -> None:
-        """Remove what scores lowest; UsageError where a block would be left without heads."""
+        """Remove what scores lowest; Refused a second time, for shares are of the whole base."""
+        if self.pruned:
+            raise Refused("dsee: the base is pruned already, or nothing was to be removed; give the shares at once.")
         for unit in self.parts:
             share = self.config.heads if unit.kind == "heads" else self.config.neurons
             lost = math.floor(share * unit.count)
