@@ -115,5 +115,5 @@ def _moving_modules(model: nn.Module, names: set[str]) -> set[str]:
     return {
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{path}.weight" in names
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and {f"{path}.weight", f"{path}.bias"} & names
     }

@@ -23,7 +23,7 @@ from brickyard.core.inject_export import check_whole, to_lora
 from brickyard.core.inject_layer import BrickyardLinear
 from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.receipt import assert_parity, parity
-from brickyard.core.retention import TEXTS
+from brickyard.core.retention import fixed_inputs
 from brickyard.core.wrap import ADAPTER
 
 
@@ -89,7 +89,7 @@ def _peft(made: Brick, base: Base, out: Path, rank: int | None, max_rank: int | 
     with torch.random.fork_rng(devices=[]):
         fresh = base.model(made.task, seed=made.manifest["seed"] + 1)
         again = PeftModel.from_pretrained(fresh, str(out)).eval()  # type: ignore[arg-type]
-    proof = parity(model, again, _inputs(base))
+    proof = parity(model, again, fixed_inputs(base, 4))
     if not error:
         assert_parity(proof, "the exported adapter against the brick")
     gap = proof["max_gap"]
@@ -161,7 +161,7 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
         (base.tokenizer if base.input == "text" else base.processor).save_pretrained(temporary)
     opener = AutoModelForSequenceClassification if base.input == "text" else AutoModelForImageClassification
     again = opener.from_pretrained(out).eval()
-    proof = parity(applied, again, _inputs(base))
+    proof = parity(applied, again, fixed_inputs(base, 4))
     assert_parity(proof, "the merged model against base + brick")
     gap = proof["max_gap"]
     return {
@@ -169,10 +169,3 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
         "error": 0.0,
         "sentence": f"merged model; reloaded logits differ by at most {gap:.1e} from base + brick.",
     }
-
-
-def _inputs(base: Base) -> dict[str, Tensor]:
-    if base.input == "text":
-        return dict(base.tokenizer(list(TEXTS), return_tensors="pt", padding=True))
-    size = int(base.config.image_size)
-    return {"pixel_values": torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))}

@@ -95,7 +95,7 @@ def check_inputs(split: str, columns: dict[str, list], wanted: Sequence[str], fe
             _check_choices(split, columns[name], limit)
             continue
         kind, values = (bytes if name == "image" else str), columns[name]
-        absent = [row for row, value in enumerate(values, 1) if value is None or value != value or value == b""]
+        absent = [row for row, value in enumerate(values, 1) if _missing(value)]
         blank = [row for row, value in enumerate(values, 1) if isinstance(value, str) and not value.strip()]
         if absent or len(blank) > EMPTY_LIMIT * rows:
             rows_shown = shown(sorted(absent + blank))
@@ -107,6 +107,11 @@ def check_inputs(split: str, columns: dict[str, list], wanted: Sequence[str], fe
                 raise BadData(f"split {split!r}, row {row}: {name!r} is {type(value).__name__}; expected {expected}.")
             _check_size(split, row, name, value, limit)
     return empty
+
+
+def _missing(value: Any) -> bool:
+    nan = isinstance(value, float) and value != value
+    return value is None or nan or (isinstance(value, bytes) and not value)
 
 
 def _check_size(split: str, row: int, name: str, value: str | bytes, limit: int) -> None:

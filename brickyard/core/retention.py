@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from brickyard.core.base import Base, HeadedModel
@@ -54,6 +55,16 @@ def pooled(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return (x * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
 
 
+def fixed_inputs(base: Base, images: int) -> dict[str, Tensor]:
+    """Return the fixed texts as the base reads them or, for a base of images, that many fixed random ones."""
+    if base.input == "text":
+        return dict(base.tokenizer(list(TEXTS), return_tensors="pt", padding=True))
+    # What the processor makes of a blank image says its size; a configuration need not (those of ConvNets do not).
+    blank = base.processor(images=[Image.new("RGB", (64, 64))], return_tensors="np")["pixel_values"]
+    shape = (images, *np.asarray(blank).shape[1:])
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
 @dataclass
 class Drift:
     """The pooled states of fixed inputs before a change."""
@@ -65,12 +76,7 @@ class Drift:
     def before(cls, model: nn.Module, base: Base) -> Drift:
         """Remember the states of `model` on the fixed texts (or, for images, on fixed pixels)."""
         device = next(model.parameters()).device
-        if base.input == "text":
-            inputs = dict(base.tokenizer(list(TEXTS), return_tensors="pt", padding=True))
-        else:
-            size, channels = int(base.config.image_size), int(getattr(base.config, "num_channels", 3))
-            inputs = {"pixel_values": torch.randn(8, channels, size, size, generator=torch.Generator().manual_seed(0))}
-        inputs = {k: v.to(device) for k, v in inputs.items()}
+        inputs = {k: v.to(device) for k, v in fixed_inputs(base, 8).items()}
         return cls(inputs, pooled(model, inputs))
 
     def after(self, model: nn.Module) -> dict[str, Any]:

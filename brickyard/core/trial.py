@@ -203,9 +203,15 @@ def _with(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:
 def curriculum_of(ready: Prepared, sets: Mapping[str, Examples]) -> Curriculum | None:
     """Return the curriculum that the arm names, prepared on the rows it will train on (`sets`, see `examples`)."""
     name = ready.plan.data
-    if name is None:
-        return None
-    return registry.load(name).curriculum(ready.plan.configs[name], ready, sets, ready.device)
+    make = getattr(registry.load(name), "curriculum", None) if name else None
+    return make(ready.plan.configs[name], ready, sets, ready.device) if make else None
+
+
+def joined_by(ready: Prepared, attached: Attached) -> Any:
+    """Return the callback by which the arm's data piece brings rows of its own into the model, or None."""
+    name = ready.plan.data
+    make = getattr(registry.load(name), "join", None) if name else None
+    return make(ready.plan.configs[name], ready, attached.model) if make else None
 
 
 def run(argument: dict[str, Any]) -> dict[str, Any]:
@@ -248,6 +254,7 @@ def tune(
     attached.model.to(ready.device)
     sets, cost = examples(ready, attached)
     curriculum = curriculum_of(ready, sets)
+    joined = joined_by(ready, attached)
     kept = _retention(ready, attached)
     few = min(_few(task, sets["train"]), len(sets["train"]))
     probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
@@ -262,6 +269,9 @@ def tune(
     if curriculum is not None:
         identity["curriculum"] = curriculum.digest
         cost["curriculum_seconds"] = curriculum.seconds
+    if joined is not None:
+        identity["joined"] = joined.digest
+        attached.callbacks = (*attached.callbacks, joined)
     trained = train(
         attached,
         train_rows,
