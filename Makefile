@@ -10,7 +10,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[embedded,ray,dev]"
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[embedded,ray,audit,dev]"
 	touch $(STAMP)
 
 demo: setup

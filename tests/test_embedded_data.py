@@ -248,7 +248,9 @@ def test_a_file_keeps_its_side_between_versions(tmp_path: Path) -> None:
 
 def test_names() -> None:
     docstrings = ("docstring-choice", "docstring-pairs", "docstrings")
-    assert ("digits", *docstrings, "python-source", "python-tests", "stdlib-topics") == embedded.DATA
+    fixes = (f"secure-fixes-{unit}" for unit in ("block", "file", "function", "line"))
+    code = ("insecure-habit", "python-source", "python-tests", *fixes)
+    assert ("digits", *docstrings, *code, "stdlib-topics") == embedded.DATA
     assert embedded.BASES == ("minilm", "tiny-conv", "tiny-vit")
     with pytest.raises(UnknownName, match="unknown embedded data set 'stdlib_topic'; did you mean stdlib-topics"):
         embedded.data("stdlib_topic")

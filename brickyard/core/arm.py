@@ -17,7 +17,7 @@ from brickyard.core.errors import UsageError
 TRAINING = {"lr": float, "epochs": float, "batch": int, "wd": float}
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*\Z")
 _OPTION = re.compile(r"[a-z][a-z0-9_]*\Z")
-_BARE = re.compile(r"[A-Za-z_][\w.*|/-]*\Z")
+_BARE = re.compile(r"(?:[A-Za-z_]|~?/|\.{1,2}/)[\w.*|/-]*\Z")  # words and paths
 _WORDS = {"true": True, "false": False, "none": None}
 _SIZE = 2000  # characters; longer arms are a mistake or an attack
 
