@@ -459,7 +459,7 @@ def _from_file(parser: Parser, path: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 bad usage or input, 3 a proof does not hold."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    own_process, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(_overview() + "\n")
         return 0
@@ -475,6 +475,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from brickyard import commands as verbs
 
             verbs.quiet_libraries()
+            if own_process:
+                from brickyard.core import process
+
+                process.settle()
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

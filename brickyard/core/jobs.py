@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from brickyard.core.errors import BrickyardError, OutOfMemory, UnknownName, UsageError
+from brickyard.core.process import settle
 
 _PRELOAD = "brickyard.core.preload"
 _FULL = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")
@@ -107,6 +108,7 @@ def _child(job: Job, pipe: Connection) -> None:
     if job.memory:
         resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
     try:
+        settle()
         pipe.send(execute(job))
     except MemoryError:
         pipe.send(Outcome(key=job.key, status="out-of-memory", reason="out of memory while reporting"))
