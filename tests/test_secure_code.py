@@ -24,6 +24,7 @@ from brickyard.audit.secure_code import Audit, Config, finished, gain, scenarios
 from brickyard.checks.secure_code import judged
 from brickyard.core.base import open_base
 from brickyard.core.errors import BadData, Refused, UsageError
+from brickyard.core.export import export
 from brickyard.data._fixes import GRANULARITIES, apply, edits, from_git, training_texts
 from brickyard.embedded._weaknesses import HELD_OUT, WEAKNESSES, Weakness, pair, pairs
 
@@ -277,6 +278,8 @@ def test_a_model_is_audited_beside_its_brick(
     assert brickyard.audit(method, **(given | {"brick": None}))["gain"] is None
     asked.write_text(json.dumps({"prompt": "(((", "test": "B307"}) + "\n")
     broken = brickyard.audit(method, **given)
+    found = export(brick.folder, "merged", tmp_path / "merged")  # as the claim's set-up does, for a model of language
+    assert found["max_gap"] <= 1e-4 and open_base(str(tmp_path / "merged")).generative
     assert broken["gain"] is None and broken["models"]["base"]["secure_ratio"] is None
     assert "nothing valid" in broken["detail"] and "none valid" in broken["table"][0]["base: secure %"]
 

@@ -273,7 +273,7 @@ def put_brick_on(base: Base, stored: Stored) -> Adapted:
     """Build a brick's arm on the base, as it was before training."""
     brick = bricks.load(stored.folder)
     with quiet():
-        plan = resolve(parse(brick.manifest["arm"]))
+        plan = resolve(parse(brick.manifest["arm"]), brick.task)
         attached = build(plan, base, brick.task, seed=brick.manifest["seed"])
     return Adapted(model=attached.model.eval(), start=attached.tensors(), load=attached.load)
 

@@ -60,7 +60,7 @@ class Brick:
                 f"brick {self.folder} was made for base {self.manifest['base']['spec']} (fingerprint {made_for[:12]}), "
                 f"the base given is {base.spec} ({base.fingerprint[:12]}). Give the right --base, or --force."
             )
-        plan, seed = resolve(parse(self.manifest["arm"])), self.manifest["seed"]
+        plan, seed = resolve(parse(self.manifest["arm"]), self.task), self.manifest["seed"]
         attached = build(plan, base, self.task, seed=seed, attention=attention, objective=False)
         attached.load(self.tensors())
         attached.model.eval()

@@ -73,6 +73,9 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         )
     if task is not None and task.kind == "preference" and "objective" not in slots:
         slots["objective"], configs[PREFERENCE] = PREFERENCE, registry.config(PREFERENCE, {})
+    standing = registry.find(slots["tuner"]).record.head if "tuner" in slots and "head" not in slots else ""
+    if standing and task is not None and not task.generative:
+        slots["head"], configs[standing] = standing, registry.config(standing, {})
     for slot in ("data", "objective", "head", "tuner"):
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from brickyard.core import brick as bricks
 from brickyard.core.base import Base, HeadedModel, open_base
@@ -24,6 +24,7 @@ from brickyard.core.inject_layer import BrickyardLinear
 from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.receipt import assert_parity, parity
 from brickyard.core.retention import fixed_inputs
+from brickyard.core.side import SIDE
 from brickyard.core.wrap import ADAPTER
 
 
@@ -148,6 +149,8 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
             plain = plain.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError) as error:
             raise Refused(f"{made.manifest['arm']} cannot be merged: {error}") from error
+    if hasattr(plain, SIDE):
+        raise Refused(f"{made.manifest['arm']} works beside the base and changes none of its weights; load the brick.")
     if isinstance(plain, HeadedModel):
         raise Refused(
             f"the head of {made.manifest['arm']} is Brickyard's own, which no transformers class can hold; "
@@ -159,8 +162,8 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
     with complete_folder(out) as temporary:
         plain.save_pretrained(temporary, safe_serialization=True)
         (base.tokenizer if base.input == "text" else base.processor).save_pretrained(temporary)
-    opener = AutoModelForSequenceClassification if base.input == "text" else AutoModelForImageClassification
-    again = opener.from_pretrained(out).eval()
+    opener: Any = AutoModelForSequenceClassification if base.input == "text" else AutoModelForImageClassification
+    again = (AutoModelForCausalLM if made.task.generative else opener).from_pretrained(out).eval()
     proof = parity(applied, again, fixed_inputs(base, 4))
     assert_parity(proof, "the merged model against base + brick")
     gap = proof["max_gap"]

@@ -64,7 +64,8 @@ class Record:
     `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`
     is what training keeps for the backward pass); `search` maps an option (or lr) to the values that a search tries;
     `presets` maps a preset to the options that it sets.
-    `part_of` names the record whose claims cover this one too.
+    `head` names the head that a tuner stands on where an arm names none, if not the base's own. `part_of` names the
+    record whose claims cover this one too.
     """
 
     name: str
@@ -79,5 +80,6 @@ class Record:
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # defaults of lr, wd, epochs, batch for this method
     claims: tuple[Claim, ...] = ()
+    head: str = ""
     part_of: str = ""
     ancestry: Literal["same base", "independent"] = "same base"

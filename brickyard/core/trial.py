@@ -191,6 +191,14 @@ def _chosen(ready: Prepared, function: str, *given: Any) -> tuple[dict[str, dict
     return options, rest
 
 
+def initialise(ready: Prepared, attached: Attached) -> dict[str, Any]:
+    """Let the arm's tuner set its initial weights by the training rows; method -> report, with its seconds."""
+    name = ready.plan.tuner
+    call = getattr(registry.load(name), "initialise", None) if name else None
+    report = call(ready.plan.configs[name], ready, attached) if call else None
+    return {name: report} if name and report else {}
+
+
 def _with(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:
     """Return the same with `options` written into the arm."""
     if not options:
@@ -252,6 +260,7 @@ def tune(
     setting, task = ready.setting, ready.task
     attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
     attached.model.to(ready.device)
+    chosen |= initialise(ready, attached)
     sets, cost = examples(ready, attached)
     curriculum = curriculum_of(ready, sets)
     joined = joined_by(ready, attached)
