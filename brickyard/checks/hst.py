@@ -1,0 +1,101 @@
+"""The claims of `hst`: the pyramid with its ladder beside the one without, tuned norms, LoRA and a linear probe."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from brickyard.checks._runs import answers, arm_row, majority, trained
+from brickyard.checks.run import Answers, Inequality, judge
+from brickyard.core.answers import answer
+from brickyard.core.attached import attach_in_place
+from brickyard.core.build import build
+from brickyard.core.loop import train
+from brickyard.core.method import Claim
+from brickyard.core.roles import roles
+from brickyard.core.trial import Prepared, Setting, prepare
+from brickyard.embedded.images import FACTORS, draw
+
+FACTOR = "texture"  # the factor that the heads of tiny-vit know least about
+EPOCHS, BATCH = 12, 32
+ARMS = {
+    "hst": "hst:lr=3e-3",
+    "pyramid": "hst:ladder=false,lr=3e-3",
+    "detached": "hst:detach=true,lr=3e-3",
+    "lora": "lora:r=4,lr=3e-3",
+    "probe": "linear-probe:lr=1e-2",
+}
+
+
+def textured(count: int, seed: int) -> dict[str, list]:
+    """Return generated images as PNG files with the name of their texture."""
+    made = draw(count, seed=seed, digit_share=0.0, augment=False)
+    files = []
+    for pixels in made.pixels:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        files.append(file.getvalue())
+    return {"image": files, "label": [FACTORS[FACTOR][i] for i in made.labels[FACTOR]]}
+
+
+def beside_the_pyramid(
+    claim: Claim, *, rows: int = 1000, test_rows: int = 2000, workers: int = 2, epochs: int = EPOCHS, **_: Any
+) -> dict[str, Any]:
+    """Train all arms on generated textures and hold them against each other.
+
+    Control of all parts: labels shuffled. Gate: LoRA beats the linear probe by 2 points, so that there is something to
+    adapt.
+    """
+    data = {"train": textured(rows, 101), "validation": textured(300, 102), "test": textured(test_rows, 103)}
+    asked = {"base": claim.base, "data": data, "training": {"epochs": epochs, "batch": BATCH}}
+    with tempfile.TemporaryDirectory(prefix="brickyard-hst-") as place:
+        folder = Path(place)
+        runs = trained(ARMS, asked, claim.seeds, folder, workers)
+        shuffled = {**asked, "shuffle_labels": True}
+        runs |= trained({"shuffled": ARMS["hst"]}, shuffled, claim.seeds, folder, workers)
+        found = {name: answers(folder, name, claim.seeds) for name in (*ARMS, "shuffled")}
+    found["majority"] = majority(found["probe"])
+    ready = prepare(Setting(arm="linear-probe:lr=3e-3", **asked))
+    found["norms"] = Answers(found["hst"].labels, np.stack([norms_tuned(ready, s) for s in range(1, claim.seeds + 1)]))
+    metric = ready.task.metric
+
+    def compare(text: str) -> dict[str, Any]:
+        return {"inequality": text, **judge(Inequality.read(text), found, metric)}
+
+    gate, gone = compare("lora > probe + 2.0"), compare("hst > shuffled + 10.0")
+    means = {name: 100 * ready.task.score(f.labels, f.predictions).mean() for name, f in found.items()}
+    said = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
+    shared = {
+        "gate": gate,
+        "control": {"what": "training labels shuffled", "destroyed": gone["holds"] is True, **gone},
+        "arms": {name: arm_row(text, runs[name]) for name, text in ARMS.items()},
+        "figures": {"means": means},
+    }
+    out = {}
+    for part, text in (
+        ("ladder", "hst >= pyramid + 1.0"),
+        ("norms", "hst >= norms + 2.0"),
+        ("lora", "hst >= lora - 1.0"),
+    ):
+        one = compare(text)
+        holds = one["holds"] if gate["holds"] is True else "set-up invalid"
+        detail = f"{one['measured']:+.2f} points ({one['low']:+.2f} to {one['high']:+.2f}); accuracy: {said}"
+        out[part] = {**one, "holds": holds, "detail": detail, **shared}
+    return out
+
+
+def norms_tuned(ready: Prepared, seed: int) -> np.ndarray:
+    """Return the test predictions after training the norms of the blocks and a linear head."""
+    attached = build(ready.plan, ready.base, ready.task, seed=seed)
+    model = attached.model
+    norms = tuple(f"{name}." for name, kind in roles(model).items() if kind == "norm")
+    names = [n for n, _ in model.named_parameters() if n.startswith((*norms, "head."))]
+    tuned = attach_in_place(model, names, matched={}, no_decay=names)
+    rows = ready.encoded
+    train(tuned, rows["train"], rows["validation"], ready.task, ready.training, device=ready.setting.device)
+    return answer(model, rows["test"], ready.task).predictions

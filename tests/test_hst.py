@@ -1,0 +1,153 @@
+"""HST: tokens that enter and leave every block, a pyramid of scales, the norms that train, and the detached variant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+import brickyard
+from brickyard.checks.hst import textured
+from brickyard.core.arm import parse
+from brickyard.core.attached import Attached
+from brickyard.core.base import open_base
+from brickyard.core.build import build, resolve
+from brickyard.core.errors import Refused, UsageError
+from brickyard.core.loop import train_mode
+from brickyard.core.prefix import ENTERING
+from brickyard.core.roles import blocks
+from brickyard.core.side import SIDE, backbone_of
+from brickyard.core.task import Task
+from brickyard.tune import hst
+
+TASK = Task("image-classification", "accuracy", ("a", "b", "c"), 3, "image")
+SMALL = "widths=[8,12],heads=[2,3]"
+
+
+def made(options: str, folder: Path) -> Attached:
+    return build(resolve(parse(f"hst:{SMALL}{options}"), TASK), open_base(str(folder)), TASK, seed=0)
+
+
+def pixels(folder: Path, rows: int = 4) -> Tensor:
+    size = int(open_base(str(folder)).config.image_size)
+    return torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_tokens_enter_and_leave_every_block_and_get_gradients(image_base: Path) -> None:
+    attached = made(",tokens=2", image_base)
+    model: Any = attached.model
+    side, lengths = model.get_submodule(SIDE), []
+
+    def enters(module: Any, args: Any, kwargs: Any) -> None:
+        lengths.append((args or (kwargs["hidden_states"],))[0].shape[1])
+
+    for _, block in blocks(backbone_of(model)):
+        block.register_forward_pre_hook(enters, with_kwargs=True)
+    train_mode(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(pixel_values=pixels(image_base)).logits.square().sum().backward()
+    patches = side.grid[0] * side.grid[1]
+    assert lengths == [patches + 1 + 2] * len(lengths) and len(lengths) == len(side.tokens)
+    assert all(bool(side.tokens.grad[i].any()) for i in range(len(lengths)))
+    torch.optim.AdamW(attached.parameters(), lr=1e-2).step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    inside = {n for n in changed if n.startswith("backbone.")}
+    assert inside and all("norm" in n.lower() for n in inside)  # attention and MLPs stay, norms move
+    assert any(n.startswith("side.") for n in changed) and any(n.startswith("head.") for n in changed)
+
+
+def test_scales_halve_from_stage_to_stage(image_base: Path) -> None:
+    x = pixels(image_base)
+    for stem in (1, 2, 4):
+        model: Any = made(f",stem={stem},detach=true", image_base).model
+        reader, side = made(f",stem={stem},detach=true", image_base).prefix, model.get_submodule(SIDE)
+        states = list(reader(pixel_values=x).last_hidden_state.chunk(len(reader.layers), -1))  # type: ignore[misc, union-attr]
+        sizes = [tuple(f.shape[-2:]) for f in side.features(states, x)]
+        assert sizes[0] == (x.shape[-1] // stem,) * 2 and sizes[1] == (-(-sizes[0][0] // 2),) * 2
+
+
+def test_maps_are_resized_after_the_bridge_as_well_as_before() -> None:
+    torch.manual_seed(0)
+    stage = hst.Stage(torch.nn.Identity(), 6, 4, 2, 1)
+    features, grid = torch.randn(2, 9, 6), (3, 3)
+
+    def resize(x: Tensor) -> Tensor:
+        maps = x.transpose(1, 2).unflatten(-1, grid)
+        return interpolate(maps, size=(5, 5), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+    torch.testing.assert_close(resize(stage.bridge(features)), stage.bridge(resize(features)), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_to_two_keys_is_a_sigmoid_of_their_difference() -> None:
+    torch.manual_seed(0)
+    block = hst.SideBlock(4, 1)
+    u, kv = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
+    q, (k, v) = block.query(u), block.key_value(kv).unflatten(-1, (2, 4)).unbind(2)
+    weight = torch.sigmoid((q @ (k[:, 0] - k[:, 1])[0]) / 2)[..., None]
+    wanted = block.out(weight * v[:, :1] + (1 - weight) * v[:, 1:])
+    torch.testing.assert_close(block._attend(u, kv), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_ladder_the_vit_is_not_read(image_base: Path) -> None:
+    x = pixels(image_base)
+    for ladder in (True, False):
+        attached = made(f",detach=true,ladder={str(ladder).lower()}", image_base)
+        reader: Any = attached.prefix
+        attached.model.eval()
+        with torch.no_grad():
+            states = reader(pixel_values=x).last_hidden_state
+            a, b = (attached.model(pixel_values=x, **{ENTERING: s}).logits for s in (states, states.flip(0)))
+        assert torch.allclose(a, b) != ladder
+
+
+def test_detached_nothing_flows_back_and_states_are_kept(image_base: Path, tmp_path: Path) -> None:
+    attached = made(",detach=true", image_base)
+    train_mode(attached.model)
+    attached.model(pixel_values=pixels(image_base)).logits.sum().backward()
+    assert not any(p.grad is not None for p in backbone_of(attached.model).parameters())
+    data = {"train": textured(60, 1), "validation": textured(20, 2), "test": textured(30, 3)}
+    for options, kept in ((",detach=true", True), ("", False)):
+        training = {"epochs": 2, "batch": 8}
+        brick, result = brickyard.tune(
+            f"hst:{SMALL}{options}",
+            base=str(image_base),
+            data=data,
+            training=training,
+            device="cpu",
+            out=tmp_path / str(kept),
+        )
+        assert ("states_bytes" in result["cost"]) == kept
+        again = brickyard.evaluate(brick=brick.folder, data=data, device="cpu")
+        assert again["score"]["mean"] == pytest.approx(result["score"]["mean"], abs=1e-6 if not kept else 0.05)
+        assert any(name.endswith("running_mean") for name in brick.tensors())
+
+
+def test_detach_gives_the_model_back(image_base: Path) -> None:
+    base = open_base(str(image_base))
+    x = pixels(image_base)
+    wanted = base.backbone().eval()(pixel_values=x).last_hidden_state
+    for options in ("", ",detach=true"):
+        attached = made(options, image_base)
+        assert attached.model.states(pixel_values=x)[0].shape[-1] == 12  # type: ignore[operator]
+        model: Any = attached.detach()
+        torch.testing.assert_close(model.eval().states(pixel_values=x)[0], wanted)
+        assert type(model.head).__name__ == "Probe" and not hasattr(model, SIDE)
+
+
+def test_what_does_not_fit_is_refused(image_base: Path, text_base: Path) -> None:
+    with pytest.raises(UsageError, match="evenly"):
+        build(
+            resolve(parse("hst:widths=[8,8,8,8,8],heads=[1,1,1,1,1]"), TASK), open_base(str(image_base)), TASK, seed=0
+        )
+    for options in ({"widths": (8,), "heads": (3,)}, {"widths": (), "heads": ()}, {"stem": 3}, {"tokens": 0}):
+        with pytest.raises(UsageError):
+            hst.Config(**options)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="own head"):
+        build(resolve(parse(f"hst:{SMALL} + moment-probing:p=28"), TASK), open_base(str(image_base)), TASK, seed=0)
+    with pytest.raises(Refused, match="grids of patches"):
+        resolve(parse("hst"), Task("text-classification", "accuracy", ("a", "b"), 2, "text"))
+    assert open_base(str(text_base)).input == "text"
