@@ -97,6 +97,8 @@ def _nats(model: nn.Module, examples: EncodedBlocks | EncodedCompletions, precis
     kind = nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=torch.bfloat16)
     was_training = model.training
     model.eval()
+    if isinstance(examples, EncodedCompletions):
+        examples.instructions = bool(getattr(model, "reads_instructions", False))
     total = torch.zeros(len(examples.tokens), dtype=torch.float64)
     with kind:
         for rows in examples.parts(_POSITIONS):

@@ -36,6 +36,7 @@ class EncodedCompletions(Encoded):
         lengths: [N] positions of the longest text that training reads of each example.
         bytes, tokens: [S] of each answer (the end token is a token).
         reference: [S] nats of each answer by the untouched base, once `trial` has measured them; preference sets only.
+        instructions: batches say which tokens are the prompt's (`instruction_mask`), for models that read them apart.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class EncodedCompletions(Encoded):
         self.first_N = np.cumsum(count_N) - count_N
         self._starts = np.cumsum(flat["lengths"] + 1) - (flat["lengths"] + 1)
         self.reference: np.ndarray | None = None
+        self.instructions = False
         self.swapped = np.zeros(len(count_N), dtype=bool)
         read_KN = self._read(np.arange(len(count_N)))
         self.lengths = flat["lengths"][read_KN].max(axis=0)
@@ -101,11 +103,14 @@ class EncodedCompletions(Encoded):
         ids_ST = np.where(inside_ST, self.flat["ids"][place_ST], self.pad)
         asked_ST = inside_ST & (column_T >= self.flat["prompts"][s][:, None])
         targets_ST = np.where(asked_ST, self.flat["ids"][place_ST + 1], IGNORED)
-        return {
+        out = {
             "input_ids": torch.from_numpy(ids_ST.astype(np.int64)),
             "attention_mask": torch.from_numpy(inside_ST.astype(np.int64)),
             "labels": torch.from_numpy(targets_ST.astype(np.int64)),
         }
+        if self.instructions:  # the last token of a prompt predicts the first of the answer
+            out["instruction_mask"] = torch.from_numpy(inside_ST & (column_T <= self.flat["prompts"][s][:, None]))
+        return out
 
     def units(self, index: ArrayLike) -> Tensor:
         """Return the text of every position of `texts(index)`: [s, T]."""
@@ -144,7 +149,7 @@ class EncodedCompletions(Encoded):
         made = EncodedCompletions(
             flat, count, self.labels[torch.from_numpy(rows)], kind=self.kind, pad=self.pad, report=self.report
         )
-        made.swapped = self.swapped[rows]
+        made.swapped, made.instructions = self.swapped[rows], self.instructions
         made.reference = None if self.reference is None else self.reference[s]
         return made
 

@@ -29,6 +29,7 @@ from brickyard.core.build import Plan, build, resolve, training_of
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.curriculum import Curriculum
 from brickyard.core.data import Data, read_data
+from brickyard.core.errors import Refused
 from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
 from brickyard.core.objective import WithColumns, check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
@@ -117,6 +118,9 @@ def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples
     Cached states where only a head trains; rows with the states that enter the first block that trains where the blocks
     below it are frozen; else the rows.
     """
+    for rows in ready.encoded.values():
+        if isinstance(rows, EncodedCompletions):
+            rows.instructions = bool(getattr(attached.model, "reads_instructions", False))
     if attached.frozen_states:
         model: Any = attached.model  # a headed model over cached states
         pool = getattr(model.head, "frozen_pool", None)
@@ -208,11 +212,18 @@ def _with(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:
     return replace(ready, plan=plan)
 
 
-def curriculum_of(ready: Prepared, sets: Mapping[str, Examples]) -> Curriculum | None:
-    """Return the curriculum that the arm names, prepared on the rows it will train on (`sets`, see `examples`)."""
-    name = ready.plan.data
+def curriculum_of(ready: Prepared, sets: Mapping[str, Examples], attached: Attached | None = None) -> Curriculum | None:
+    """Return the curriculum that the arm names, prepared on the rows it will train on (`sets`, see `examples`).
+
+    A tuner may bring one of its own for `attached`; Refused where the arm names another.
+    """
+    name, tuner = ready.plan.data, ready.plan.tuner
     make = getattr(registry.load(name), "curriculum", None) if name else None
-    return make(ready.plan.configs[name], ready, sets, ready.device) if make else None
+    own = getattr(registry.load(tuner), "curriculum", None) if tuner and attached is not None else None
+    brought = own(ready.plan.configs[tuner], ready, sets, ready.device, attached.model) if own and attached else None
+    if make and brought:
+        raise Refused(f"{tuner} decides itself which rows an epoch holds; leave {name} out.")
+    return make(ready.plan.configs[name], ready, sets, ready.device) if make else brought
 
 
 def joined_by(ready: Prepared, attached: Attached) -> Any:
@@ -262,7 +273,7 @@ def tune(
     attached.model.to(ready.device)
     chosen |= initialise(ready, attached)
     sets, cost = examples(ready, attached)
-    curriculum = curriculum_of(ready, sets)
+    curriculum = curriculum_of(ready, sets, attached)
     joined = joined_by(ready, attached)
     kept = _retention(ready, attached)
     few = min(_few(task, sets["train"]), len(sets["train"]))

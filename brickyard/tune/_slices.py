@@ -111,7 +111,7 @@ def sliced(
     r = shape.width // Shape.of(small.config).width
     kinds, wide = roles(backbone), dict(backbone.named_modules())
     names_small = [name for name, _ in blocks(small)]
-    order = _execution_order(backbone)
+    order = execution_order(backbone)
     cols = _best(first_I, shape.width // r)
     out: dict[str, Tensor] = {}
     for i, (block, _) in enumerate(blocks(backbone)):
@@ -148,7 +148,7 @@ def sliced(
 
 
 @torch.no_grad()
-def _execution_order(backbone: Any) -> list[str]:
+def execution_order(backbone: Any) -> list[str]:
     """Return the names of the leaves with parameters in the order in which a pass runs them."""
     ran: list[str] = []
     handles = [
