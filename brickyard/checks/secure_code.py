@@ -140,10 +140,10 @@ def judged(
         }
 
     ratios = ", ".join(f"{n} {100 * f['secure_ratio']:.1f}" for n, f in figures.items())
-    lora = tuple(100 * found["lora"][k] for k in ("difference", "low", "high"))
+    lora = _points(found["lora"])
     coarse = max(("lora", "block"), key=lambda name: audits[name].ratio())
     finer = gain(audits["line"], audits[coarse])
-    fine = tuple(100 * finer[k] for k in ("difference", "low", "high"))
+    fine = _points(finer)
     dear = {n: math.expm1(float(np.mean(nats[n])) - nats["habit"][0]) for n in ("lora", "ia3")}
     lost = {n: 100 * (valid - float(audits[n].valid.mean())) for n in ("lora", "ia3")}
     worst = max(dear.values())
@@ -168,6 +168,10 @@ def judged(
             "; ".join(f"{n}: {100 * dear[n]:+.2f} % perplexity, {-lost[n]:+.1f} points of validity" for n in dear),
         ),
     }
+
+
+def _points(found: dict[str, float]) -> tuple[float, float, float]:
+    return 100 * found["difference"], 100 * found["low"], 100 * found["high"]
 
 
 def _verdict(points: tuple[float, float, float], margin: float) -> Any:

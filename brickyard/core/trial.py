@@ -199,7 +199,7 @@ def initialise(ready: Prepared, attached: Attached) -> dict[str, Any]:
     """Let the arm's tuner set its initial weights by the training rows; method -> report, with its seconds."""
     name = ready.plan.tuner
     call = getattr(registry.load(name), "initialise", None) if name else None
-    report = call(ready.plan.configs[name], ready, attached) if call else None
+    report = call(ready.plan.configs[name], ready, attached) if name and call else None
     return {name: report} if name and report else {}
 
 
@@ -220,17 +220,19 @@ def curriculum_of(ready: Prepared, sets: Mapping[str, Examples], attached: Attac
     name, tuner = ready.plan.data, ready.plan.tuner
     make = getattr(registry.load(name), "curriculum", None) if name else None
     own = getattr(registry.load(tuner), "curriculum", None) if tuner and attached is not None else None
-    brought = own(ready.plan.configs[tuner], ready, sets, ready.device, attached.model) if own and attached else None
+    brought = None
+    if own and tuner and attached is not None:
+        brought = own(ready.plan.configs[tuner], ready, sets, ready.device, attached.model)
     if make and brought:
         raise Refused(f"{tuner} decides itself which rows an epoch holds; leave {name} out.")
-    return make(ready.plan.configs[name], ready, sets, ready.device) if make else brought
+    return make(ready.plan.configs[name], ready, sets, ready.device) if name and make else brought
 
 
 def joined_by(ready: Prepared, attached: Attached) -> Any:
     """Return the callback by which the arm's data piece brings rows of its own into the model, or None."""
     name = ready.plan.data
     make = getattr(registry.load(name), "join", None) if name else None
-    return make(ready.plan.configs[name], ready, attached.model) if make else None
+    return make(ready.plan.configs[name], ready, attached.model) if name and make else None
 
 
 def run(argument: dict[str, Any]) -> dict[str, Any]:

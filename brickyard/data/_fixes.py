@@ -15,7 +15,7 @@ import ast
 import re
 import subprocess
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -71,7 +71,7 @@ def apply(before: str, changes: list[Edit]) -> str:
     return "".join(lines)
 
 
-def _aligned(steps: list[tuple[str, int, int, int, int]], start: int, end: int) -> tuple[int, int, int, int]:
+def _aligned(steps: Sequence[tuple[str, int, int, int, int]], start: int, end: int) -> tuple[int, int, int, int]:
     """Widen lines start..end of the new file to whole changes; return the ranges in the old and in the new file."""
     touched = [
         step

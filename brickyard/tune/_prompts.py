@@ -109,7 +109,7 @@ class Prompts:
         cache = kwargs.get("past_key_values")
         self.reused = cache is not None and cache.get_seq_length() > 0
         if self.reused:
-            if not hasattr(cache, "prompts"):
+            if cache is None or not hasattr(cache, "prompts"):
                 raise UsageError("this cache was filled without prompts; begin with the whole text.")
             self.made = cache.prompts
         elif self.mask is not None and bool((~self.mask.any(1)).any()):

@@ -75,7 +75,7 @@ def narrow(backbone: Any, r: int, layers: list[int]) -> nn.Module:
     shape = Shape.of(config)
     shape.check(r, inner)
     config.hidden_size, config.num_hidden_layers = shape.width // r, len(layers)
-    if inner_name:
+    if inner_name and inner is not None:
         setattr(config, inner_name, inner // r)
     if getattr(config, "head_dim", None):
         config.head_dim = shape.head // r

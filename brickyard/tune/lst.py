@@ -281,8 +281,8 @@ def fisher(config: Config, ready: Prepared) -> tuple[dict[str, Tensor], int]:
 
 
 @torch.no_grad()
-def _set(side: Ladder, backbone: nn.Module, importance: dict[str, Tensor]) -> None:
-    embedding: Any = backbone.get_input_embeddings()  # type: ignore[operator]
+def _set(side: Ladder, backbone: Any, importance: dict[str, Tensor]) -> None:
+    embedding: Any = backbone.get_input_embeddings()
     name = next(n for n, m in backbone.named_modules() if m is embedding)
     score = importance.get(f"{name}.weight")
     width = int(backbone.config.hidden_size)
