@@ -35,6 +35,11 @@ METHODS = {
     "fourierft": "fourierft:n_frequency=40",
     "mos": "mos:r=3,e=2,p=1,l=2",
     "telly": "telly:k=1",
+    "ce-ssl": "ce-ssl:r=4",
+    "lst": "lst:r=2,init=magnitude",
+    "unipt": "unipt:width=8",
+    "hst": "hst:widths=[8,8],heads=[1,1]",
+    "iapt": "iapt:bottleneck=8",
     "s2a": "lora:r=4 + s2a:group=16",
     "s2a-modules": "s2a-modules:kind=side,r=4",
     "linear-probe": "linear-probe",
@@ -44,6 +49,7 @@ COMPOSED = {
     "lora + moment-probing": "lora:r=4 + moment-probing:p=64",
     "mos + linear-probe": "mos:r=3,e=2,p=1,l=2 + linear-probe",
     "telly + moment-probing": "telly:k=1 + moment-probing:p=64",
+    "lst + moment-probing": "lst:r=2,init=random + moment-probing:p=64",
     "full + pudf": "full + pudf:min_size=16,balance=true",
     "lora + pudf": "lora:r=4 + pudf:min_size=16,balance=true",
     "linear-probe + pudf": "linear-probe + pudf:min_size=16,balance=true",
@@ -77,6 +83,12 @@ def setting(arm: str, task: str, base: Path, **changes: object) -> trial.Setting
 def base_for(task: str, request: pytest.FixtureRequest) -> Path:
     kind = {"image-classification": "image_base", "causal-lm": "causal_base"}.get(task, "text_base")
     return request.getfixturevalue(kind)
+
+
+def home(arm: str, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """The task, and the base for it, on which the tests that need but one try a method."""
+    task = "image-classification" if arm == "hst" else "text-classification"
+    return task, base_for(task, request)
 
 
 def test_every_method_has_its_row() -> None:
@@ -114,10 +126,13 @@ def test_trains_proves_saves_and_loads(arm: str, task: str, request: pytest.Fixt
 
 
 @pytest.mark.parametrize("arm", ALL)
-def test_perturbed_weights_survive_the_file_and_a_new_process_state(arm: str, text_base: Path, tmp_path: Path) -> None:
+def test_perturbed_weights_survive_the_file_and_a_new_process_state(
+    arm: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """Every stored tensor is read back into its place, whatever the fresh model drew."""
-    base = open_base(str(text_base))
-    ready = trial.prepare(setting(ALL[arm], "text-classification", text_base))
+    task, folder = home(arm, request)
+    base = open_base(str(folder))
+    ready = trial.prepare(setting(ALL[arm], task, folder))
     attached = build(ready.plan, base, ready.task, seed=0)
     g = torch.Generator().manual_seed(1)
     changed = {
@@ -134,9 +149,10 @@ def test_perturbed_weights_survive_the_file_and_a_new_process_state(arm: str, te
 
 
 @pytest.mark.parametrize("arm", ALL)
-def test_undo_gives_the_base_back(arm: str, text_base: Path) -> None:
-    base = open_base(str(text_base))
-    ready = trial.prepare(setting(ALL[arm], "text-classification", text_base))
+def test_undo_gives_the_base_back(arm: str, request: pytest.FixtureRequest) -> None:
+    task, folder = home(arm, request)
+    base = open_base(str(folder))
+    ready = trial.prepare(setting(ALL[arm], task, folder))
     plain = build(ready.plan, base, ready.task, seed=3)
     untouched = plain.detach()
     before = {k: v.clone() for k, v in untouched.state_dict().items()}
@@ -151,8 +167,8 @@ def test_undo_gives_the_base_back(arm: str, text_base: Path) -> None:
 
 
 @pytest.mark.parametrize("arm", ALL)
-def test_no_step_keeps_a_tensor_that_the_count_does_not_see(arm: str, text_base: Path) -> None:
-    ready = trial.prepare(setting(ALL[arm], "text-classification", text_base), ("train",))
+def test_no_step_keeps_a_tensor_that_the_count_does_not_see(arm: str, request: pytest.FixtureRequest) -> None:
+    ready = trial.prepare(setting(ALL[arm], *home(arm, request)), ("train",))
     attached = build(ready.plan, ready.base, ready.task, seed=0)
     batch = ready.encoded["train"].collate(np.arange(8))
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -161,8 +177,8 @@ def test_no_step_keeps_a_tensor_that_the_count_does_not_see(arm: str, text_base:
 
 
 @pytest.mark.parametrize("arm", [a for a in METHODS if a != "adalora"])
-def test_learning_rate_zero_is_no_effect(arm: str, text_base: Path, tmp_path: Path) -> None:
-    asked = setting(ALL[arm], "text-classification", text_base, training={"lr": 0.0})
+def test_learning_rate_zero_is_no_effect(arm: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    asked = setting(ALL[arm], *home(arm, request), training={"lr": 0.0})
     with pytest.raises(NoEffect, match="no trainable tensor moved"):
         trial.run({"setting": asdict(asked), "folder": str(tmp_path)})
     assert not (tmp_path / "brick").exists()

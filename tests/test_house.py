@@ -56,7 +56,12 @@ def test_no_code_from_data_and_no_print(path: Path) -> None:
             assert node.func.id not in ("eval", "exec", "print"), f"{path}:{node.lineno}"
         if isinstance(node, ast.Global):
             raise AssertionError(f"{path}:{node.lineno} rebinds a module global")
-    assert not re.search(r"pickle\.load|torch\.load\(|weights_only=False|shell=True", text)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert not re.search(r"(^|\.)pickle\.|(^|\.)torch\.load$|Unpickler", called), f"{path}:{node.lineno}"
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert given.get("shell") != "True" and given.get("weights_only") != "False", f"{path}:{node.lineno}"
+        assert not (isinstance(node, ast.Import) and {"pickle", "dill"} & {a.name for a in node.names}), path
 
 
 def test_every_method_file_declares_records_of_literals() -> None:

@@ -24,11 +24,12 @@ from brickyard.checks import pudf as checks
 from brickyard.core import trial
 from brickyard.core.arm import parse
 from brickyard.core.build import resolve
+from brickyard.core.chosen import curriculum_of
 from brickyard.core.curriculum import Curriculum
 from brickyard.core.errors import BadData, Changed, NotFinite, Refused, UsageError
 from brickyard.core.loop import train
 from brickyard.core.method import Claim
-from brickyard.core.trial import curriculum_of, prepare
+from brickyard.core.trial import prepare
 from brickyard.data import _students, curriculum, pudf
 from brickyard.data._responses import Responses, write_jsonl
 

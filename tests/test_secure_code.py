@@ -25,7 +25,7 @@ from brickyard.checks.secure_code import judged
 from brickyard.core.base import open_base
 from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.export import export
-from brickyard.data._fixes import GRANULARITIES, apply, edits, from_git, training_texts
+from brickyard.core.fixes import GRANULARITIES, apply, edits, from_git, training_texts
 from brickyard.embedded._weaknesses import HELD_OUT, WEAKNESSES, Weakness, pair, pairs
 
 NAMED = pytest.mark.parametrize("weakness", WEAKNESSES, ids=lambda w: w.name)

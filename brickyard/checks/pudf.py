@@ -17,9 +17,10 @@ from scipy.stats import binomtest, rankdata, t
 from brickyard.checks._runs import answers, arm_row, majority, trained, with_training
 from brickyard.checks.run import Inequality, judge
 from brickyard.core.arm import parse
+from brickyard.core.chosen import curriculum_of
 from brickyard.core.method import Claim
 from brickyard.core.readers import read
-from brickyard.core.trial import Setting, curriculum_of, prepare
+from brickyard.core.trial import Setting, prepare
 from brickyard.data.pudf import AbilitySchedule, fit_irt
 
 WRONG = 0.15  # of the training labels

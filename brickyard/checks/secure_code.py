@@ -16,9 +16,9 @@ from brickyard.core import brick as bricks
 from brickyard.core.base import open_base
 from brickyard.core.data import read_data
 from brickyard.core.export import export
+from brickyard.core.fixes import GRANULARITIES
 from brickyard.core.method import Claim
 from brickyard.core.task import Task
-from brickyard.data._fixes import GRANULARITIES
 
 ORDINARY = "embedded:python-source"
 CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")

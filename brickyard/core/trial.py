@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +21,14 @@ import torch
 from brickyard.core import brick as bricks
 from brickyard.core import measure, registry
 from brickyard.core.answers import Answers, Examples, answer, nats, to_device
-from brickyard.core.arm import Arm, Piece, parse
+from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
 from brickyard.core.build import Plan, build, resolve, training_of
+from brickyard.core.chosen import chosen_by, curriculum_of, initialise, joined_by, settle, with_options
 from brickyard.core.completions import EncodedCompletions
-from brickyard.core.curriculum import Curriculum
 from brickyard.core.data import Data, read_data
-from brickyard.core.errors import Refused
 from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
 from brickyard.core.objective import WithColumns, check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
@@ -173,66 +172,6 @@ def with_prepared(ready: Prepared, rows: Examples) -> tuple[Examples, dict[str, 
 def _few(task: Task, rows: Examples) -> int:
     """Rows of a probe batch."""
     return max(1, 512 // int(rows.lengths.max())) if task.generative else _PROBE_ROWS  # a vocabulary is wide
-
-
-def settle(ready: Prepared) -> tuple[Prepared, dict[str, Any]]:
-    """Let the methods of an arm choose the options that they were asked to choose from the training rows.
-
-    Returns the setting with these options written into its arm, and method -> report of what was chosen and why.
-    """
-    options, reports = _chosen(ready, "choose", ready)
-    return _with(ready, options), reports
-
-
-def _chosen(ready: Prepared, function: str, *given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Call `function(config, *given)` of the arm's methods that have it: method -> options, and method -> the rest."""
-    options: dict[str, dict[str, Any]] = {}
-    rest: dict[str, Any] = {}
-    for name, config in ready.plan.configs.items():
-        call = getattr(registry.load(name), function, None)
-        if call is not None and (found := call(config, *given)) is not None:
-            options[name], rest[name] = found
-    return options, rest
-
-
-def initialise(ready: Prepared, attached: Attached) -> dict[str, Any]:
-    """Let the arm's tuner set its initial weights by the training rows; method -> report, with its seconds."""
-    name = ready.plan.tuner
-    call = getattr(registry.load(name), "initialise", None) if name else None
-    report = call(ready.plan.configs[name], ready, attached) if name and call else None
-    return {name: report} if name and report else {}
-
-
-def _with(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:
-    """Return the same with `options` written into the arm."""
-    if not options:
-        return ready
-    pieces = (Piece(p.name, {**p.options, **options.get(p.name, {})}) for p in ready.plan.arm.pieces)
-    plan = resolve(Arm(tuple(pieces), ready.plan.arm.training), ready.task)
-    return replace(ready, plan=plan)
-
-
-def curriculum_of(ready: Prepared, sets: Mapping[str, Examples], attached: Attached | None = None) -> Curriculum | None:
-    """Return the curriculum that the arm names, prepared on the rows it will train on (`sets`, see `examples`).
-
-    A tuner may bring one of its own for `attached`; Refused where the arm names another.
-    """
-    name, tuner = ready.plan.data, ready.plan.tuner
-    make = getattr(registry.load(name), "curriculum", None) if name else None
-    own = getattr(registry.load(tuner), "curriculum", None) if tuner and attached is not None else None
-    brought = None
-    if own and tuner and attached is not None:
-        brought = own(ready.plan.configs[tuner], ready, sets, ready.device, attached.model)
-    if make and brought:
-        raise Refused(f"{tuner} decides itself which rows an epoch holds; leave {name} out.")
-    return make(ready.plan.configs[name], ready, sets, ready.device) if name and make else brought
-
-
-def joined_by(ready: Prepared, attached: Attached) -> Any:
-    """Return the callback by which the arm's data piece brings rows of its own into the model, or None."""
-    name = ready.plan.data
-    make = getattr(registry.load(name), "join", None) if name else None
-    return make(ready.plan.configs[name], ready, attached.model) if name and make else None
 
 
 def run(argument: dict[str, Any]) -> dict[str, Any]:
@@ -432,8 +371,8 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     setting = Setting(**argument["setting"])
     ordered = resolve(parse(setting.arm)).data is not None
     ready = prepare(setting, ("train", "validation") if ordered else ("train",))
-    dear, choosing_steps = _chosen(ready, "costliest")
-    ready = _with(ready, dear)
+    dear, choosing_steps = chosen_by(ready, "costliest")
+    ready = with_options(ready, dear)
     curriculum = curriculum_of(ready, ready.encoded)
     attached = build(ready.plan, ready.base, ready.task, seed=setting.seed, attention=setting.attention)
     device = ready.device

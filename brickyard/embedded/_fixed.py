@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from brickyard.data._fixes import training_texts
+from brickyard.core.fixes import training_texts
 from brickyard.embedded._weaknesses import HELD_OUT, pairs
 
 EACH = 120  # pairs of every weakness
