@@ -33,10 +33,10 @@ docs: setup
 # The embedded language models, from the source that is installed here; interrupted, it goes on. About two hours.
 pylm: setup
 	test -f runs/pylm/corpus/sources.json || $(PY) scripts/pylm_corpus.py --out runs/pylm/corpus
-	$(PY) scripts/train_pylm.py --out runs/pylm/base --compile
-	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 12e6 --compile
-	$(PY) scripts/train_pylm.py --out runs/pylm/small-a --size small --tokens 12e6 --compile --seed 1 --half 0
-	$(PY) scripts/train_pylm.py --out runs/pylm/small-b --size small --tokens 12e6 --compile --seed 2 --half 1
+	$(PY) scripts/train_pylm.py --out runs/pylm/base --tokens 30e6 --compile
+	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 6e6 --compile
+	$(PY) scripts/train_pylm.py --out runs/pylm/small-a --size small --tokens 6e6 --compile --seed 1 --half 0
+	$(PY) scripts/train_pylm.py --out runs/pylm/small-b --size small --tokens 6e6 --compile --seed 2 --half 1
 	$(PY) scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm
 	$(PY) scripts/pylm_report.py runs/pylm/small/model brickyard/embedded/pylm_small
 	$(PY) scripts/pylm_report.py runs/pylm/small-a/model brickyard/embedded/pylm_small_a

@@ -102,6 +102,7 @@ def _training(p: Parser) -> None:
     g.add_argument("--epochs", type=_positive(float))
     g.add_argument("--steps", type=_positive(int), help="optimiser steps, in place of --epochs")
     g.add_argument("--train-rows", type=_positive(int), help="train on a fixed random subset of this many rows")
+    g.add_argument("--shots", type=_positive(int), help="train on so many rows of each class, others for every seed")
     g.add_argument(
         "--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these settings changed"
     )

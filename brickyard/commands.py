@@ -51,6 +51,7 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
         "allow_overlap": args.allow_overlap,
         "trust_remote_code": args.trust_remote_code,
         "train_rows": args.train_rows or 0,
+        "shots": args.shots or 0,
     }
 
 

@@ -31,6 +31,7 @@ def asked_by(claim: Claim) -> dict[str, Any]:
         "data": claim.data,
         "max_length": claim.max_length or None,
         "train_rows": claim.train_rows,
+        "shots": claim.shots,
         "training": training,
     }
 

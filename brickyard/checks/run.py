@@ -25,7 +25,18 @@ from brickyard.core.method import Claim
 from brickyard.core.stats import examples_needed, paired
 
 RESULTS = Path("claims") / "results"  # of the current folder; in a checkout a link to what the package ships
-SETUP = ("base", "data", "epochs", "seeds", "lrs", "lr_factors", "train_rows", "batch", "max_length")  # of a claim
+SETUP = (
+    "base",
+    "data",
+    "epochs",
+    "seeds",
+    "lrs",
+    "lr_factors",
+    "train_rows",
+    "shots",
+    "batch",
+    "max_length",
+)  # of a claim
 FINISHED = "finished"  # a mark in the folder of a run whose check ended: the next one measures anew
 _INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
 
@@ -172,6 +183,7 @@ class _Run:
             seeds=first.seeds,
             trials=len(first.lrs or first.lr_factors) or 1,
             train_rows=first.train_rows,
+            shots=first.shots,
             max_length=first.max_length or None,
             batch=first.batch or None,
             baselines=False,

@@ -53,6 +53,7 @@ class Request:
     batch: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
     train_rows: int = 0
+    shots: int = 0
     device: str | None = None
     cache: bool = True
     allow_overlap: bool = False
@@ -63,6 +64,8 @@ class Request:
         for name in ("seeds", "trials", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: at least 1 was expected.")
+        if self.shots and self.seeds < 2:
+            raise UsageError(f"--shots with --seeds {self.seeds}: one draw of examples says little; give 2 or more.")
         if self.search not in ("random", "halving"):
             raise UsageError(f"--search {self.search}: random or halving was expected.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
@@ -84,6 +87,7 @@ class Request:
             "training": self.training,
             "device": self.device,
             "train_rows": self.train_rows,
+            "shots": self.shots,
             "cache": self.cache,
             "allow_overlap": self.allow_overlap,
             "trust_remote_code": self.trust_remote_code,

@@ -52,6 +52,7 @@ class Claim:
     lrs: tuple[float, ...] = ()  # searched on validation with seed 0 by every arm alike; empty: each arm's own default
     lr_factors: tuple[float, ...] = ()  # the same, times each arm's own default: where arms live on different scales
     train_rows: int = 0  # 0: all
+    shots: int = 0  # rows of each class, drawn anew for every seed; 0: all
     batch: int = 0  # 0: each method's own
     max_length: int = 32  # tokens a text is cut to, so that a check takes minutes; 0: the base's context
     full: dict[str, Any] = field(default_factory=dict)  # fields replaced under --full

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,24 @@ class Split:
         """Return the rows at `index`, in its order."""
         index = [int(i) for i in index]
         return Split({name: [values[i] for i in index] for name, values in self.columns.items()})
+
+
+def support(
+    labels: Sequence[int] | np.ndarray, names: Sequence[str], shots: int, seed: int, *, all_of_few: bool = False
+) -> np.ndarray:
+    """Return the places, rising, of `shots` rows of each of the classes `names`, drawn from `seed`.
+
+    Raises BadData where a class has fewer rows; with `all_of_few` such a class gives all that it has.
+    """
+    labels_N = np.asarray(labels)
+    draw = np.random.Generator(np.random.PCG64([seed, shots]))
+    chosen = []
+    for value, name in enumerate(names):
+        rows = draw.permutation(np.flatnonzero(labels_N == value))
+        if len(rows) < shots and not all_of_few:
+            raise BadData(f"class {name!r} has {len(rows)} rows in train; {shots} of each were asked for (--shots).")
+        chosen.append(rows[:shots])
+    return np.sort(np.concatenate(chosen))
 
 
 def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[int] | None) -> dict[str, Any]:

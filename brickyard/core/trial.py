@@ -29,10 +29,12 @@ from brickyard.core.build import Plan, build, resolve, training_of
 from brickyard.core.chosen import chosen_by, curriculum_of, initialise, joined_by, settle, with_options
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
+from brickyard.core.errors import UsageError
 from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
 from brickyard.core.objective import WithColumns, check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import Drift, Retention
+from brickyard.core.split import support
 from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
 
@@ -55,6 +57,7 @@ class Setting:
     batch: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
     train_rows: int = 0
+    shots: int = 0
     attention: str = "sdpa"
     device: str | None = None
     cache: bool = True
@@ -106,9 +109,30 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
     if setting.train_rows and setting.train_rows < len(index):
         index = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(index))[: setting.train_rows])
         encoded["train"] = encoded["train"].take(index)
+    if setting.shots:
+        index = _few_shot(setting, task, encoded)
     if setting.shuffle_labels:
         encoded["train"].shuffle(setting.seed)
     return Prepared(setting, base, data, task, plan, training, encoded, index)
+
+
+def _few_shot(setting: Setting, task: Task, encoded: dict[str, Encoded]) -> np.ndarray:
+    """Leave `shots` rows of each class in train, and at most so many in validation; another draw for every seed.
+
+    Returns the places of train's rows.
+    """
+    if task.labels is None:
+        raise UsageError(f"--shots counts rows of each class; the task {task.kind} has no classes.")
+    if setting.train_rows:
+        raise UsageError("--shots and --train-rows both say how many rows train; give one.")
+    index = np.empty(0, dtype=np.int64)
+    for name in ("train", "validation"):
+        if name in encoded:
+            labels, few = encoded[name].labels.numpy(), name != "train"
+            rows = support(labels, task.labels, setting.shots, setting.seed, all_of_few=few)
+            encoded[name] = encoded[name].take(rows)
+            index = rows if name == "train" else index
+    return index
 
 
 def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:

@@ -1,0 +1,72 @@
+"""Few labels a class: other examples for every seed, the same for every arm, and never one lucky draw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import documents, text_data
+
+import brickyard
+from brickyard.core.errors import BadData, UsageError
+from brickyard.core.split import support
+from brickyard.core.trial import Setting, prepare
+
+
+def asked(base: Path, **more: Any) -> Setting:
+    return Setting(**{"arm": "lora", "base": str(base), "data": text_data(), "device": "cpu", "shots": 4, **more})
+
+
+def test_each_class_gives_so_many_rows_drawn_from_the_seed() -> None:
+    labels = np.array([0, 1, 2] * 20)
+    names = ("a", "b", "c")
+    drawn = [support(labels, names, 5, seed) for seed in range(3)]
+    for rows in drawn:
+        assert np.bincount(labels[rows]).tolist() == [5, 5, 5] and (np.diff(rows) > 0).all()
+    assert not np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[2], support(labels, names, 5, 2))
+    with pytest.raises(BadData, match="class 'a' has 20 rows"):
+        support(labels, names, 21, 0)
+    assert len(support(labels, names, 21, 0, all_of_few=True)) == 60
+    with pytest.raises(BadData, match="class 'd' has 0 rows"):
+        support(labels, (*names, "d"), 1, 0)
+
+
+def test_arms_of_one_seed_see_the_same_examples_and_seeds_others(text_base: Path) -> None:
+    found = {}
+    for arm in ("lora", "linear-probe"):
+        for seed in (1, 2):
+            ready = prepare(asked(text_base, arm=arm, seed=seed))
+            classes = len(ready.task.labels or ())
+            assert len(ready.encoded["train"]) == 4 * classes == len(ready.train_index)
+            assert len(ready.encoded["validation"]) <= 4 * classes
+            found[arm, seed] = ready.encoded["train"].digest
+    assert found["lora", 1] == found["linear-probe", 1] != found["lora", 2] == found["linear-probe", 2]
+    whole = prepare(asked(text_base, shots=0))
+    assert len(whole.encoded["test"]) == len(prepare(asked(text_base)).encoded["test"])
+
+
+def test_a_comparison_draws_anew_for_every_seed(text_base: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"base": str(text_base), "data": text_data(), "device": "cpu", "trials": 1}
+    result = brickyard.compare(
+        methods=["linear-probe"], seeds=2, shots=3, out=tmp_path / "run", baselines=False, **given
+    )
+    row = next(row for row in result["methods"] if row["arm"] == "linear-probe")
+    assert row["status"] == "done" and len(row["score"]["per_seed"]) == 2
+    with pytest.raises(UsageError, match="one draw of examples says little"):
+        brickyard.compare(methods=["linear-probe"], seeds=1, shots=3, out=tmp_path / "one", **given)
+
+
+def test_what_has_no_classes_or_too_few_rows_is_refused(text_base: Path, causal_base: Path) -> None:
+    with pytest.raises(BadData, match="rows in train; 1000"):
+        prepare(asked(text_base, shots=1000))
+    with pytest.raises(UsageError, match="give one"):
+        prepare(asked(text_base, train_rows=10))
+    for changes in (
+        {"data": text_data(regression=True)},
+        {"base": str(causal_base), "data": documents(), "task": "causal-lm"},
+    ):
+        with pytest.raises(UsageError, match="has no classes"):
+            prepare(replace(asked(text_base), **changes))
