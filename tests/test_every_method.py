@@ -92,7 +92,7 @@ def home(arm: str, request: pytest.FixtureRequest) -> tuple[str, Path]:
 
 
 def test_every_method_has_its_row() -> None:
-    assert METHODS.keys() == {entry.record.name for entry in registry.records("tune")}
+    assert METHODS.keys() == {entry.record.name for entry in registry.records("tune") if entry.record.slot != "start"}
 
 
 @pytest.mark.parametrize("task", TASKS)

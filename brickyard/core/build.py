@@ -18,7 +18,7 @@ from brickyard.core.loop import Training
 from brickyard.core.objective import Objective
 from brickyard.core.task import Task
 
-SLOTS = ("tuner", "head", "objective", "data", "memory")
+SLOTS = ("tuner", "head", "objective", "data", "memory", "start")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
 
 
@@ -32,6 +32,7 @@ class Plan:
     objective: str | None
     data: str | None
     memory: str | None
+    start: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
 
@@ -66,6 +67,8 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         raise Refused(f"{arm} trains nothing; {other} stands beside a tuner or a head: 'full + {other}'.")
     if "memory" in slots and "tuner" not in slots:
         raise Refused(f"{arm}: a head alone keeps next to nothing; {slots['memory']} stands beside a tuner.")
+    if "start" in slots and "tuner" not in slots:
+        raise Refused(f"{arm}: a head alone has nothing to begin with; {slots['start']} stands beside a tuner.")
     # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
     if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):
         raise Refused(

@@ -39,11 +39,13 @@ def chosen_by(ready: Prepared, function: str, *given: Any) -> tuple[dict[str, di
 
 
 def initialise(ready: Prepared, attached: Attached) -> dict[str, Any]:
-    """Let the arm's tuner set its initial weights by the training rows; method -> report, with its seconds."""
-    name = ready.plan.tuner
-    call = getattr(registry.load(name), "initialise", None) if name else None
-    report = call(ready.plan.configs[name], ready, attached) if name and call else None
-    return {name: report} if name and report else {}
+    """Let the arm's tuner, then its start, set the first weights; method -> report, with its seconds."""
+    reports = {}
+    for name in (ready.plan.tuner, ready.plan.start):
+        call = getattr(registry.load(name), "initialise", None) if name else None
+        if name and call and (report := call(ready.plan.configs[name], ready, attached)):
+            reports[name] = report
+    return reports
 
 
 def with_options(ready: Prepared, options: dict[str, dict[str, Any]]) -> Prepared:

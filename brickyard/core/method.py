@@ -63,10 +63,10 @@ class Record:
     """What `brickyard methods` and `show` print of a method.
 
     `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`
-    is what training keeps for the backward pass); `search` maps an option (or lr) to the values that a search tries;
-    `presets` maps a preset to the options that it sets.
-    `head` names the head that a tuner stands on where an arm names none, if not the base's own. `part_of` names the
-    record whose claims cover this one too.
+    is what training keeps for the backward pass, `start` what the tuner begins with); `search` maps an option (or lr)
+    to the values that a search tries; `presets` maps a preset to the options that it sets. `head` names the head that a
+    tuner stands on where an arm names none, if not the base's own. `part_of` names the record whose claims cover this
+    one too.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Record:
     paper: str = ""
     needs: tuple[str, ...] = TASKS
     because: str = ""
-    slot: Literal["tuner", "head", "step", "objective", "data", "memory", ""] = ""
+    slot: Literal["tuner", "head", "step", "objective", "data", "memory", "start", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
