@@ -251,3 +251,15 @@ def quiet_libraries() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     transformers.logging.set_verbosity(level)
+
+
+def resnet(folder: Path) -> str:
+    """Write a small ResNet of two stages, whose configuration names no image size."""
+    import torch
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
+    hf.ResNetForImageClassification(config).save_pretrained(folder)
+    hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)

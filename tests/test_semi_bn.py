@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
+from conftest import resnet
 from PIL import Image
 from torch import nn
 
@@ -138,14 +138,6 @@ def test_labels_of_unlabelled_rows_change_nothing_and_a_resumed_run_goes_on(tmp_
     train(attached, rows(8), None, TASK, training, folder=tmp_path / "cut", callbacks=callbacks, device="cpu")
     for name, tensor in attached.tensors().items():
         assert torch.equal(tensor, whole[name]), name
-
-
-def resnet(folder: Path) -> str:
-    torch.manual_seed(0)
-    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
-    hf.ResNetForImageClassification(config).save_pretrained(folder)
-    hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return str(folder)
 
 
 def png(pixels: np.ndarray) -> bytes:

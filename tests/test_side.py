@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import text_data
+from conftest import resnet, text_data
 from torch import nn
 
 import brickyard
@@ -314,6 +314,42 @@ def test_unipt_treats_its_layers_alike_and_weighs_them_by_example() -> None:
     torch.testing.assert_close(net([states[i] for i in order], given), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(BadData, match="row 1"):
         net(states, {"attention_mask": torch.tensor([[1] * 5, [0] * 5, [1] * 5])})
+
+
+def test_maps_are_pooled_window_by_window_as_the_anchor_asks() -> None:
+    torch.manual_seed(0)
+    net = unipt.Pyramid([3, 5], 4)
+    x, anchor = torch.rand(2, 3, 4, 6), torch.rand(2, 5, 2, 2)
+    found = net.pooled(0, x, anchor)
+    asked = torch.relu(net.ask[0](anchor))
+    for b in range(2):
+        for i in range(2):
+            for j in range(2):
+                window = x[b, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3]
+                weight = torch.relu((asked[b, :, i, j, None, None] * window).sum(0))
+                weight = weight / (weight.sum() + 1e-8) + 1 / 6
+                torch.testing.assert_close(found[b, :, i, j], (weight * window).sum((1, 2)))
+    assert net([x, anchor], {}).shape == (2, 4, 5)
+    with pytest.raises(Refused, match="no whole multiple"):
+        net.pooled(0, torch.rand(2, 3, 5, 6), anchor)
+
+
+def test_a_convnet_is_read_stage_by_stage(tmp_path: Path) -> None:
+    base = open_base(resnet(tmp_path))
+    task = Task("image-classification", "accuracy", ("a", "b"), 2, "image")
+    attached = build(resolve(parse("unipt:width=6"), task), base, task, seed=0)
+    model: Any = attached.model
+    assert isinstance(model.get_submodule(SIDE), unipt.Pyramid) and attached.prefix is None
+    assert len(attached.matched["read"]) == 2
+    train_mode(model)
+    x = torch.randn(4, 3, 16, 16)
+    before = digest(backbone_of(model))
+    model(pixel_values=x).logits.square().sum().backward()
+    assert all(p.grad is not None for p in attached.parameters()) and digest(backbone_of(model)) == before
+    plain: Any = base.backbone().eval()
+    wanted = plain(pixel_values=x).last_hidden_state
+    back: Any = attached.detach()
+    torch.testing.assert_close(backbone_of(back).eval()(pixel_values=x).last_hidden_state, wanted)
 
 
 def test_a_head_of_choice_and_images(image_base: Path, text_base: Path) -> None:

@@ -49,12 +49,14 @@ def own_head(model: nn.Module) -> list[str]:
 
     They are the top-level modules beside the backbone (`["classifier"]`, `["head"]`), in order, and, where the
     checkpoint had no pooler but the model needs one, that pooler too (`["classifier", "bert.pooler"]`): it is new, so
-    it must train with the head. A language model has none: its output layer came with it.
+    it must train with the head. A language model has none: its output layer came with it. Nor is a module the task's
+    that a method put beside the backbone (`method_module` is true on it).
     """
     model = _unwrapped(model)
     if _vocabulary_layer(model) is not None:
         return []
-    return [*_beside(model), *getattr(model, "new_modules", ())]
+    own = [name for name in _beside(model) if not getattr(model.get_submodule(name), "method_module", False)]
+    return [*own, *getattr(model, "new_modules", ())]
 
 
 def _beside(model: nn.Module) -> list[str]:
@@ -78,7 +80,7 @@ def _vocabulary_layer(model: nn.Module) -> nn.Module | None:
 
 def _heads(model: nn.Module) -> list[str]:
     """The modules that no method may take for a layer of the backbone: the task's head, or the output layer."""
-    return own_head(model) or _beside(model)
+    return [*_beside(model), *getattr(model, "new_modules", ())]
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -54,11 +54,20 @@ class Reader(nn.Module):
         side: called with the list of states [B, T, D] and the batch as the backbone got it; returns [B, T, D].
         layers: 0 for what enters the first block, i for what leaves block i - 1; rising.
         store: type in which the states are kept ("float16" or "float32").
+        modules: what counts as blocks; None: those of the model's one stack.
     """
 
-    def __init__(self, model: nn.Module, side: nn.Module, layers: Sequence[int], *, store: str = "float16") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        side: nn.Module,
+        layers: Sequence[int],
+        *,
+        store: str = "float16",
+        modules: Sequence[nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        found = [module for _, module in stack(model)]
+        found = [module for _, module in stack(model)] if modules is None else list(modules)
         self.layers, self.store = tuple(layers), store
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise UsageError(f"layers={list(self.layers)}: name each layer once, rising.")
@@ -167,23 +176,25 @@ def attach_side(
     trainable: Sequence[str] | None = None,
     cache: bool = True,
     store: str = "float16",
+    modules: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> Attached:
     """Put `side` beside the frozen backbone of `model`; it and the task's own head train.
 
     trainable: names of the side network's parameters that train; None: all of them. cache: let the loop keep the states
-    of each row. A brick stores what trains.
+    of each row (of one size all). modules: (name, module) of what is read, see Reader. A brick stores what trains.
     """
     if hasattr(model, SIDE):
         raise Refused("this model already has a side network; take it off first.")
+    read = stack(model) if modules is None else list(modules)
+    side.method_module = True  # type: ignore[assignment]
     model.add_module(SIDE, side.to(next(model.parameters()).device))
-    reader = Reader(model, side, layers, store=store)
-    heads = tuple(f"{name}." for name in own_head(model) if name != SIDE) or ("\0",)
+    reader = Reader(model, side, layers, store=store, modules=[module for _, module in read])
+    heads = tuple(f"{name}." for name in own_head(model)) or ("\0",)
     inside = [name for name, _ in side.named_parameters()] if trainable is None else trainable
     wanted = {f"{SIDE}.{name}" for name in inside}
     found = [n for n, _ in model.named_parameters() if n in wanted or n.startswith(heads)]
     flat = [n for n, p in model.named_parameters() if p.ndim < 2]
-    names_of = [name for name, _ in stack(model)]
-    matched = {"read": ["what enters the first block" if i == 0 else names_of[i - 1] for i in layers]}
+    matched = {"read": ["what enters the first block" if i == 0 else read[i - 1][0] for i in layers]}
     attached = attach_in_place(model, found, matched=matched, no_decay=flat)
     resting = keep_at_rest(model, [backbone_of(model)])
     if cache:

@@ -170,6 +170,7 @@ class Pyramid(nn.Module):
             raise UsageError(f"hst: {count} blocks cannot be shared out evenly among {len(config.widths)} stages.")
         size, patch = backbone.config.image_size, backbone.config.patch_size
         size, patch = ((v, v) if isinstance(v, int) else tuple(v) for v in (size, patch))
+        self.method_module = True
         self.grid = (size[0] // patch[0], size[1] // patch[1])
         self.depth, self.ladder, self.read_tokens = count // len(config.widths), config.ladder, not config.detach
         channels, stages = int(getattr(backbone.config, "num_channels", 3)), []

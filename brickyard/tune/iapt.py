@@ -186,6 +186,7 @@ class Generator(nn.Module):
         self.projections = nn.ModuleList(Projections(*size, reads=not config.constant) for _ in range(groups))
         make = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU}[config.activation]
         self.activations = nn.ModuleList(make() for _ in range(layers))
+        self.method_module = True
         self.seeds = nn.Parameter(torch.randn(layers, config.tokens, config.bottleneck)) if config.constant else None
 
     def forward(self, l: int, h_BTd: Tensor, mask_BT: Tensor) -> Tensor:
