@@ -40,6 +40,7 @@ METHODS = {
     "unipt": "unipt:width=8",
     "hst": "hst:widths=[8,8],heads=[1,1]",
     "iapt": "iapt:bottleneck=8",
+    "idpt": "idpt:k=3",
     "s2a": "lora:r=4 + s2a:group=16",
     "s2a-modules": "s2a-modules:kind=side,r=4",
     "linear-probe": "linear-probe",
