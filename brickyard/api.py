@@ -240,6 +240,7 @@ def evaluate(
         opened,
         wanted,
         max_length=max_length or (made.manifest.get("max_length") if made else None),
+        template=made.template if made else None,
     )
     encoded.labels = _in_order(encoded, rows, known)
     labels, kind = encoded.labels.numpy(), precision(dtype, device)
@@ -360,7 +361,11 @@ def predict(
     if rows.input != task.input:
         raise UsageError(f"the brick reads {task.input}; the data holds {rows.input}.")
     encoded = encode(
-        rows.splits["test"], opened, task, max_length=max_length or (made.manifest.get("max_length") if made else None)
+        rows.splits["test"],
+        opened,
+        task,
+        max_length=max_length or (made.manifest.get("max_length") if made else None),
+        template=made.template if made else None,
     )
     logits = logits_of(model, encoded, precision=precision(dtype, device))
     answers = task.predict(logits)

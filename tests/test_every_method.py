@@ -93,7 +93,9 @@ def home(arm: str, request: pytest.FixtureRequest) -> tuple[str, Path]:
 
 
 def test_every_method_has_its_row() -> None:
-    assert METHODS.keys() == {entry.record.name for entry in registry.records("tune") if entry.record.slot != "start"}
+    # A start needs another run's brick, a cloze head a tokenizer with a mask: they have tests of their own.
+    others = {"pvp", "few-shot-content"}
+    assert METHODS.keys() == {entry.record.name for entry in registry.records("tune")} - others
 
 
 @pytest.mark.parametrize("task", TASKS)

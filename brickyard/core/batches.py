@@ -26,6 +26,7 @@ from brickyard.core.documents import encode_documents
 from brickyard.core.encoded import IGNORED, Encoded, chunks, known_to
 from brickyard.core.errors import BadBase, BadData, UsageError
 from brickyard.core.task import Task
+from brickyard.core.template import Template
 
 if TYPE_CHECKING:
     from brickyard.core.base import Base
@@ -150,7 +151,15 @@ class EncodedImages(Encoded):
         return digest.hexdigest()
 
 
-def encode(split: Split, base: Base, task: Task, *, max_length: int | None = None, multiple: int = 1) -> Encoded:
+def encode(
+    split: Split,
+    base: Base,
+    task: Task,
+    *,
+    max_length: int | None = None,
+    multiple: int = 1,
+    template: Template | None = None,
+) -> Encoded:
     """Tokenise (or decode and resize) a split once.
 
     Args:
@@ -159,6 +168,7 @@ def encode(split: Split, base: Base, task: Task, *, max_length: int | None = Non
         task: says what the labels are.
         max_length: tokens a row is cut to, the base's context at most; rows cut are counted in `report["truncated"]`.
         multiple: batches are padded to a multiple of so many tokens (the context at most).
+        template: put around each text, and never cut.
 
     Raises:
         BadData: a corrupted image, or a text without any token.
@@ -180,7 +190,13 @@ def encode(split: Split, base: Base, task: Task, *, max_length: int | None = Non
     if kind == "image":
         return _encode_images(split["image"], base.processor, labels, labelled)
     texts = [split["text"], *([split["text_pair"]] if task.input == "pair" else [])]
-    return _encode_texts(texts, base, labels, labelled, max_length, multiple)
+    if template is None:
+        return _encode_texts(texts, base, labels, labelled, max_length, multiple)
+    limit = min((length for length in (max_length, base.context) if length is not None), default=None)
+    filled, cut = template.fill(split["text"], base.tokenizer, limit)
+    made = _encode_texts([filled], base, labels, labelled, max_length, multiple)
+    made.report |= {"truncated": cut, "template": template.pattern}
+    return made
 
 
 def _encode_texts(

@@ -19,6 +19,7 @@ from brickyard.core.build import Plan, build, resolve
 from brickyard.core.errors import BadBrick, NotFinite, WrongBase
 from brickyard.core.files import complete_folder, plain_file, read_tensors, sha256, write_json, write_tensors
 from brickyard.core.task import Task
+from brickyard.core.template import Template
 
 SCHEMA = 1
 MANIFEST = "brick.json"
@@ -37,6 +38,11 @@ class Brick:
         """The task that the brick was trained for."""
         known = self.manifest["task"]
         return Task(**{**known, "labels": tuple(known["labels"]) if known["labels"] is not None else None})
+
+    @property
+    def template(self) -> Template | None:
+        """The sentence that its head wants around every text."""
+        return resolve(parse(self.manifest["arm"]), self.task).template
 
     @property
     def bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from brickyard.core.errors import Refused, UsageError
 from brickyard.core.loop import Training
 from brickyard.core.objective import Objective
 from brickyard.core.task import Task
+from brickyard.core.template import Template
 
 SLOTS = ("tuner", "head", "objective", "data", "memory", "start")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
@@ -35,6 +37,12 @@ class Plan:
     start: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
+
+    @property
+    def template(self) -> Template | None:
+        """The sentence that the head wants around every text."""
+        pattern = getattr(self.configs.get(self.head or ""), "template", None)
+        return None if pattern is None else Template(pattern)
 
     @property
     def method(self) -> str:
@@ -106,7 +114,9 @@ def build(
         if plan.head is None:
             model: nn.Module = base.model(task, seed=seed, attention=attention)
         else:
-            head = registry.load(plan.head).head(plan.configs[plan.head], task, base.width)
+            make = registry.load(plan.head).head
+            given = {"base": base} if "base" in inspect.signature(make).parameters else {}
+            head = make(plan.configs[plan.head], task, base.width, **given)
             model = base.headed(head, attention=attention)
         torch.manual_seed(seed)
         if plan.tuner is None:
@@ -130,5 +140,5 @@ def _head_only(plan: Plan, model: nn.Module, task: Task) -> Attached:
     names = [name for name, _ in model.named_parameters() if name.startswith("head.")]
     flat = [name for name, p in model.named_parameters() if p.ndim < 2]
     attached = attach_in_place(model, names, matched={"head": names}, no_decay=flat)
-    attached.frozen_states = True
+    attached.frozen_states = not getattr(model.head, "reads_ids", False)
     return attached

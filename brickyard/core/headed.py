@@ -32,7 +32,8 @@ class HeadedModel(nn.Module):
         `labels` may stand in the batch and are not used: the loss is the task's.
         """
         x_BTD, mask_BT = states if states is not None else self.states(**batch)
-        return SequenceClassifierOutput(logits=self.head(x_BTD, mask_BT.bool()))
+        given = (batch["input_ids"],) if getattr(self.head, "reads_ids", False) else ()
+        return SequenceClassifierOutput(logits=self.head(x_BTD, mask_BT.bool(), *given))
 
     def states(self, **batch: Any) -> tuple[Tensor, Tensor]:
         """Return (x_BTD, mask_BT): the last token states of the batch and which of them count."""

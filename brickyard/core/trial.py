@@ -104,7 +104,8 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
         given["batch"] = setting.batch
     training = training_of(plan, given, Training())
     base = open_base(setting.base, trust_remote_code=setting.trust_remote_code)
-    encoded = {name: encode(data.splits[name], base, task, max_length=setting.max_length) for name in splits}
+    options = {"max_length": setting.max_length, "template": plan.template}
+    encoded = {name: encode(data.splits[name], base, task, **options) for name in splits}
     index = np.arange(len(encoded["train"]) if "train" in encoded else 0)
     if setting.train_rows and setting.train_rows < len(index):
         index = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(index))[: setting.train_rows])
