@@ -34,9 +34,9 @@ docs: setup
 pylm: setup
 	test -f runs/pylm/corpus/sources.json || $(PY) scripts/pylm_corpus.py --out runs/pylm/corpus
 	$(PY) scripts/train_pylm.py --out runs/pylm/base --tokens 30e6 --compile
-	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 6e6 --compile
-	$(PY) scripts/train_pylm.py --out runs/pylm/small-a --size small --tokens 6e6 --compile --seed 1 --half 0
-	$(PY) scripts/train_pylm.py --out runs/pylm/small-b --size small --tokens 6e6 --compile --seed 2 --half 1
+	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 4e6 --compile
+	$(PY) scripts/train_pylm.py --out runs/pylm/small-a --size small --tokens 4e6 --compile --seed 1 --half 0
+	$(PY) scripts/train_pylm.py --out runs/pylm/small-b --size small --tokens 4e6 --compile --seed 2 --half 1
 	$(PY) scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm
 	$(PY) scripts/pylm_report.py runs/pylm/small/model brickyard/embedded/pylm_small
 	$(PY) scripts/pylm_report.py runs/pylm/small-a/model brickyard/embedded/pylm_small_a

@@ -179,6 +179,19 @@ def test_generation_makes_prompts_once_and_agrees_with_the_whole_pass(causal_bas
         model(input_ids=whole[:, 7:8], past_key_values=foreign)
 
 
+def test_blocks_that_run_again_make_the_same_prompts(causal_base: Path) -> None:
+    given, found = batch(), []
+    given["attention_mask"][0, 4:] = 0
+    for again in (False, True):
+        model = instruct(causal_base).train()
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(**dict(given)).logits.square().sum().backward()
+        found.append([p.grad.clone() for n, p in model.named_parameters() if n.startswith("prompts.")])
+    for plain, rerun in zip(*found, strict=True):
+        torch.testing.assert_close(plain, rerun, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", ["", ",groups=1", ",activation=gelu", ",activation=relu", ",constant=true"])
 def test_only_generators_and_the_head_train(options: str, text_base: Path) -> None:
     attached = made(options, text_base)

@@ -116,6 +116,19 @@ def test_padding_changes_nothing_and_kept_states_give_the_same(text_base: Path) 
     assert not ran
 
 
+def test_blocks_that_run_again_make_the_same_prompt(text_base: Path) -> None:
+    found = []
+    for again in (False, True):
+        attached = made(text_base, "mlp", dropout=0.0)
+        train_mode(attached.model)
+        if again:
+            attached.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        attached.model(**batch(padded=2)).logits.square().sum().backward()
+        found.append([p.grad.clone() for p in attached.parameters() if p.grad is not None])
+    for plain, rerun in zip(*found, strict=True):
+        torch.testing.assert_close(plain, rerun, rtol=1e-4, atol=1e-5)
+
+
 def test_masks_make_room_for_one_more_token() -> None:
     mask = torch.arange(9.0).view(1, 1, 3, 3)
     wide = idpt._wider(mask)

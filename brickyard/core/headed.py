@@ -52,10 +52,12 @@ class HeadedModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
-        self.backbone.gradient_checkpointing_enable(**options)  # type: ignore[operator]
+        renamed: Any = getattr(self.backbone, "activation_checkpointing_enable", None)
+        (renamed or self.backbone.gradient_checkpointing_enable)(**options)  # type: ignore[operator]
 
     def gradient_checkpointing_disable(self) -> None:
-        self.backbone.gradient_checkpointing_disable()  # type: ignore[operator]
+        renamed: Any = getattr(self.backbone, "activation_checkpointing_disable", None)
+        (renamed or self.backbone.gradient_checkpointing_disable)()  # type: ignore[operator]
 
     @property
     def is_gradient_checkpointing(self) -> bool:

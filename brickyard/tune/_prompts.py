@@ -40,6 +40,7 @@ class Prompts:
 
     def __init__(self, model: nn.Module, generate: Generate, layers: list[int] | None = None) -> None:
         self.generate = generate
+        self.instruction: Tensor | None = None
         self.mask: Tensor | None = None
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
         self.reused = False
@@ -52,8 +53,9 @@ class Prompts:
         for l in self.layers:
             self._equip(l, found[l][1], *_attention(found[l][1], kinds, order))
         for handle in (
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(self._asked, with_kwargs=True),
+            backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
+            backbone.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ):
             self._undo.append(handle.remove)
         model.reads_instructions = True  # type: ignore[assignment]
@@ -69,9 +71,7 @@ class Prompts:
             if self.reused:
                 return
             h_BTd = args[0] if args else kwargs["hidden_states"]
-            mask = (
-                torch.ones(h_BTd.shape[:2], dtype=torch.bool, device=h_BTd.device) if self.mask is None else self.mask
-            )
+            mask = h_BTd.new_ones(h_BTd.shape[:2], dtype=torch.bool) if self.mask is None else self.mask.bool()
             p_BPd = self.generate(l, h_BTd, mask).to(h_BTd.dtype)
             p_BPd = p_BPd if norm is None else norm(p_BPd)
             self.made[l] = (key(p_BPd), value(p_BPd))
@@ -100,29 +100,34 @@ class Prompts:
 
         self._undo.append(restore)
 
-    def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        mask = kwargs.pop(INSTRUCTION, None)
+    def _asked(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.instruction = kwargs.pop(INSTRUCTION, None)
+        return args, kwargs
+
+    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask, self.instruction, self.made = self.instruction, None, {}
         valid = kwargs.get("attention_mask")
         if mask is None and isinstance(valid, Tensor) and valid.ndim == 2:
             mask = valid
-        self.mask = None if mask is None else mask.bool()
+        self.mask = mask
         cache = kwargs.get("past_key_values")
         self.reused = cache is not None and cache.get_seq_length() > 0
         if self.reused:
             if cache is None or not hasattr(cache, "prompts"):
                 raise UsageError("this cache was filled without prompts; begin with the whole text.")
             self.made = cache.prompts
-        elif self.mask is not None and bool((~self.mask.any(1)).any()):
-            row = int((~self.mask.any(1)).nonzero()[0, 0])
+        elif mask is not None and bool((~mask.bool().any(1)).any()):
+            row = int((~mask.bool().any(1)).nonzero()[0, 0])
             raise BadData(f"row {row} of the batch has no token that prompts could be made from.")
-        return args, kwargs
 
-    def _end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _end(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None and self.made:
             cache.prompts = self.made
-        self.made, self.mask, self.reused = {}, None, False
+        # A block that is run again in the backward pass needs its prompts, or the mask to make them, a second time.
+        again = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
+        self.made, self.reused = (self.made if again else {}), False
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:

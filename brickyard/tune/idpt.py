@@ -217,7 +217,7 @@ class _Inserted:
         found = [block for _, block in stack(model)]
         backbone = backbone_of(model)
         self.handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
             backbone.register_forward_hook(self._take_out),
             *(
@@ -233,13 +233,13 @@ class _Inserted:
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _before(self, insert: bool) -> Any:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if insert:
                 x = args[0] if args else kwargs["hidden_states"]
-                mask = self.mask if self.mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
+                mask = x.new_ones(x.shape[:2], dtype=torch.bool) if self.mask is None else self.mask.bool()
                 p = self.generator(x[:, 1:], mask[:, 1:]).to(x.dtype)
                 x = torch.cat([x[:, :1], p, x[:, 1:]], dim=1)
                 args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
@@ -255,7 +255,8 @@ class _Inserted:
         output.last_hidden_state = torch.cat([x[:, :1], x[:, 2:]], dim=1)
 
     def _end(self, *_: Any) -> None:
-        self.head.prompt = self.mask = None
+        # The mask stays: a block that is run again in the backward pass makes the prompt a second time.
+        self.head.prompt = None
 
 
 def _wider(mask: Any) -> Any:

@@ -191,6 +191,9 @@ class Ladder(nn.Module):
 
     def forward(self, states: list[Tensor], batch: dict[str, Any]) -> Tensor:
         self._states = states
+        for module in self.small.modules():  # they are narrow, and in a second run would miss the states
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
         try:
             if "pixel_values" in batch:
                 found = self.small(pixel_values=batch["pixel_values"])
