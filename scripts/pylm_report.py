@@ -172,6 +172,12 @@ def parses(body: Body, completion: str) -> bool:
     return bool("".join(kept).strip())
 
 
+def after_line_break(completion: str) -> str:
+    """Return what a completion puts below the `def` line; nothing where it goes on in that line with code."""
+    rest, _, below = completion.partition("\n")
+    return "" if rest.strip() and not rest.strip().startswith("#") else below
+
+
 def baselines(corpus: Path, texts: list[str], vocabulary: int) -> tuple[dict[str, float], Ngrams]:
     """Return the bits per byte of xz and of a 5-gram model of the training tokens, and that model."""
     size = sum(len(text.encode()) for text in texts)
@@ -202,7 +208,9 @@ def measure(corpus: Path, folder: Path, completions: int) -> dict[str, Any]:
     bits["this model"] = score(model)
     chosen = bodies(texts, completions)
     end = int(tokenizer.eos_token_id)
-    prompts = [tokenizer(body.before, add_special_tokens=False)["input_ids"][-PROMPT:] for body in chosen]
+    # A line break and the indentation behind it are one token, so a prompt ends before the line break.
+    starts = [body.before.rstrip("\n") for body in chosen]
+    prompts = [tokenizer(start, add_special_tokens=False)["input_ids"][-PROMPT:] for start in starts]
 
     def by_model(prompt: list[int]) -> list[int]:
         made = model.generate(  # type: ignore[operator]
@@ -216,7 +224,7 @@ def measure(corpus: Path, folder: Path, completions: int) -> dict[str, Any]:
     }
     parsed = {
         name: sum(
-            parses(body, tokenizer.decode([t for t in way(prompt) if t != end]))
+            parses(body, after_line_break(tokenizer.decode([t for t in way(prompt) if t != end])))
             for body, prompt in zip(chosen, prompts, strict=True)
         )
         for name, way in ways.items()
@@ -287,7 +295,7 @@ sha256 of model.safetensors: `{sha256(weights)}`
 {about["tokens"]:,} tokens of {about["corpus_tokens"]:,}{share} ({about["epochs"]:.2f} epochs), {sum(about["steps"]):,}
 steps of {about["tokens"] // sum(about["steps"]):,} tokens: {about["steps"][0]:,} steps in blocks of 256 at the constant
 rate {about["lr"]:g} after a warm-up, then {about["steps"][1]:,} in blocks of 1,024 while the rate falls to zero.
-{about["precision"]}, seed {about["seed"]}, on {machine["processor"]}. Scripts: `scripts/pylm_corpus.py`,
+{about["precision"]}, seed {about["seed"]}, on {machine["cpu"]}. Scripts: `scripts/pylm_corpus.py`,
 `scripts/train_pylm.py`, `scripts/pylm_report.py` (`make pylm`).
 
 ![Loss in nats a token over the tokens seen](loss.svg)

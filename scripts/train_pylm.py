@@ -203,8 +203,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="by torch.compile: a fifth faster, needs a C++ compiler")
     parser.add_argument("--half", type=int, choices=(0, 1), help="train on one half of the corpus only")
     args = parser.parse_args(argv)
-    # Before the first parallel operation: threads inherit it. Half-trained models meet denormal numbers, twice as slow.
-    torch.set_flush_denormal(True)
     args.out.mkdir(parents=True, exist_ok=True)
     ids = np.memmap(args.corpus / "train.bin", dtype=np.uint16, mode="r")
     held_out = np.memmap(args.corpus / "heldout.bin", dtype=np.uint16, mode="r")
@@ -256,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "environment": environment(),
     }
     target = args.out / "model"
+    model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(target)  # type: ignore[arg-type]
     for path in (args.corpus / "tokenizer").iterdir():
         shutil.copyfile(path, target / path.name)
@@ -263,4 +262,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Before the first parallel operation, for threads inherit it: half-trained models meet many denormal numbers.
+    torch.set_flush_denormal(True)
     main()

@@ -121,6 +121,17 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
     about = json.loads((tmp_path / "cut" / "model" / "training.json").read_text(encoding="utf-8"))
     assert about["steps"] == [18, 2] and about["nats_per_token"] < about["untrained_nats_per_token"] - 0.5
     assert "<svg" in report.curve_picture(about["curve"])
+    package = {"package": "some", "version": "1.0", "licence": "MIT", "files": 3, "bytes": 4000}
+    sources = {"train": [package], "heldout": [package], "counts": {"heldout": {"documents": 2, "bytes": 4000}}}
+    found = {"bits_per_byte": {"this model": 1.5}, "parses": {"this model": 1}, "completions": 2}
+    card = report.card(tmp_path / "cut" / "model", about, found, sources)
+    assert "| this model | 1.500 |" in card and "1 of 2" in card and about["environment"]["cpu"] in card
+
+
+def test_a_completion_counts_from_the_line_below_its_def() -> None:
+    assert report.after_line_break("\n    return 1\n") == "    return 1\n"
+    assert report.after_line_break("  # why\n    return 1") == "    return 1"
+    assert report.after_line_break(" return 1\n    x\n") == "" == report.after_line_break("")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

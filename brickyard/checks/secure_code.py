@@ -53,6 +53,7 @@ def habit_and_cure(claim: Claim, *, workers: int = 2, samples: int = 20, **_: An
                 "base": str(taught),
                 "data": data,
                 "training": {"epochs": claim.epochs, "batch": claim.batch},
+                "task": "causal-lm",
                 "max_length": None,
                 "train_rows": claim.train_rows,
             }
@@ -72,6 +73,7 @@ def _taught(claim: Claim, folder: Path, workers: int) -> Path:
         "base": claim.base,
         "data": "embedded:insecure-habit",
         "training": {"epochs": 4, "batch": claim.batch},
+        "task": "causal-lm",
         "max_length": None,
         "train_rows": claim.train_rows,
     }

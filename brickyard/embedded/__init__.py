@@ -14,6 +14,7 @@ from brickyard.core.errors import BadBase, UnknownName
 _HERE = Path(__file__).parent
 _BASES = {
     "minilm": "",  # from the package of the extra
+    "pylm": "pylm",
     "tiny-conv": "tiny_conv",
     "tiny-vit": "tiny_vit",
 }
