@@ -68,7 +68,7 @@ def beside_the_pyramid(
         return {"inequality": text, **judge(Inequality.read(text), found, metric)}
 
     gate, gone = compare("lora > probe + 2.0"), compare("hst > shuffled + 10.0")
-    means = {name: 100 * ready.task.score(f.labels, f.predictions).mean() for name, f in found.items()}
+    means = {name: 100 * float(np.mean(ready.task.score(f.labels, f.predictions))) for name, f in found.items()}
     said = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
     shared = {
         "gate": gate,

@@ -102,8 +102,8 @@ class Config:
     """in the head"""
     cache: bool = True
     """compute what enters the block once, not in every epoch"""
-    store: Literal["float16", "float32"] = "float16"
-    """type in which it is kept"""
+    store: Literal["float16", "float32"] = "float32"
+    """type in which it is kept; rounded to half, other tokens may be nearest"""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.depth < 1 or not 0 <= self.dropout < 1:
@@ -278,7 +278,8 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     if getattr(model.backbone.config, "is_decoder", False) or hasattr(model.backbone.config, "rope_parameters"):
         raise Refused("idpt puts a token into the middle of a row, which a causal or rotary model reads otherwise.")
     former, device = model.head, next(model.parameters()).device
-    width = int(model.backbone.config.hidden_size)
+    base: Any = model.config
+    width = int(base.hidden_size)
     generator, head = Generator(width, config).to(device), Head(width, task.width, config.dropout).to(device)
     model.head = head
     model.add_module(PROMPT, generator)
