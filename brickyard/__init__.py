@@ -18,6 +18,7 @@ __all__ = [
     "evaluate",
     "grow",
     "load",
+    "merge",
     "plan",
     "predict",
     "shrink",

@@ -39,6 +39,7 @@ from brickyard.core.errors import BadBrick, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.measure import environment, precision
+from brickyard.core.method import FOREIGN_TASKS
 from brickyard.core.retention import inner
 from brickyard.core.scale import scaled, sweep_points
 from brickyard.core.stats import interval
@@ -148,9 +149,11 @@ def tune(
 def data(step: str, *, data: Any, out: str | Path, **options: Any) -> dict[str, Any]:
     """Run a data step (dedup, quality-filter, select, mix, data-management) on the train split of a data set.
 
+    The step meta-tuning makes its rows from a task file instead.
+
     Args:
         step: the name of the step.
-        data: a folder, one file, a hub id, `embedded:NAME`, or a dict of splits.
+        data: a folder, one file, a hub id, `embedded:NAME`, or a dict of splits; for meta-tuning a task file.
         out: the new data folder.
         options: fields of `core.curate.Request`: options (of the step), text_column, domain_column, base, seed, ...
 
@@ -235,6 +238,10 @@ def evaluate(
     task = task or _kind(source, known)
     rows = read_data(source, task=task, metric=metric, need=("test",))
     wanted = _same_task(task_of(rows, kind=task, metric=metric), known, metric)
+    if made is None and wanted.kind in FOREIGN_TASKS:
+        raise UsageError(
+            f"no base reads {wanted.input} by itself; give --brick, of a method that works on {wanted.kind}."
+        )
     encoded = encode(
         rows.splits["test"],
         opened,
@@ -428,9 +435,19 @@ def audit(
         changed = load(brick).apply(opened, force=force)
     elif brick is not None:
         changed = open_base(str(brick), trust_remote_code=trust_remote_code)
-    rows = read_data(data, need=(), labelled=False)
+    method_file = registry.load(pieces[0].name)
+    rows = _audited(data, method_file, changed)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return registry.load(pieces[0].name).measure(opened, changed, config, rows, device=place)
+    return method_file.measure(opened, changed, config, rows, device=place)
+
+
+def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Data:
+    """Read the rows of an audit, with labels where the method wants them, and as the brick's task reads them."""
+    labelled = getattr(method_file, "LABELLED", False)
+    if not labelled or not getattr(method_file, "TASK_OF_BRICK", False):
+        return read_data(data, need=(), labelled=labelled)
+    known = changed.brick.task if isinstance(changed, Applied) and changed.brick is not None else None
+    return read_data(data, need=(), task=known.kind if known else None, metric=known.metric if known else None)
 
 
 def check(names: Sequence[str], **options: Any) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@ from typing import Any, NoReturn
 
 from brickyard import __version__
 from brickyard.core.errors import BrickyardError, UsageError
+from brickyard.option_types import positive, size
 
 VERBS = {
     "compare": "run several methods side by side on your model and data, and say which to use",
     "tune": "train one arm and keep it as a brick",
     "grow": "train a model that grows: weights that are not there at first train later (grow spdf: pre-training from "
     "scratch under a sparse mask)",
+    "merge": "combine models fine-tuned from one base into one, and say which tasks it kept",
     "data": "filter, de-duplicate, mix or select the rows of a data set, with a card of what was dropped and why",
     "shrink": "make a smaller model of the same kind that keeps what a larger one can do",
     "evaluate": "score a base, with or without a brick, on test data",
@@ -32,7 +34,6 @@ VERBS = {
     "bricks": "list the bricks made for a base",
     "cache": "list or clear the cache",
 }
-_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "": 1}
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,33 +50,6 @@ class Parser(argparse.ArgumentParser):
         return [text for action in self._actions for text in action.option_strings if text.startswith("--")]
 
 
-def size(text: str) -> int:
-    """Read a memory size such as 4GiB or 500MB."""
-    digits = text.rstrip("KMGiBkmgb")
-    unit = text[len(digits) :].lower()
-    try:
-        value = float(digits) * _UNITS[unit]
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write e.g. 4GiB or 500MB") from None
-    if not 2**20 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is below 1MiB or not finite")
-    return int(value)
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-        return value
-
-    read.__name__ = kind.__name__
-    return read
-
-
 def _input(p: Parser, *, data: bool = True) -> None:
     p.add_argument("--base", default="embedded:minilm", help="a model folder, a hub id, or embedded:NAME")
     if data:
@@ -87,9 +61,9 @@ def _common(p: Parser) -> None:
     g = p.add_argument_group("common")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute type of training")
-    g.add_argument("--threads", type=_positive(int), help="threads a trial (compare) or in all")
-    g.add_argument("--batch-size", type=_positive(int), help="rows an optimiser step")
-    g.add_argument("--max-length", type=_positive(int), help="tokens a row; longer rows are truncated and counted")
+    g.add_argument("--threads", type=positive(int), help="threads a trial (compare) or in all")
+    g.add_argument("--batch-size", type=positive(int), help="rows an optimiser step")
+    g.add_argument("--max-length", type=positive(int), help="tokens a row; longer rows are truncated and counted")
     g.add_argument("--task", help="override the task that the columns imply")
     g.add_argument("--metric", help="accuracy, macro-f1, matthews or spearman")
     g.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
@@ -99,10 +73,10 @@ def _common(p: Parser) -> None:
 
 def _training(p: Parser) -> None:
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=_positive(float))
-    g.add_argument("--steps", type=_positive(int), help="optimiser steps, in place of --epochs")
-    g.add_argument("--train-rows", type=_positive(int), help="train on a fixed random subset of this many rows")
-    g.add_argument("--shots", type=_positive(int), help="train on so many rows of each class, others for every seed")
+    g.add_argument("--epochs", type=positive(float))
+    g.add_argument("--steps", type=positive(int), help="optimiser steps, in place of --epochs")
+    g.add_argument("--train-rows", type=positive(int), help="train on a fixed random subset of this many rows")
+    g.add_argument("--shots", type=positive(int), help="train on so many rows of each class, others for every seed")
     g.add_argument(
         "--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these settings changed"
     )
@@ -111,16 +85,16 @@ def _training(p: Parser) -> None:
 def _compare(p: Parser) -> None:
     _input(p)
     p.add_argument("--methods", nargs="+", metavar="ARM", help="e.g. lora:r=16 moment-probing 'lora + moment-probing'")
-    p.add_argument("--minutes", type=_positive(float), help="fit everything into about this time")
+    p.add_argument("--minutes", type=positive(float), help="fit everything into about this time")
     p.add_argument("--memory", type=size, help="limit of a trial's private memory, e.g. 4GiB")
-    p.add_argument("--seeds", type=_positive(int), default=3, help="final runs of each arm (default 3)")
+    p.add_argument("--seeds", type=positive(int), default=3, help="final runs of each arm (default 3)")
     p.add_argument(
-        "--trials", type=_positive(int), default=1, help="settings searched for each arm (default 1: its default)"
+        "--trials", type=positive(int), default=1, help="settings searched for each arm (default 1: its default)"
     )
     p.add_argument("--search", choices=("random", "halving"), default="random")
     p.add_argument("--retain", metavar="D2", help="measure what is forgotten of this data set")
     p.add_argument("--engine", choices=("local", "ray"), default="local")
-    p.add_argument("--workers", type=_positive(int), help="trials side by side (default: cores / threads)")
+    p.add_argument("--workers", type=positive(int), help="trials side by side (default: cores / threads)")
     p.add_argument("--out", metavar="DIR", help="default: runs/<hash of the command and data>")
     p.add_argument("--no-baselines", action="store_true", help="leave out the linear probe that joins every table")
     p.add_argument("--json", action="store_true", help="print result.json instead of the table")
@@ -149,19 +123,28 @@ def _grow(p: Parser) -> None:
     _one_run(p)
 
 
+def _merge(p: Parser) -> None:
+    from brickyard.merge_command import options
+
+    _input(p, data=False)
+    options(p, positive(int))
+
+
 def _one_run(p: Parser) -> None:
-    p.add_argument("--minutes", type=_positive(float), help="train about this long, in place of --epochs")
+    p.add_argument("--minutes", type=positive(float), help="train about this long, in place of --epochs")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--checkpoint-every", type=_positive(int), default=200, help="steps between checkpoints")
+    p.add_argument("--checkpoint-every", type=positive(int), default=200, help="steps between checkpoints")
     p.add_argument("--json", action="store_true")
     _training(p)
     _common(p)
 
 
 def _data(p: Parser) -> None:
-    p.add_argument("step", metavar="STEP", help="dedup, quality-filter, select, mix, or data-management for a report")
+    p.add_argument("step", metavar="STEP", help="dedup, quality-filter, select, mix, meta-tuning, or data-management")
     p.add_argument(
-        "--data", help="a folder with train/validation/test files, one file, a hub id, or embedded:NAME", required=True
+        "--data",
+        help="a folder of train/validation/test files, a file, a hub id, embedded:NAME, or for meta-tuning a task file",
+        required=True,
     )
     p.add_argument("--out", metavar="DIR", required=True, help="the new data folder, which compare and tune read")
     p.add_argument("--text-column", default="", metavar="NAME", help="the column of the text, where not called text")
@@ -187,15 +170,15 @@ def _shrink(p: Parser) -> None:
     p.add_argument("--text", metavar="D2", help="more rows of the data's kind, of which no label is read")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", metavar="DIR", required=True, help="folder of the run; the model is OUT/student")
-    p.add_argument("--checkpoint-every", type=_positive(int), default=200, help="steps between checkpoints")
+    p.add_argument("--checkpoint-every", type=positive(int), default=200, help="steps between checkpoints")
     p.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these changed")
     p.add_argument("--json", action="store_true")
     g = p.add_argument_group("common")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute type of training")
-    g.add_argument("--threads", type=_positive(int))
-    g.add_argument("--batch-size", type=_positive(int), default=32, help="rows an optimiser step")
-    g.add_argument("--max-length", type=_positive(int), help="tokens a row; longer rows are truncated and counted")
+    g.add_argument("--threads", type=positive(int))
+    g.add_argument("--batch-size", type=positive(int), default=32, help="rows an optimiser step")
+    g.add_argument("--max-length", type=positive(int), help="tokens a row; longer rows are truncated and counted")
     g.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
     g.add_argument("--no-cache", action="store_true", help="keep the teacher's answers in memory only")
 
@@ -275,10 +258,8 @@ def _report(p: Parser) -> None:
 def _export(p: Parser) -> None:
     p.add_argument("brick", metavar="BRICK")
     p.add_argument("--to", choices=("peft", "merged"), required=True)
-    p.add_argument("--rank", type=_positive(int), help="rank of the exported LoRA, where the brick serves several")
-    p.add_argument(
-        "--max-rank", type=_positive(int), help="limit where the change is not low-rank (SVD, error printed)"
-    )
+    p.add_argument("--rank", type=positive(int), help="rank of the exported LoRA, where the brick serves several")
+    p.add_argument("--max-rank", type=positive(int), help="limit where the change is not low-rank (SVD, error printed)")
     p.add_argument("--base", help="default: the brick's own")
     p.add_argument("--out", required=True, metavar="DIR")
 
@@ -325,7 +306,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb in ("tune", "grow", "shrink", "audit") and rest and not rest[0].startswith("-"):
+    if verb in ("tune", "grow", "merge", "shrink", "audit") and rest and not rest[0].startswith("-"):
         rest = _own_options(parser, rest, verb)
     if verb == "data" and rest and not rest[0].startswith("-"):
         _step_options(parser, rest[0])
@@ -471,6 +452,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         if args.verb in ("methods", "show", "cache"):
             from brickyard import listing as verbs
+        elif args.verb == "merge":
+            from brickyard import merge_command as verbs
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             from brickyard import commands as verbs

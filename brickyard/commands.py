@@ -164,6 +164,10 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 f"{name}: {report['truncated']} of {report['rows']} rows were truncated to "
                 f"{report['max_length']} tokens."
             )
+    if "privacy" in result.get("step", {}):
+        from brickyard.core import privacy
+
+        console.print(privacy.sentence(result["step"]["privacy"]), highlight=False)
     if "score" in result:
         console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
     console.print(f"brick: {escape(str(brick.folder))} ({brick.bytes:,} bytes)", soft_wrap=True, highlight=False)

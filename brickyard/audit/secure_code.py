@@ -57,9 +57,8 @@ RECORD = Record(
             part="gain",
             base="embedded:pylm",
             data="embedded:secure-fixes-function",
-            epochs=4,
             seeds=3,
-            batch=16,
+            batch=4,
         ),
         Claim(
             text="Functions or blocks teach at least as much as single lines.",
@@ -67,9 +66,8 @@ RECORD = Record(
             part="granularity",
             base="embedded:pylm",
             data="embedded:secure-fixes-function",
-            epochs=4,
             seeds=3,
-            batch=16,
+            batch=4,
         ),
         Claim(
             text="LoRA and IA3 cost at most 2 % of the perplexity of ordinary held-out code and 3 points of validity.",
@@ -77,9 +75,8 @@ RECORD = Record(
             part="utility",
             base="embedded:pylm",
             data="embedded:secure-fixes-function",
-            epochs=4,
             seeds=3,
-            batch=16,
+            batch=4,
         ),
     ),
 )

@@ -54,7 +54,7 @@ def tuned(
         setting = asdict(Setting(arm=text, seed=0, **asked))
         argument = {"setting": setting, "folder": str(folder / f"search-{name}-{lr}"), "role": "search"}
         jobs.append(Job(key=f"{name} {lr}", function="brickyard.core.trial:run", argument=argument))
-    found = _run(jobs, workers)
+    found = finished(jobs, workers)
     # Validation scores tie often on small sets; the loss of the same rows then decides.
     rank = lambda name, lr: (found[f"{name} {lr}"]["validation"], -found[f"{name} {lr}"]["validation_loss"])  # noqa: E731
     return {name: every[name, max(claim.lrs, key=lambda lr: rank(name, lr))] for name in arms}
@@ -75,11 +75,12 @@ def trained(
                 "folder": str(folder / f"{name}-{seed}"),
             }
             jobs.append(Job(key=f"{name}-{seed}", function="brickyard.core.trial:run", argument=argument))
-    found = _run(jobs, workers)
+    found = finished(jobs, workers)
     return {name: [found[f"{name}-{seed}"] for seed in range(1, seeds + 1)] for name in arms}
 
 
-def _run(jobs: list[Job], workers: int) -> dict[str, Any]:
+def finished(jobs: list[Job], workers: int) -> dict[str, Any]:
+    """Return key -> value of jobs that all finished; RunFailed names one that did not."""
     outcomes = {outcome.key: outcome for outcome in Local(workers).run(jobs)}
     for key, outcome in outcomes.items():
         if outcome.status != "done":

@@ -119,7 +119,7 @@ def check(
         if claim.measure:
             key = f"{claim.measure} {setup}"
             if key not in shared:
-                checks = importlib.import_module(f"brickyard.checks.{name.replace('-', '_')}")
+                checks = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
                 shared[key] = getattr(checks, claim.measure)(claim)
             found = shared[key][claim.part] if claim.part else shared[key]
             measured[i] = {"text": claim.text, "kind": claim.kind, **found}

@@ -77,7 +77,7 @@ def under_shift(
             "gate": gate,
             "control": {
                 "what": "unlabelled rows of the source domain: they say nothing of the target",
-                "destroyed": gone["holds"] is not True,
+                "destroyed": gone["holds"] is False,
                 **gone,
             },
             "comparisons": others,

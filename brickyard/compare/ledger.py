@@ -99,6 +99,11 @@ class Ledger:
         with contextlib.closing(self._open()) as connection:
             return connection.execute("select total(seconds) from trials where role = ?", (role,)).fetchone()[0]
 
+    def all(self) -> list[dict[str, Any]]:
+        """Return the results of all finished trials, of every role."""
+        keys = sorted(path.parent.name for path in (self.folder / "trials").glob("*/result.json"))
+        return [row for key in keys if (row := self.finished(key)) is not None]
+
     def forget_bricks(self) -> None:
         """Delete the bricks and checkpoints of all trials; their numbers and answers are kept."""
         for name in ("brick", "checkpoints"):

@@ -85,6 +85,7 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "facts": _facts(result, metric),
         "tied": list(verdict.get("indistinguishable") or []),
         "without_overlap": _without_overlap(result),
+        "privacy": shown.visible((result.get("privacy") or {}).get("sentence") or ""),
         "table": _table(result, metric),
         "quality": _quality(result, metric),
         "seeds": _seeds(result, metric),

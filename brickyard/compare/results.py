@@ -119,6 +119,8 @@ def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.nd
         "peak_resident_bytes": int(np.median([t["peak_resident_bytes"] for t in entry["trials"]])),
     }
     row["training"] = values[0]["training"]
+    if "step" in values[0]:
+        row["step"] = values[0]["step"]
     row["receipt"] = values[0]["receipt"]
     row["retained"] = _retained([v["retained"] for v in values])
     row["seeds"] = [t["seed"] for t in entry["trials"]]

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from brickyard.compare import plan as planning
+from brickyard.compare import privacy
 from brickyard.compare.ledger import Ledger
 from brickyard.compare.plan import Contestant, Request
 from brickyard.compare.results import assemble, slug
@@ -85,6 +86,8 @@ def compare(
         result = assemble(
             run.rows(plan), plan, data, base, task, command, search_seconds=searched, untouched=run.untouched(plan)
         )
+        if (spent := privacy.total(run.ledger.all())) is not None:
+            result["privacy"] = spent
         run.keep_best(result)
         write_json(folder / "result.json", result)
         listen({"event": "done", "result": result})

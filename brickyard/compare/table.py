@@ -124,3 +124,6 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     apart = shown.without_overlap(result)
     if apart:
         console.print(Text(plain(visible(apart))))
+    private = (result.get("privacy") or {}).get("sentence")
+    if private:
+        console.print(Text(plain(visible(private))))

@@ -34,7 +34,7 @@ def write_chunks(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
-    with _room(path, size):
+    with room(path, size):
         handle, temporary = _new_file(path.parent)
         try:
             for chunk in chunks:
@@ -63,7 +63,7 @@ def complete_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UsageError(f"{path} is a file; expected a folder, or a name that is not taken.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path.parent)
-    with _room(path, 0, temporary):
+    with room(path, 0, temporary):
         recover(path)
         sweep(path.parent)
         handle = _new_folder(temporary)
@@ -210,7 +210,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _room(path: Path, size: int, written: Path | None = None) -> Iterator[None]:
+def room(path: Path, size: int, written: Path | None = None) -> Iterator[None]:
     """Turn "no space left" into DiskFull with the bytes needed and free; ask for `size` bytes beforehand."""
     free = shutil.disk_usage(path.parent).free
     if size > free:

@@ -24,8 +24,8 @@ class Attached:
     `detach` gives the model as it was before. `matched` maps each target pattern to the modules that it matched.
     `frozen_states` says that only a head on the last token states trains, so that the loop may feed cached states;
     `prefix` that the bottom blocks are frozen, so that it may feed the states that enter the first block that trains.
-    `objective` stands in place of the task's own loss: (model, batch) -> scalar. `convert` changes in place what the
-    model keeps for the backward pass, and returns what undoes it.
+    `objective` stands in place of the task's own loss: (model, batch) -> scalar. `convert` changes in place how the
+    model computes in training and what it keeps for the backward pass, and returns what undoes it.
     """
 
     model: nn.Module
@@ -44,7 +44,7 @@ class Attached:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Train within it: there the model keeps for backward what the arm says; after it, it is as it was before."""
+        """Train within it: there the model computes and keeps what the arm says; after it, it is as it was before."""
         restore = self.convert(self.model) if self.convert is not None else None
         try:
             yield
@@ -75,17 +75,24 @@ def copy_into(targets: dict[str, Tensor], tensors: dict[str, Tensor], what: str)
 
 
 def attach_in_place(
-    model: nn.Module, trainable: Iterable[str], *, matched: dict[str, list[str]], no_decay: Sequence[str] = ()
+    model: nn.Module,
+    trainable: Iterable[str],
+    *,
+    matched: dict[str, list[str]],
+    no_decay: Sequence[str] = (),
+    stored: Sequence[str] = (),
 ) -> Attached:
     """Train the named parameters of `model` itself and freeze the rest; a brick stores their new values.
 
-    `detach` writes the old values back bit for bit. Names in `no_decay` go into a group without weight decay.
+    `detach` writes the old values back bit for bit. Names in `no_decay` go into a group without weight decay; `stored`
+    names buffers that a brick stores beside the parameters.
     """
     names = set(trainable)
     parameters = {name: p for name, p in model.named_parameters() if name in names}
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     # Buffers that move in training (batch-norm statistics) belong to the result as much as the weights do.
-    moving = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[0] in _moving_modules(model, names)}
+    statistics = _moving_modules(model, names)
+    moving = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[0] in statistics or n in stored}
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     held = {name: t.detach().clone() for name, t in {**parameters, **moving}.items()}

@@ -81,6 +81,11 @@ class Base:
         """Whether the checkpoint is a causal language model with its output layer."""
         return next(iter(self.config.architectures or []), "").endswith(("LMHeadModel", "ForCausalLM"))
 
+    @property
+    def masked(self) -> bool:
+        """Whether the checkpoint is a masked language model with its output layer."""
+        return next(iter(self.config.architectures or []), "").endswith("ForMaskedLM")
+
     @cached_property
     def own_task(self) -> Task:
         """The task that the checkpoint's own output layer was trained for; BadBase where it has none."""
@@ -166,9 +171,11 @@ class Base:
         Raises Refused where the base does not fit the task, BadBase or NotFinite where its weights are not what its
         configuration says.
         """
-        wanted = "image" if task.input == "image" else "text"
-        if wanted != self.input:
-            raise Refused(f"base {self.spec} reads {self.input}, the task is about {task.input}; give another --base.")
+        if task.reads != self.input:
+            raise Refused(
+                f"base {self.spec} reads {self.input}, the task is about {task.input}; give a base that reads "
+                f"{task.reads}."
+            )
         if task.generative:
             return self._language_model(attention)
         mapping, auto = _FORMS[self.input]
@@ -222,11 +229,15 @@ class Base:
                 "with its output layer."
             )
 
-    def masked_model(self, attention: str = "sdpa") -> nn.Module:
-        """Return the base as a masked language model with its own output layer; BadBase where it has none."""
+    def masked_model(self, attention: str = "sdpa", *, new_head: int | None = None) -> nn.Module:
+        """Return the base as a masked language model with its own output layer; BadBase where it has none.
+
+        With `new_head`, a seed, what the checkpoint lacks of that layer is drawn from it.
+        """
         if type(self.config) not in MODEL_FOR_MASKED_LM_MAPPING:
             raise Refused(f"transformers has no masked language model for {self.config.model_type}; give an encoder.")
-        return self._load(AutoModelForMaskedLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
+        known, fresh = copy.deepcopy(self.config), new_head is not None
+        return self._load(AutoModelForMaskedLM, known, new_head or 0, attention, stored_head=True, new_head=fresh)
 
     def backbone(self, attention: str = "sdpa") -> nn.Module:
         """Return the base without any head, in float32 and evaluation mode."""
@@ -261,7 +272,13 @@ class Base:
         return made
 
     def _load(
-        self, auto: Any, config: PretrainedConfig, seed: int, attention: str, stored_head: bool = False
+        self,
+        auto: Any,
+        config: PretrainedConfig,
+        seed: int,
+        attention: str,
+        stored_head: bool = False,
+        new_head: bool = False,
     ) -> nn.Module:
         if "/" in attention or ":" in attention:
             raise UsageError(
@@ -293,7 +310,7 @@ class Base:
             )
         # A folder, so that nobody (PEFT does) asks the hub about it later.
         model.config.name_or_path = str(self.folder)
-        model.new_modules = self._verified(model, report)
+        model.new_modules = self._verified(model, report, new_head)
         return model.eval()
 
     def _stored(self) -> dict[str, Tensor]:
@@ -332,10 +349,11 @@ class Base:
             )
         return skeleton
 
-    def _verified(self, model: nn.Module, report: dict[str, Any]) -> tuple[str, ...]:
+    def _verified(self, model: nn.Module, report: dict[str, Any], new_head: bool) -> tuple[str, ...]:
         """Check that every weight of the backbone came from the file; return the modules that are new inside it."""
-        heads = tuple(f"{name}." for name in own_head(model))
         prefix = getattr(model, "base_model_prefix", "")
+        beside = [name for name, _ in model.named_children() if new_head and name != prefix]
+        heads = tuple(f"{name}." for name in (*own_head(model), *beside))
         backbone = getattr(model, prefix, model) if prefix else model
         parts = {name for name, _ in backbone.named_children()}
         fresh, missing = set(), []

@@ -25,6 +25,7 @@ from brickyard.core.data import Split
 from brickyard.core.documents import encode_documents
 from brickyard.core.encoded import IGNORED, Encoded, chunks, known_to
 from brickyard.core.errors import BadBase, BadData, UsageError
+from brickyard.core.points import encode_points
 from brickyard.core.task import Task
 from brickyard.core.template import Template
 
@@ -175,9 +176,10 @@ def encode(
         BadBase: the tokenizer gives ids that the base has no embedding for, or has no token to pad with.
         UsageError: the base reads another kind of input, or the lengths are out of range.
     """
-    kind = "image" if task.input == "image" else "text"
-    if base.input != kind:
-        raise UsageError(f"the base reads {base.input}, the data hold {task.input}; choose a base that reads {kind}.")
+    if base.input != task.reads:
+        raise UsageError(
+            f"the base reads {base.input}, the data hold {task.input}; choose a base that reads {task.reads}."
+        )
     if task.kind == "causal-lm":
         return encode_documents(split["text"], base, task, max_length)
     if task.generative:
@@ -187,7 +189,9 @@ def encode(
     labels = torch.full((len(split),), IGNORED, dtype=torch.float32 if task.regression else torch.int64)
     if labelled := "label" in split.columns:
         labels = torch.tensor(split["label"], dtype=labels.dtype)
-    if kind == "image":
+    if task.input == "points":
+        return encode_points(split["points"], labels, labelled)
+    if task.input == "image":
         return _encode_images(split["image"], base.processor, labels, labelled)
     texts = [split["text"], *([split["text_pair"]] if task.input == "pair" else [])]
     if template is None:

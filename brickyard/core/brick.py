@@ -70,7 +70,7 @@ class Brick:
         attached = build(plan, base, self.task, seed=seed, attention=attention, objective=False)
         attached.load(self.tensors())
         attached.model.eval()
-        return Applied(attached)
+        return Applied(attached, self)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Applied:
     """A base with a brick on it. `undo` gives the model as it was before, bit for bit."""
 
     attached: Attached
+    brick: Brick | None = None
 
     @property
     def model(self) -> nn.Module:

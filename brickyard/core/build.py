@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,12 +16,13 @@ from brickyard.core.arm import Arm
 from brickyard.core.attached import Attached, attach_in_place
 from brickyard.core.base import Base, HeadedModel
 from brickyard.core.errors import Refused, UsageError
-from brickyard.core.loop import Training
+from brickyard.core.loop import Backprop, Step, Training
+from brickyard.core.method import FOREIGN_TASKS, Record
 from brickyard.core.objective import Objective
 from brickyard.core.task import Task
 from brickyard.core.template import Template
 
-SLOTS = ("tuner", "head", "objective", "data", "memory", "start")
+SLOTS = ("tuner", "head", "step", "objective", "data", "memory", "start")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
 
 
@@ -31,6 +33,7 @@ class Plan:
     arm: Arm
     tuner: str | None
     head: str | None
+    step: str | None
     objective: str | None
     data: str | None
     memory: str | None
@@ -43,6 +46,14 @@ class Plan:
         """The sentence that the head wants around every text."""
         pattern = getattr(self.configs.get(self.head or ""), "template", None)
         return None if pattern is None else Template(pattern)
+
+    @property
+    def unlabelled(self) -> str | None:
+        """Where the objective's rows without labels come from: a data set, or "" for the rows of train left out.
+
+        None where it wants none.
+        """
+        return getattr(self.configs.get(self.objective or ""), "unlabelled", None)
 
     @property
     def method(self) -> str:
@@ -59,40 +70,54 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         record = registry.find(piece.name).record
         if record.slot not in SLOTS:
             raise UsageError(
-                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head, an objective, a "
-                "curriculum and a way to save memory."
+                f"{piece.name} is a {record.family} method; an arm is made of a tuner, a head, a step, an objective, "
+                "a curriculum and a way to run the layers in training."
             )
         if record.slot in slots:
-            both = {"data": "curriculum", "memory": "way to save memory"}.get(record.slot, record.slot)
+            both = {"data": "curriculum", "memory": "way to run the layers in training"}.get(record.slot, record.slot)
             raise Refused(f"{slots[record.slot]} and {piece.name} are both a {both}; an arm takes one of each.")
         if task is not None and task.kind not in record.needs:
-            because = f": {record.because}" if record.because else ""
-            raise Refused(f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}{because}.")
+            raise Refused(
+                f"{piece.name} works on {', '.join(record.needs)}; this task is {task.kind}{_because(record, task)}."
+            )
         slots[record.slot] = piece.name
         configs[piece.name] = registry.config(piece.name, piece.options)
     if not slots.keys() & {"tuner", "head"}:
         other = next(iter(slots.values()))
         raise Refused(f"{arm} trains nothing; {other} stands beside a tuner or a head: 'full + {other}'.")
     if "memory" in slots and "tuner" not in slots:
-        raise Refused(f"{arm}: a head alone keeps next to nothing; {slots['memory']} stands beside a tuner.")
+        raise Refused(f"{arm}: a head alone trains no layers below it; {slots['memory']} stands beside a tuner.")
     if "start" in slots and "tuner" not in slots:
         raise Refused(f"{arm}: a head alone has nothing to begin with; {slots['start']} stands beside a tuner.")
-    # The tuner's learning rate rules the arm: it moves the backbone, which is the more delicate part.
     if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):
         raise Refused(
             f"{slots['head']}:plus=true changes the backbone itself and cannot stand beside {slots['tuner']}."
         )
+    if "head" in slots and hasattr(registry.load(slots["head"]), "step"):
+        beside = [slots[slot] for slot in ("tuner", "step", "objective", "data") if slot in slots]
+        if beside:
+            raise Refused(f"{slots['head']} trains its head alone, in steps of its own; leave out {', '.join(beside)}.")
+        slots["step"] = slots["head"]
     if task is not None and task.kind == "preference" and "objective" not in slots:
         slots["objective"], configs[PREFERENCE] = PREFERENCE, registry.config(PREFERENCE, {})
     standing = registry.find(slots["tuner"]).record.head if "tuner" in slots and "head" not in slots else ""
     if standing and task is not None and not task.generative:
         slots["head"], configs[standing] = standing, registry.config(standing, {})
-    for slot in ("data", "objective", "head", "tuner"):
+    # The tuner's learning rate rules the arm, for it moves the backbone; but what a rate means, the step says.
+    for slot in ("data", "objective", "head", "tuner", "step"):
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
     training.update(arm.training)
     found = {slot: slots.get(slot) for slot in SLOTS}
     return Plan(arm=arm, configs=configs, training=training, **found)
+
+
+def _because(record: Record, task: Task) -> str:
+    """Say why a method does not work on a task and, where no base reads its inputs, which methods do."""
+    if task.kind not in FOREIGN_TASKS:
+        return f": {record.because}" if record.because else ""
+    able = [entry.record.name for entry in registry.records() if task.kind in entry.record.needs]
+    return f": no base reads {task.input} by itself; methods that turn them into what one reads: {', '.join(able)}"
 
 
 def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:
@@ -115,20 +140,32 @@ def build(
             model: nn.Module = base.model(task, seed=seed, attention=attention)
         else:
             make = registry.load(plan.head).head
-            given = {"base": base} if "base" in inspect.signature(make).parameters else {}
-            head = make(plan.configs[plan.head], task, base.width, **given)
+            head = make(plan.configs[plan.head], task, base.width, **_wanted(make, base))
             model = base.headed(head, attention=attention)
         torch.manual_seed(seed)
         if plan.tuner is None:
             attached = _head_only(plan, model, task)
         else:
-            attached = registry.load(plan.tuner).attach(model, plan.configs[plan.tuner], task)
+            attach = registry.load(plan.tuner).attach
+            attached = attach(model, plan.configs[plan.tuner], task, **_wanted(attach, base))
         if objective and plan.objective is not None:
             module, config = registry.load(plan.objective), plan.configs[plan.objective]
             attached.objective = Objective(module, config, attached, generative=task.generative)
         if plan.memory is not None:
             attached.convert = partial(registry.load(plan.memory).convert, config=plan.configs[plan.memory])
         return attached
+
+
+def step_of(plan: Plan, rows: int, task: Task) -> Callable[[Attached, Training], Step]:
+    """Return what makes the arm's step, which trains on `rows` rows: backpropagation where the arm names none."""
+    if plan.step is None:
+        return Backprop
+    return partial(registry.load(plan.step).step, plan.configs[plan.step], rows=rows, task=task)
+
+
+def _wanted(make: Callable[..., Any], base: Base) -> dict[str, Base]:
+    """Return the base for a method that asks for it: some read its tokenizer or image processor."""
+    return {"base": base} if "base" in inspect.signature(make).parameters else {}
 
 
 def _head_only(plan: Plan, model: nn.Module, task: Task) -> Attached:
@@ -139,6 +176,7 @@ def _head_only(plan: Plan, model: nn.Module, task: Task) -> Attached:
         return module.attach(model, config, task)
     names = [name for name, _ in model.named_parameters() if name.startswith("head.")]
     flat = [name for name, p in model.named_parameters() if p.ndim < 2]
-    attached = attach_in_place(model, names, matched={"head": names}, no_decay=flat)
+    drawn = [f"head.{name}" for name, _ in model.head.named_buffers() if name in model.head.state_dict()]
+    attached = attach_in_place(model, names, matched={"head": names}, no_decay=flat, stored=drawn)
     attached.frozen_states = not getattr(model.head, "reads_ids", False)
     return attached

@@ -2,7 +2,7 @@
 
 The new folder holds every split of the old one (only train is changed), `data_card.json`, and `card/rows.parquet` with
 one line for each row of train as it was read: how many copies of it were written, the rule that dropped it, what that
-rule saw, and every score.
+rule saw, and every score. A step that makes rows of what it is given defines `source(config, data, seed) -> Source`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,13 @@ def curate(request: Request) -> dict[str, Any]:
     if entry.record.slot:
         raise UsageError(f"{request.step} is used inside an arm (such as 'lora + {request.step}'), not as a step.")
     config = registry.config(request.step, request.options)
-    source = read_pool(request.data, text_column=request.text_column, domain_column=request.domain_column)
+    step = registry.load(request.step)
+    if make := getattr(step, "source", None):
+        if request.text_column or request.domain_column:
+            raise UsageError(f"{request.step} makes its own rows; leave out --text-column and --domain-column.")
+        source = make(config, request.data, request.seed)
+    else:
+        source = read_pool(request.data, text_column=request.text_column, domain_column=request.domain_column)
     pool = Pool(
         source.splits["train"],
         source.splits.get("validation", {}),
@@ -82,7 +88,7 @@ def curate(request: Request) -> dict[str, Any]:
     if not len(clean):
         raise BadData("every row of train also stands in test, exactly or nearly; there is nothing to choose from.")
     checked = time.monotonic()
-    found = registry.load(request.step).run(config, pool.take(clean))
+    found = step.run(config, pool.take(clean))
     seconds = {"read": read_seconds, "contamination": checked - started - read_seconds}
     seconds["step"] = time.monotonic() - checked
     if not found.complete(len(clean)):

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from brickyard.core.batches import Order
 from brickyard.core.errors import RunFailed
-from brickyard.core.loop import State, train_mode
+from brickyard.core.loop import Sampler, State, train_mode
 
 
 class Curriculum(ABC):
@@ -44,7 +43,7 @@ class Curriculum(ABC):
         It may run the model, and is timed as training; it must be a function of the weights and of `state_dict` alone.
         """
 
-    def batches(self, state: State, order: Callable[[np.ndarray], Order]) -> Iterator[np.ndarray]:
+    def batches(self, state: State, order: Callable[[np.ndarray], Sampler]) -> Iterator[np.ndarray]:
         """Yield the rows of each step from `state.step` on; `order(rows)` shuffles positions among `rows`."""
         parts = self._cut(order) if self.epoch >= 0 else []
         while state.step < state.total:
@@ -61,7 +60,7 @@ class Curriculum(ABC):
         self.epoch, self.first, self.rows = self.epoch + 1, state.step, np.asarray(rows, dtype=np.int64)
         self.log.append({"epoch": self.epoch, "step": self.first, "rows": len(rows), **known})
 
-    def _cut(self, order: Callable[[np.ndarray], Order]) -> list[np.ndarray]:
+    def _cut(self, order: Callable[[np.ndarray], Sampler]) -> list[np.ndarray]:
         return [self.rows[part] for part in order(self.rows).epoch(self.epoch)]
 
     def report(self, steps: int, batch: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from brickyard.core.inputs import (
     whole_files,
 )
 from brickyard.core.method import LANGUAGE_TASKS
+from brickyard.core.points import as_clouds
 from brickyard.core.readers import SPLITS, Source
 from brickyard.core.split import Split, cut_ends, cut_rows
 from brickyard.core.task import metric_of
@@ -52,7 +53,8 @@ class Data:
     Attributes:
         name: folder name, hub id or embedded name.
         kind: one of `method.TASKS`.
-        input: one of `inputs.INPUTS`: "text", "pair", "image", "completion", "preference", "choice" or "prompt".
+        input: one of `inputs.INPUTS`: "text", "pair", "image", "points", "completion", "preference", "choice" or
+            "prompt".
         splits: "train", "validation", "test", as far as there are any.
         labels: class names in the order of the indices; None where the labels are no classes, or there are none.
         report: what was found and done (rows, cut, duplicates, overlap, classes, formats, ...), JSON-serialisable.
@@ -86,8 +88,8 @@ def read_data(
     Args:
         spec: a folder with train, validation and test as .parquet, .jsonl, .csv or .txt; `embedded:NAME`; a hub id;
             {"train": {"text": [...], "label": [...]}, ...}; or what `readers.read` gave of one of them. Columns: text[,
-            text_pair], label; image, label; prompt, completion; prompt, chosen, rejected; or prompt, choices, label
-            (the right choice, counted from 0).
+            text_pair], label; image, label; points, label (a cloud as a list of [x, y, z]); prompt, completion; prompt,
+            chosen, rejected; or prompt, choices, label (the right choice, counted from 0).
         task: overrides what the labels' type says ("regression" for integers, a classification for whole floats).
         need: the splits that must be there. Where a needed train comes without validation, 10 % of its distinct
             inputs are cut from it with seed 0, class by class.
@@ -95,7 +97,8 @@ def read_data(
         allow_overlap: accept more than 5 % of test rows that stand in train.
         labelled: False reads rows without their labels.
         labels: class names that the labels must be among, in this order (those of a brick).
-        row_limit: bytes of text that one row may have; by default ROW_LIMIT, for documents DOCUMENT_LIMIT.
+        row_limit: bytes of text (or of points, as float32) that one row may have; by default ROW_LIMIT, for documents
+            DOCUMENT_LIMIT.
 
     A .txt file is a document for a language model. Rows of a table are such documents with task="causal-lm".
 
@@ -130,6 +133,8 @@ def read_data(
     if task not in (None, "regression", "causal-lm", fits) or (task == "regression" and fits in LANGUAGE_TASKS):
         raise UsageError(f"the task {task!r} does not fit the columns {', '.join(wanted)}; expected {fits!r}.")
     labelled = labelled and kind_of_input not in UNLABELLED
+    if kind_of_input == "points":
+        as_clouds(source, row_limit)
     empty = {
         split: check_inputs(split, columns, wanted, 2 if labelled else 1, row_limit)
         for split, columns in source.splits.items()

@@ -74,6 +74,10 @@ class DiskFull(BrickyardError):
     exit_code = 1
 
 
+class BadMix(UsageError, ValueError):
+    """A mixed batch that cannot be served; also a ValueError, which is what PEFT raises for its own types."""
+
+
 class OutOfMemory(BrickyardError):
     """A run that exceeded its memory."""
 

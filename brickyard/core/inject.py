@@ -27,12 +27,11 @@ from brickyard.core.adapter_type import register
 from brickyard.core.inject_attach import attach
 from brickyard.core.inject_config import BLOCKS, BrickyardConfig
 from brickyard.core.inject_export import Exported, to_lora
-from brickyard.core.inject_layer import BadMix, BrickyardLinear, Leaf, Part, Plan, low_rank
+from brickyard.core.inject_layer import BrickyardLinear, Leaf, Part, Plan, low_rank
 from brickyard.core.inject_tuner import BrickyardTuner
 
 __all__ = [
     "BLOCKS",
-    "BadMix",
     "BrickyardConfig",
     "BrickyardLinear",
     "BrickyardTuner",

@@ -19,16 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from brickyard.core.errors import NotFinite, Refused, UsageError
+from brickyard.core.errors import BadMix, NotFinite, Refused
 
 PREFIX = "brick_"
 FIXED = "brick_fixed_"
 BASE = "__base__"
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class BadMix(UsageError, ValueError):
-    """A mixed batch that cannot be served; also a ValueError, which is what PEFT raises for its own types."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "pair": ("text", "text_pair"),
     "image": ("image",),
+    "points": ("points",),
     "completion": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
     "choice": ("prompt", "choices"),
@@ -29,6 +30,7 @@ KINDS = {
     "text": "text-classification",
     "pair": "pair-classification",
     "image": "image-classification",
+    "points": "point-classification",
     "completion": "instruct",
     "preference": "preference",
     "choice": "multiple-choice",
@@ -36,7 +38,8 @@ KINDS = {
 }
 UNLABELLED = ("completion", "preference", "prompt")
 _EXPECTED = (
-    "text[, text_pair], label; image, label; prompt, completion; prompt, chosen, rejected; or prompt, choices, label"
+    "text[, text_pair], label; image, label; points, label; prompt, completion; prompt, chosen, rejected; or prompt, "
+    "choices, label"
 )
 
 
@@ -59,8 +62,9 @@ def whole_files(source: Source) -> None:
 def input_of(source: Source, labelled: bool) -> str:
     """Say what the inputs are, once every split is known to have the same columns; BadData else."""
     first, found = next(iter(source.found.items()), ("", []))
-    if {"text", "image"} <= set(found):
-        raise BadData(f"split {first!r} has both a text and an image column; expected one kind of input.")
+    several = [name for name in ("text", "image", "points") if name in found]
+    if len(several) > 1:
+        raise BadData(f"split {first!r} has the columns {' and '.join(several)}; expected one kind of input.")
     kind = _kind(set(found), labelled)
     for split, names in source.found.items():
         for wanted in (*INPUTS[kind], *(("label",) if labelled and kind not in UNLABELLED else ())):
@@ -77,10 +81,12 @@ def input_of(source: Source, labelled: bool) -> str:
 
 
 def _kind(found: set[str], labelled: bool) -> str:
-    if "prompt" in found and not found & {"text", "image"}:
+    if "prompt" in found and not found & {"text", "image", "points"}:
         if "choices" in found or not labelled:
             return "choice" if "choices" in found else "prompt"
         return "preference" if found & {"chosen", "rejected"} else "completion"
+    if "points" in found:
+        return "points"
     return "image" if "image" in found else "pair" if "text_pair" in found else "text"
 
 
@@ -93,6 +99,7 @@ def check_inputs(split: str, columns: dict[str, list], wanted: Sequence[str], fe
     for name in wanted:
         if name == "choices":
             _check_choices(split, columns[name], limit)
+        if name in ("choices", "points"):  # clouds were checked when they became arrays
             continue
         kind, values = (bytes if name == "image" else str), columns[name]
         absent = [row for row, value in enumerate(values, 1) if _missing(value)]
@@ -170,7 +177,7 @@ def keys(split: str, columns: dict[str, list], wanted: Sequence[str]) -> list[by
         for name, value in zip(wanted, values, strict=True):
             for item in value if isinstance(value, list) else (value,):
                 try:
-                    part = item.encode() if isinstance(item, str) else item
+                    part = item.encode() if isinstance(item, str) else bytes(item)
                 except UnicodeEncodeError as error:
                     raise BadData(
                         f"split {split!r}, row {row}: {name!r} holds half of a surrogate pair at character "
@@ -197,4 +204,4 @@ def largest(rows: Split, wanted: Sequence[str]) -> int:
 def _value_bytes(value: Any) -> int:
     if isinstance(value, list):
         return sum(map(_bytes, value))
-    return _bytes(value) if isinstance(value, str) else len(value)
+    return _bytes(value) if isinstance(value, str) else memoryview(value).nbytes

@@ -123,17 +123,35 @@ class Hooks:
         return all(callback.ready(state) for callback in self.callbacks if hasattr(callback, "ready"))
 
 
-class Step(Protocol):
-    """One way of updating the parameters from a batch."""
+class Sampler(Protocol):
+    """Which rows each step trains on: `epoch(k)` gives the batches of an epoch, of which some may be empty."""
 
-    def sampler(self, lengths: np.ndarray, training: Training) -> Order: ...
+    def epoch(self, k: int) -> Sequence[np.ndarray]: ...
+
+
+class Step(Protocol):
+    """One way of updating the parameters from a batch; an arm's step may replace `Backprop`.
+
+    `backward` says whether it runs a backward pass; `report` what a run tells of it (JSON-like; {} for nothing). One
+    that takes a batch in parts of so many rows has them as `microbatch`, so that their memory is counted. Called
+    with (weight, micro-batch) pairs, of which there is none where the sampler drew no row, it returns the mean loss.
+    """
+
+    @property
+    def backward(self) -> bool: ...
+    @property
+    def optimiser(self) -> torch.optim.Optimizer | None: ...
+    def sampler(self, lengths: np.ndarray, training: Training) -> Sampler: ...
     def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float: ...
+    def report(self) -> dict[str, Any]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 class Backprop:
     """Backward through the model and AdamW; the hooks stand where `transformers.Trainer` has them."""
+
+    backward = True
 
     def __init__(self, attached: Attached, training: Training) -> None:
         groups = [
@@ -192,6 +210,10 @@ class Backprop:
     def _where(state: State) -> str:
         return f"rows {state.batch_rows[:8].tolist()}{'...' if len(state.batch_rows) > 8 else ''} of train"
 
+    def report(self) -> dict[str, Any]:
+        """Nothing beyond what every run tells."""
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         out = {}
         for i, state in self.optimiser.state_dict()["state"].items():
@@ -216,13 +238,17 @@ def batch_loss(attached: Attached, task: Task, batch: dict[str, Any]) -> Tensor:
 
 @dataclass
 class Trained:
-    """What a run did: learning curve, seconds (monotonic clock, evaluation apart), and where the best weights were."""
+    """What a run did: learning curve, seconds (monotonic clock, evaluation apart), and where the best weights were.
+
+    `report` is what its step tells.
+    """
 
     history: list[dict[str, Any]]
     steps: int
     seconds: float
     best_step: int
     stopped: str
+    report: dict[str, Any]
 
 
 def autocast(accelerator: Accelerator, precision: str) -> Any:
@@ -267,11 +293,12 @@ def train(
     attached.model.to(accelerator.device)
     model = attached.model
     state = State(attached, task, training, training.total_steps(len(examples)), accelerator)
-    # A checkpoint knows callbacks by their place, so what belongs to the arm comes before what the caller brings.
-    state.hooks = Hooks([*attached.callbacks, *([curriculum] if curriculum else []), *callbacks])
     torch.manual_seed(training.seed)
     step = make_step(attached, training)
-    state.optimiser = getattr(step, "optimiser", None)
+    # A checkpoint knows callbacks by their place, so what belongs to the arm (its step too) comes before what the
+    # caller brings.
+    state.hooks = Hooks([*attached.callbacks, *([curriculum] if curriculum else []), *callbacks])
+    state.optimiser = step.optimiser
     saved = Checkpoints(
         folder, {"training": asdict(training), "data": examples.digest, **(identity or {})}, allow_change
     )
@@ -309,10 +336,10 @@ def train(
     state.hooks("end", state)
     model.eval()
     best = state.best["step"] if state.best else state.step
-    return Trained(state.history, state.step, seconds, best, stopped)
+    return Trained(state.history, state.step, seconds, best, stopped, step.report())
 
 
-def _rows(order: Order, per_epoch: int, start: int, total: int) -> Iterator[np.ndarray]:
+def _rows(order: Sampler, per_epoch: int, start: int, total: int) -> Iterator[np.ndarray]:
     step = start
     while step < total:
         for rows in order.epoch(step // per_epoch)[step % per_epoch :]:
@@ -325,6 +352,8 @@ def _rows(order: Order, per_epoch: int, start: int, total: int) -> Iterator[np.n
 def _micro(
     examples: Examples, rows: np.ndarray, training: Training, accelerator: Accelerator
 ) -> Iterator[tuple[float, dict[str, Any]]]:
+    if not len(rows):
+        return
     for part in np.array_split(rows, min(training.accumulation, len(rows))):
         yield len(part) / len(rows), to_device(examples.collate(part), accelerator.device)
 

@@ -25,7 +25,11 @@ FAMILIES = (
 )
 # Tasks of language models, which use the base's own output layer.
 LANGUAGE_TASKS = ("causal-lm", "instruct", "preference", "multiple-choice")
-TASKS = ("text-classification", "pair-classification", "regression", "image-classification", *LANGUAGE_TASKS)
+# Tasks of inputs that a base reads by itself: what a method works on where it does not say so.
+READ_TASKS = ("text-classification", "pair-classification", "regression", "image-classification", *LANGUAGE_TASKS)
+# Tasks of inputs that no base reads: only a method that turns them into what a base reads names them.
+FOREIGN_TASKS = ("point-classification",)
+TASKS = (*READ_TASKS, *FOREIGN_TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +67,23 @@ class Record:
     """What `brickyard methods` and `show` print of a method.
 
     `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`
-    is what training keeps for the backward pass, `start` what the tuner begins with); `search` maps an option (or lr)
-    to the values that a search tries; `presets` maps a preset to the options that it sets. `head` names the head that a
-    tuner stands on where an arm names none, if not the base's own. `part_of` names the record whose claims cover this
-    one too.
+    is how the layers run in training: what they keep for backward, in what arithmetic they compute; `start` what the
+    tuner begins with); `search` maps an option (or lr) to the values that a search tries; `presets` maps a preset to
+    the options that it sets. `head` names the head that a tuner stands on where an arm names none, if not the base's
+    own. `fixed` sets options by which the records of one file differ, and which are no options of this record.
+    `part_of` names the record whose claims cover this one too.
     """
 
     name: str
     family: str
     title: str
     paper: str = ""
-    needs: tuple[str, ...] = TASKS
+    needs: tuple[str, ...] = READ_TASKS
     because: str = ""
     slot: Literal["tuner", "head", "step", "objective", "data", "memory", "start", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # defaults of lr, wd, epochs, batch for this method
     claims: tuple[Claim, ...] = ()

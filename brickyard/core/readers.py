@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -23,7 +24,8 @@ from brickyard.core.errors import BadData, UnknownName
 
 SPLITS = ("train", "validation", "test")
 FORMATS = ("parquet", "jsonl", "csv", "txt")
-COLUMNS = ("text", "text_pair", "image", "label", "prompt", "completion", "chosen", "rejected", "choices")
+COLUMNS = ("text", "text_pair", "image", "points", "label", "prompt", "completion", "chosen", "rejected", "choices")
+LISTS = ("points", "choices")  # columns of lists, which a csv cannot hold
 _RENAMED = {
     "training": "train",
     "tr": "train",
@@ -210,6 +212,9 @@ def _from_arrow(source: Source, table: pa.Table, where: str) -> dict[str, list]:
         if name == "image":
             columns[name] = _images(column, where)
             continue
+        if name == "points":
+            columns[name] = _clouds(column, where)
+            continue
         if name == "choices" and not (_is_list(column.type) and _is_text(column.type.value_type)):
             raise BadData(f"column 'choices' of {where} holds {column.type}; expected lists of strings.")
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
@@ -229,7 +234,29 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _clouds(column: pa.ChunkedArray, where: str) -> list:
+    """Return each cloud as an array [points, 3]; as nested lists where it is none, which `points` then explains."""
+    kind: Any = column.type
+    depth = 0
+    while _is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if depth != 2 or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise BadData(f"column 'points' of {where} holds {column.type}; expected lists of [x, y, z] of numbers.")
+    clouds: list[Any] = []
+    for row in column:
+        lengths = (
+            pc.call_function("list_value_length", [row.values]).to_numpy(zero_copy_only=False)
+            if row.is_valid
+            else np.empty(0)
+        )
+        if len(lengths) and (lengths == 3).all():
+            clouds.append(row.values.flatten().to_numpy(zero_copy_only=False).reshape(-1, 3))
+        else:
+            clouds.append(row.as_py())
+    return clouds
 
 
 def _images(column: pa.ChunkedArray, where: str) -> list:
@@ -286,8 +313,8 @@ def _csv(source: Source, split: str, path: Path) -> None:
     except pa.ArrowException as cause:
         raise BadData(f"{path.name} is not a well-formed csv (the header is row 1): {_short(cause)}") from cause
     known = [name for name in table.column_names if name in source.wanted]
-    if "choices" in known:
-        raise BadData(f"{path.name} has a column choices, whose lists a csv cannot hold; give parquet or jsonl.")
+    if lists := [name for name in LISTS if name in known]:
+        raise BadData(f"{path.name} has a column {lists[0]}, whose lists a csv cannot hold; give parquet or jsonl.")
     unique = table.select(known) if len(set(known)) == len(known) else None
     source.textual.add(split)
     columns = {} if unique is None else {name: unique[name].to_pylist() for name in known}

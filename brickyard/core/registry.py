@@ -87,6 +87,7 @@ def config(name: str, options: dict[str, Any]) -> Any:
         if preset not in record.presets:
             raise UnknownName.among(f"preset of {name}", str(preset), record.presets)
         given = {**record.presets[preset], **given}
+    given = {**given, **record.fixed}
     cls = load(name).Config
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     hints = get_type_hints(cls)
@@ -131,7 +132,7 @@ def read(path: Path, family: str) -> list[Entry]:
     for record in found:
         if record.family != family:
             raise BadRecord(f"{path} declares family {record.family!r} but lies in {family!r}.")
-    return [Entry(record, path, options) for record in found]
+    return [Entry(record, path, {n: o for n, o in options.items() if n not in record.fixed}) for record in found]
 
 
 def _options(node: ast.ClassDef, path: Path) -> dict[str, Option]:

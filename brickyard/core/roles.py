@@ -41,7 +41,7 @@ _NAMES: dict[str, Role] = {
 _LAST = frozenset({"output", "wo", "c_proj", "out_proj", "proj_out"})
 # Words that say nothing; the part before them decides.
 _EMPTY = frozenset({"dense", "linear", "proj", "projection", "base_layer", "conv", "convolution", "lin"})
-_ATTENTION = re.compile(r"att(n|ention)")
+ATTENTION = re.compile(r"att(n|ention)")
 
 
 def own_head(model: nn.Module) -> list[str]:
@@ -206,16 +206,16 @@ def _role(name: str, module: nn.Module, inside: str | None) -> Role:
     within = [part for part in inside.lower().split(".") if not part.isdigit()]
     while within and within[-1] in _EMPTY:
         within.pop()
-    in_attention = any(_ATTENTION.search(part) for part in within)
+    in_attention = any(ATTENTION.search(part) for part in within)
     if not within:
         return "other"
     last, above = within[-1], within[:-1]
     if last in _NAMES:
         return _NAMES[last]
     if last in _LAST:
-        return "out" if any(_ATTENTION.search(part) for part in above) else "down"
+        return "out" if any(ATTENTION.search(part) for part in above) else "down"
     # What is left of `attention.dense`: the projection that closes the attention.
-    return "out" if in_attention and _ATTENTION.search(last) and last != inside.lower().split(".")[-1] else "other"
+    return "out" if in_attention and ATTENTION.search(last) and last != inside.lower().split(".")[-1] else "other"
 
 
 def _split_fused(model: nn.Module, found: dict[str, str]) -> None:

@@ -55,16 +55,9 @@ _Loader.add_implicit_resolver(
 
 def read(path: str | Path, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
     """Read a run file whose keys are option names (with `-` or `_`); every fault is a UsageError with its line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"--config {path}: no such file.")
-    if path.stat().st_size > _SIZE:
-        raise UsageError(f"--config {path}: {path.stat().st_size:,} bytes; at most {_SIZE:,} are read.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--config {path}: not UTF-8 at byte {error.start}.") from None
-    values, lines = _toml(path, text) if path.suffix == ".toml" else _yaml(path, text)
+    path, named = Path(path), f"--config {path}"
+    text = _text(path, named)
+    values, lines = _toml(path, text) if path.suffix == ".toml" else _yaml(named, text)
     out: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -77,18 +70,35 @@ def read(path: str | Path, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
     return out
 
 
-def _yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that is a mapping, by the same strict rules; every fault is a UsageError with its line."""
+    path = Path(path)
+    return _yaml(str(path), _text(path, str(path)))[0]
+
+
+def _text(path: Path, named: str) -> str:
+    if not path.is_file():
+        raise UsageError(f"{named}: no such file.")
+    if path.stat().st_size > _SIZE:
+        raise UsageError(f"{named}: {path.stat().st_size:,} bytes; at most {_SIZE:,} are read.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{named}: not UTF-8 at byte {error.start}.") from None
+
+
+def _yaml(named: str, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = _Loader(text).get_single_data()
     except UsageError as error:
-        raise UsageError(f"--config {path}, {error}") from None
+        raise UsageError(f"{named}, {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"--config {path}{line}: {getattr(error, 'problem', None) or 'not readable YAML'}.") from None
+        raise UsageError(f"{named}{line}: {getattr(error, 'problem', None) or 'not readable YAML'}.") from None
     if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: option: value lines were expected.")
+        raise UsageError(f"{named}: option: value lines were expected.")
     return values, {k.value: k.start_mark.line + 1 for k, _ in node.value}
 
 

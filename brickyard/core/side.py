@@ -5,7 +5,7 @@
 
 The model stays the object that it was, so its head, its loss and `generate` work as ever; only its backbone's forward
 is another. States are a pure function of the input, so they can be kept: a batch that holds them as `entering`, side by
-side in its last dimension, runs no block of the backbone. Used by lst and unipt.
+side in its last dimension, runs no block of the backbone. Used by lst, unipt and hst.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ class Split:
     """The rows of one split, column by column.
 
     Attributes:
-        columns: "text" (and "text_pair") as str or "image" as encoded bytes; "label" as class index (int) or float.
+        columns: "text" (and "text_pair") as str, "image" as encoded bytes or "points" as float32 arrays [points, 3];
+            "label" as class index (int) or float.
     """
 
     columns: dict[str, list]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -165,6 +165,11 @@ class Task:
     def generative(self) -> bool:
         """Whether the base's own output layer is used, and every position is predicted."""
         return self.kind in LANGUAGE_TASKS
+
+    @property
+    def reads(self) -> Literal["text", "image"]:
+        """What the base must read: point clouds are painted as images."""
+        return "image" if self.input in ("image", "points") else "text"
 
     def goodness(self, score: float) -> float:
         """Return `score` so that more is better."""

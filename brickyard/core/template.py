@@ -37,6 +37,18 @@ class Template:
         before, after = self.pattern.replace(MASK, tokenizer.mask_token).split(TEXT)
         return f"{before}{text}{after}"
 
+    def frame(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Return the tokens before and behind the text, special tokens included."""
+        first = len(self.pattern.replace(MASK, tokenizer.mask_token).split(TEXT)[0])
+        made = tokenizer(self.around("a", tokenizer), verbose=False, return_offsets_mapping=True)
+        ids = made["input_ids"]
+        inside = [i for i, (start, end) in enumerate(made["offset_mapping"]) if start <= first < end]
+        if not inside:
+            raise UsageError(
+                f"template {self.pattern!r}: no token of its own stands where {TEXT} does; put spaces there."
+            )
+        return ids[: inside[0]], ids[inside[-1] + 1 :]
+
     def fill(self, texts: Sequence[str], tokenizer: Any, limit: int | None) -> tuple[list[str], int]:
         """Return the texts in the pattern, and how many of them were cut so that all fit into `limit` tokens.
 
@@ -71,10 +83,11 @@ class Template:
         raise BadData(f"the template {self.pattern!r} alone fills {limit} tokens; give a shorter one or more tokens.")
 
 
-def label_tokens(words: Sequence[str], tokenizer: Any, masks: int) -> list[list[int]]:
+def label_tokens(words: Sequence[str], tokenizer: Any, masks: int, *, whole: bool = False) -> list[list[int]]:
     """Return the first `masks` tokens of each label word, as they stand behind a space.
 
-    Raises UsageError where a word has fewer, an unknown one, or the same as another.
+    Raises UsageError where a word has fewer (with `whole`, also where it has more), an unknown one, or the same as
+    another.
     """
     found = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
     for word, ids in zip(words, found, strict=True):
@@ -82,6 +95,12 @@ def label_tokens(words: Sequence[str], tokenizer: Any, masks: int) -> list[list[
             raise UsageError(
                 f"label word {word!r} has {len(ids)} tokens and the template {masks} gaps; choose longer words or "
                 "fewer gaps."
+            )
+        if whole and len(ids) > masks:
+            pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+            raise UsageError(
+                f"label word {word!r} splits into {len(ids)} tokens ({pieces}) and the template has {masks} gaps; "
+                "choose a shorter word, or a template with as many gaps."
             )
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids[:masks]:
             raise UsageError(f"label word {word!r} is not in the base's vocabulary; choose another.")

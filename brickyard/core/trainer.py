@@ -87,3 +87,39 @@ class ArmTrainer(Trainer):
             ]
             self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, fused=True)
         return self.optimizer
+
+
+class ClosureTrainer(ArmTrainer):
+    """ArmTrainer for an optimiser that evaluates the loss itself, given as `optimizers=(optimiser, None)`.
+
+    `optimiser.update(closure)` does the work of a step in `training_step`, in evaluation mode and without backward; the
+    `step()` that Trainer calls afterwards must find it done. Raises UsageError for accumulated batches and for an
+    optimiser without `update`.
+    """
+
+    def __init__(self, attached: Attached, task: Task, *, args: TrainingArguments, **options: Any) -> None:
+        optimiser = options.get("optimizers", (None, None))[0]
+        if not hasattr(optimiser, "update"):
+            raise UsageError(
+                f"ClosureTrainer was given the optimiser {type(optimiser).__name__}; one with update(closure) was "
+                "expected: optimizers=(ZerothOrder(...), None)."
+            )
+        if args.gradient_accumulation_steps != 1:
+            raise UsageError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}: a step without gradients "
+                "has none to add up; raise per_device_train_batch_size instead."
+            )
+        super().__init__(attached, task, args=args, **options)
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Update from the batch and return its loss."""
+        model.eval()
+        batch, extra = self._prepare_inputs(inputs), self.attached.extra_loss
+
+        def closure() -> Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch)
+            return loss if extra is None else loss + extra()
+
+        prepared: Any = self.optimizer
+        return getattr(prepared, "optimizer", prepared).update(closure)

@@ -19,19 +19,29 @@ import pyarrow.parquet as pq
 import torch
 
 from brickyard.core import brick as bricks
-from brickyard.core import measure, registry
+from brickyard.core import measure
 from brickyard.core.answers import Answers, Examples, answer, nats, to_device
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
-from brickyard.core.build import Plan, build, resolve, training_of
-from brickyard.core.chosen import chosen_by, curriculum_of, initialise, joined_by, settle, with_options
+from brickyard.core.build import Plan, build, resolve, step_of, training_of
+from brickyard.core.chosen import (
+    chosen_by,
+    curriculum_of,
+    initialise,
+    joined_by,
+    refuse_unaccounted,
+    settle,
+    with_options,
+    with_prepared,
+    with_unlabelled,
+)
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
 from brickyard.core.errors import UsageError
-from brickyard.core.loop import Backprop, Training, batch_loss, train, train_mode
-from brickyard.core.objective import WithColumns, check_head, model_inputs
+from brickyard.core.loop import Training, batch_loss, train, train_mode
+from brickyard.core.objective import check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import Drift, Retention
 from brickyard.core.split import support
@@ -114,7 +124,7 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
         index = _few_shot(setting, task, encoded)
     if setting.shuffle_labels:
         encoded["train"].shuffle(setting.seed)
-    return Prepared(setting, base, data, task, plan, training, encoded, index)
+    return with_unlabelled(Prepared(setting, base, data, task, plan, training, encoded, index), **options)
 
 
 def _few_shot(setting: Setting, task: Task, encoded: dict[str, Encoded]) -> np.ndarray:
@@ -184,16 +194,6 @@ def _known(made: Mapping[str, States], which: str) -> dict[str, Any]:
     }
 
 
-def with_prepared(ready: Prepared, rows: Examples) -> tuple[Examples, dict[str, Any], dict[str, Any]]:
-    """Return train's rows with what the arm's objective prepares for them, its cost, and its report."""
-    prepare_rows = getattr(registry.load(ready.plan.objective), "prepare", None) if ready.plan.objective else None
-    if prepare_rows is None:
-        return rows, {}, {}
-    assert ready.plan.objective is not None
-    columns = prepare_rows(ready.plan.configs[ready.plan.objective], ready)
-    return WithColumns(rows, columns), {"prepare_seconds": columns.seconds}, columns.report
-
-
 def _few(task: Task, rows: Examples) -> int:
     """Rows of a probe batch."""
     return max(1, 512 // int(rows.lengths.max())) if task.generative else _PROBE_ROWS  # a vocabulary is wide
@@ -241,6 +241,7 @@ def tune(
     sets, cost = examples(ready, attached)
     curriculum = curriculum_of(ready, sets, attached)
     joined = joined_by(ready, attached)
+    refuse_unaccounted(ready, chosen, joined)
     kept = _retention(ready, attached)
     few = min(_few(task, sets["train"]), len(sets["train"]))
     probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
@@ -269,6 +270,7 @@ def tune(
         allow_change=allow_change,
         callbacks=callbacks,
         curriculum=curriculum,
+        make_step=step_of(ready.plan, len(train_rows), task),
         device=setting.device,
     )
     proof = receipt(before, attached.model, attached, probe, base_logits)
@@ -285,7 +287,7 @@ def tune(
         "receipt": proof,
         "retained": kept.after(attached.model) if kept else None,
         "encoding": {name: rows.report for name, rows in ready.encoded.items()},
-        **_best(trained.history, task),
+        **_kept(trained.history, trained.best_step),
         "prepared": prepare_report,
         "cost": {
             # Whoever reads states or a teacher's answers pays for them in full, even those that were found made.
@@ -299,6 +301,8 @@ def tune(
     }
     if curriculum is not None:
         result["curriculum"] = curriculum.report(trained.steps, training.batch)
+    if trained.report:
+        result["step"] = trained.report
     if evaluate is not None:
         answers = answer(attached.model, sets[evaluate], task, precision=training.precision)
         labels = sets[evaluate].labels.numpy()
@@ -313,7 +317,7 @@ def tune(
         "scores": {k: result[k] for k in ("score", "validation") if k in result},
         "parents": [],
         **({"asked": asked, "chosen": chosen} if chosen else {}),
-        **({"curriculum": result["curriculum"]} if curriculum is not None else {}),
+        **{key: result[key] for key in ("curriculum", "step") if key in result},
     }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
@@ -335,13 +339,10 @@ def _measure_reference(ready: Prepared) -> None:
             rows.reference = nats(model, rows, precision=ready.training.precision)
 
 
-def _best(history: list[dict[str, Any]], task: Task) -> dict[str, float | None]:
+def _kept(history: list[dict[str, Any]], step: int) -> dict[str, float | None]:
     """Return score and loss of the evaluation whose weights were kept."""
-    points = [point for point in history if "validation_score" in point]
-    if not points:
-        return {"validation": None, "validation_loss": None}
-    best = max(points, key=lambda p: (task.goodness(p["validation_score"]), -p["validation_loss"]))
-    return {"validation": best["validation_score"], "validation_loss": best["validation_loss"]}
+    found = next((p for p in history if p["step"] == step and "validation_score" in p), {})
+    return {"validation": found.get("validation_score"), "validation_loss": found.get("validation_loss")}
 
 
 def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -413,15 +414,20 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     ready.encoded, ready.train_index = {"train": encoded.take(picked)}, ready.train_index[picked]
     ready.setting = Setting(**{**argument["setting"], "cache": False})
     sets, states = examples(ready, attached)
-    rows, prepared, _ = with_prepared(ready, sets["train"])
+    rows, prepared, _ = with_prepared(ready, sets["train"], probing=True)
     ends = np.cumsum([0, *map(len, drawn), len(longest)])
     # The longest batch is among the measured rows: a row's time goes by its tokens, and those of all rows are known.
     longer = float(lengths.mean() / rows.lengths.sum())
     *usual, long = (to_device(rows.collate(np.arange(a, b)), device) for a, b in itertools.pairwise(ends))
-    step = Backprop(attached, ready.training)
+    step = step_of(ready.plan, len(lengths), ready.task)(attached, ready.training)
     state = _bare_state(attached, ready, device)
     with attached.saving():
-        saved = measure.saved_for_backward(_Loss(attached, ready.task), {"batch": long}, lambda loss: loss)
+        saved = measure.Saved(bytes=0, storages=0, hidden=())
+        if step.backward:
+            # A step that takes a batch in parts keeps what one part keeps; the longest rows come last.
+            part = np.arange(ends[-1])[ends[-2] :][-getattr(step, "microbatch", len(longest)) :]
+            kept = to_device(rows.collate(part), device)
+            saved = measure.saved_for_backward(_Loss(attached, ready.task), {"batch": kept}, lambda loss: loss)
         train_mode(attached.model)
         peak = measure.peak_bytes(lambda: step(state, [(1.0, long)]), device)
         # The step that counted the peak was the warm-up. A slow step is little disturbed, and is not worth repeating.
@@ -437,8 +443,8 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
         "hidden_saves": [str(h) for h in saved.hidden],
         "peak_bytes": peak.bytes,
         "how": {"peak_bytes": peak.how},
-        "gradient_bytes": 4 * sum(p.numel() for p in attached.parameters()),
-        "optimiser_bytes": measure.optimiser_bytes(step.optimiser),
+        "gradient_bytes": 4 * sum(p.numel() for p in attached.parameters()) if step.backward else 0,
+        "optimiser_bytes": measure.distinct_bytes(step.state_dict().values()),
         "step_ms": 1000 * float(np.median(seconds)),
         "mean_step_ms": 1000 * float(np.mean(seconds)),
         "choosing_seconds": sum(choosing_steps.values()) * float(np.mean(seconds)),

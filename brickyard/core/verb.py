@@ -12,7 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_ELSEWHERE = {"grow": "brickyard.growing"}  # the others are in brickyard.api
+_ELSEWHERE = {"grow": "brickyard.growing", "merge": "brickyard.merging"}  # the others are in brickyard.api
 
 
 def function_of(verb: str) -> Any:

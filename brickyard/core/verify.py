@@ -41,6 +41,7 @@ from brickyard.core.base import Base, HeadedModel, open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Split, read_data
 from brickyard.core.errors import BrickyardError, ParityBroken, UnsafeFile
+from brickyard.core.inputs import KINDS
 from brickyard.core.receipt import TOLERANCE, logit_distance, parity
 from brickyard.core.task import Task
 
@@ -163,7 +164,7 @@ def _probe(base: Base, data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"pixel_values": pixels}, {"rows": 4, "what": "random pixels"}
     else:
         split, kind, what = Split({"text": list(PROBE_TEXTS)}), "text", "fixed texts"
-    task = Task(kind=f"{kind}-classification", metric="accuracy", labels=None, width=1, input=kind)
+    task = Task(kind=KINDS[kind], metric="accuracy", labels=None, width=1, input=kind)
     encoded = encode(split, base, task, max_length=None if kind == "image" else PROBE_TOKENS)
     inputs = {k: v for k, v in encoded.collate(np.arange(len(split))).items() if k != "labels"}
     if getattr(base.config, "is_encoder_decoder", False) and "input_ids" in inputs:

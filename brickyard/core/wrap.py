@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import peft
 from torch import Tensor, nn
 
 from brickyard.core.attached import Attached, copy_into
-from brickyard.core.errors import Refused
+from brickyard.core.errors import BadMix, Refused
 from brickyard.core.roles import match, own_head
 
 ADAPTER = "default"
@@ -59,6 +61,9 @@ def attach_peft(
             wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Refused(f"PEFT refuses {config.peft_type} on this model: {error}") from error
+    if config.peft_type != peft.PeftType.LORA:
+        refusing = partial(_one_adapter, str(getattr(config.peft_type, "value", config.peft_type)))
+        wrapped.base_model._enable_peft_forward_hooks = refusing  # type: ignore[assignment]
 
     def live() -> dict[str, Tensor]:
         return peft.get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -80,3 +85,11 @@ def attach_peft(
         callbacks=callbacks,
         peft=True,
     )
+
+
+@contextmanager
+def _one_adapter(kind: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Refuse `adapter_names`, which PEFT's layers of this kind ignore or fail on with a word of their own."""
+    if kwargs.get("adapter_names") is not None:
+        raise BadMix(f"PEFT's {kind} serves one adapter at a time; take rows of one adapter, or export it as a LoRA.")
+    yield

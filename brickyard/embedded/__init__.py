@@ -23,6 +23,7 @@ DATA = tuple(
     sorted(file.stem.replace("_", "-") for file in _HERE.glob("*.py") if "\ndef splits(" in file.read_text("utf-8"))
 )
 BASES = tuple(_BASES)
+QUESTIONS = tuple(sorted(file.stem.replace("_", "-") for file in (_HERE / "questions").glob("*.yaml")))
 
 
 def data(name: str) -> dict[str, dict[str, list]]:
@@ -35,6 +36,13 @@ def data(name: str) -> dict[str, dict[str, list]]:
     if name not in DATA:
         raise UnknownName.among("embedded data set", name, DATA)
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").splits()
+
+
+def questions(name: str) -> Path:
+    """Return the embedded task file of this name (see `core.questions`); UnknownName where there is none."""
+    if name not in QUESTIONS:
+        raise UnknownName.among("embedded task file", name, QUESTIONS)
+    return _HERE / "questions" / f"{name.replace('-', '_')}.yaml"
 
 
 def base_folder(name: str) -> Path:

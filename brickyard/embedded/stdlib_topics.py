@@ -13,7 +13,7 @@ import hashlib
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from brickyard.core.errors import BadData, DiskFull, UnsafeFile
@@ -88,12 +88,16 @@ def splits(library: Path | None = None) -> dict[str, dict[str, list]]:
         BadData: the interpreter comes without (all of) its library's sources.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
-    key = _key(library)
-    entry = cache_folder() / "embedded" / f"stdlib-topics-{key[:32]}.json"
+    return _kept("stdlib-topics", _key(library, __file__), lambda: build(library))
+
+
+def _kept(name: str, key: str, build: Callable[[], dict[str, dict[str, list]]]) -> dict[str, dict[str, list]]:
+    """Return what `build` makes from the cache, where it is made once."""
+    entry = cache_folder() / "embedded" / f"{name}-{key[:32]}.json"
     try:
         return read_json(entry)
     except (OSError, UnsafeFile):
-        built = build(library)  # absent, or damaged: made and written anew
+        built = build()  # absent, or damaged: made and written anew
     # Without room for the cache, the data are as good.
     with contextlib.suppress(OSError, DiskFull):
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +123,9 @@ def build(library: Path) -> dict[str, dict[str, list]]:
     return {split: _capped(topics) for split, topics in sides.items()}
 
 
-def _key(library: Path) -> str:
-    """Digest of what the rows depend on: this file, the interpreter's parser, and the library's files by size."""
-    digest = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode())
+def _key(library: Path, *code: str) -> str:
+    """Digest of what the rows depend on: files of code, the interpreter's parser, and the library's files by size."""
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in code) + sys.version.encode())
     for path, _topic in _files(library):
         digest.update(f"{path.relative_to(library).as_posix()} {path.stat().st_size}\n".encode())
     return digest.hexdigest()

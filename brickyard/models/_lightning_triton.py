@@ -249,10 +249,10 @@ class _Launch:
         count_S = (running[:, None] > torch.arange(sequences)).sum(0).int().to(states.device)
         tiles = (triton.cdiv(self.d, self.widths["BD"]), triton.cdiv(self.e, self.widths["BE"]))
         with torch.cuda.device_of(states):
-            _sums[(self.rows * self.count, *tiles)](  # type: ignore[index]
-                a_BHNd, b_BHNe, states, *self.table, *self.sizes, QUERIES=backwards, **self.widths
-            )
-            _scan[(self.rows * sequences, triton.cdiv(size, width))](  # type: ignore[index]
+            sums: Any = _sums[(self.rows * self.count, *tiles)]
+            sums(a_BHNd, b_BHNe, states, *self.table, *self.sizes, QUERIES=backwards, **self.widths)
+            scan: Any = _scan[(self.rows * sequences, triton.cdiv(size, width))]
+            scan(
                 states, first_RSde, last, rank_start, count_S, *self.table[1:], self.count, len(self.slopes_H),
                 sequences, size, BACKWARDS=backwards, W=width,
             )  # fmt: skip

@@ -42,13 +42,13 @@ from brickyard.core.encoded import Encoded
 from brickyard.core.errors import BadData, Refused, UsageError, WrongBase
 from brickyard.core.files import complete_folder, read_json, write_json
 from brickyard.core.loop import Training, train
+from brickyard.core.masked import MaskedRows, check_hidden, masked_loss
 from brickyard.core.method import Claim, Record
 from brickyard.core.objective import Objective, WithColumns, check_head
 from brickyard.core.split import Split
 from brickyard.core.stats import interval
 from brickyard.core.task import Task, task_of
 from brickyard.core.teacher import SoftLabels, Teacher, open_teacher, soft_labels
-from brickyard.shrink._masked import MaskedRows, check_hidden, masked_loss
 from brickyard.shrink._student import (
     cut_vocabulary,
     pretrained_as,

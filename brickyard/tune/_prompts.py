@@ -79,14 +79,17 @@ class Prompts:
         handle = block.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(handle.remove)
         here = inspect.unwrap(type(attention).forward).__globals__
-        original = here["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        # A name of its own, so that what saves memory can put itself below the prompts and see their keys and values.
+        attention.inner_attention = here["ALL_ATTENTION_FUNCTIONS"].get_interface(
             attention.config._attn_implementation, here["eager_attention_forward"]
         )
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
             k, v = (_as_heads(x, keys) for x in self.made[l])
             mask = widened(mask, query, keys, k.shape[2], causal=bool(getattr(attention, "is_causal", False)))
-            return original(attention, query, torch.cat([k, keys], 2), torch.cat([v, values], 2), mask, **options)
+            return attention.inner_attention(
+                attention, query, torch.cat([k, keys], 2), torch.cat([v, values], 2), mask, **options
+            )
 
         # Only this module's view of the config changes: masks are still made for the model's own attention.
         config, own = copy.deepcopy(attention.config), attention.config
@@ -95,7 +98,7 @@ class Prompts:
         attention.prompted_attention, attention.config = attend, config
 
         def restore() -> None:
-            del attention.prompted_attention
+            del attention.prompted_attention, attention.inner_attention
             attention.config = own
 
         self._undo.append(restore)

@@ -216,6 +216,8 @@ def _set_rank(layer: AdaLoraLayer, config: Any, rank: int) -> None:
 class Allocation:
     """Runs PEFT's allocator where gradients still exist: after the optimiser's step, before they are cleared."""
 
+    needs_gradients = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.model: Any = None

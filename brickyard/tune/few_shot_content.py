@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.core.base import Base
-from brickyard.core.errors import BadData, UsageError
+from brickyard.core.errors import UsageError
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 from brickyard.core.template import Template, label_tokens
+from brickyard.tune._cloze import at_gaps, word_scores
 
 RECORD = Record(
     name="few-shot-content",
@@ -106,15 +107,8 @@ class ClozeHead(nn.Module):
                 self.rows.weight.copy_(embedding[known])
 
     def forward(self, x_BTd: Tensor, mask_BT: Tensor, ids_BT: Tensor) -> Tensor:
-        gap_BT = (ids_BT == self.mask_id) & mask_BT
-        count_B = gap_BT.sum(1)
-        if bool((count_B != self.gaps).any()):
-            row = int((count_B != self.gaps).nonzero()[0, 0])
-            raise BadData(f"row {row} of the batch has {int(count_B[row])} gaps, {self.gaps} were expected.")
-        h_BJd = x_BTd[gap_BT].view(len(x_BTd), self.gaps, -1)
-        o_BJV = self.rows(self.transform(h_BJd))
-        place_JC = self.place.t()  # type: ignore[operator]
-        return o_BJV.gather(2, place_JC.expand(len(o_BJV), -1, -1)).sum(1)
+        h_BJd = at_gaps(x_BTd, ids_BT, mask_BT, self.mask_id, self.gaps)
+        return word_scores(self.rows(self.transform(h_BJd)), self.place)  # type: ignore[arg-type]
 
 
 def head(config: Config, task: Task, width: int, *, base: Base) -> ClozeHead:

@@ -202,6 +202,8 @@ class Generator(nn.Module):
 class Bilevel(Curriculum):
     """Generators and activations in turn, on rows of their own, for half of the steps; then generators alone on all."""
 
+    needs_gradients = True
+
     def __init__(self, rows: int, seed: int, model: nn.Module) -> None:
         super().__init__(digest=f"iapt bilevel, {rows} rows, seed {seed}")
         order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)

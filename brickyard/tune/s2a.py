@@ -268,9 +268,13 @@ class _Coder:
         return forward
 
     def attention(self, module: Any, undo: ExitStack) -> None:
-        """Let `module` find this function in the AttentionInterface, and this function the module's own."""
+        """Let `module` find this function in the AttentionInterface, and this function the module's own.
+
+        Where a tuner stands between the two (prompts), it calls `inner_attention`, which this function then replaces.
+        """
         here = inspect.unwrap(type(module).forward).__globals__
-        original = here["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        inner = getattr(module, "inner_attention", None)
+        original = inner or here["ALL_ATTENTION_FUNCTIONS"].get_interface(
             module.config._attn_implementation, here["eager_attention_forward"]
         )
 
@@ -289,6 +293,9 @@ class _Coder:
             random = options.get("dropout", 0.0) > 0
             return Recomputed.apply(call, codes, random, query, key, value, mask, *tensors.values())
 
+        if inner is not None:
+            _set(undo, module, "inner_attention", lambda _, *tensors, **options: attend(*tensors, **options))
+            return
         # Only this module's view of the config changes: masks are still made for the model's own attention.
         config = copy.deepcopy(module.config)
         config._attn_implementation = _NAME

@@ -1,0 +1,232 @@
+"""The claims of `mpt`: what a pool without labels gains when prompts label it, and what mixing prompts is worth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from brickyard.checks.run import Answers, Inequality, judge
+from brickyard.core import readers
+from brickyard.core.answers import Examples, answer, predict
+from brickyard.core.arm import parse
+from brickyard.core.build import build, resolve
+from brickyard.core.encoded import IGNORED
+from brickyard.core.loop import Training, train
+from brickyard.core.measure import cpu_bfloat16_is_fast
+from brickyard.core.method import Claim
+from brickyard.core.objective import WithColumns
+from brickyard.core.trial import Prepared, Setting, prepare
+from brickyard.tune import mpt
+from brickyard.tune.mpt import Config, Prompted, PseudoLabels
+
+# One word of a usual English vocabulary for each topic of embedded:stdlib-topics, in the order of their names.
+WORDS = ("network", "development", "file", "graphics", "internet", "language", "text")
+LR = 1e-4  # of every classifier here
+_RESAMPLES = 2000
+
+
+def few_labels(
+    claim: Claim,
+    *,
+    pool: int = 600,
+    epochs: float = 2,
+    few_epochs: float = 8,
+    head_steps: int = 100,
+    options: str = "",
+) -> dict[str, Any]:
+    """Train prompts on few labels, and the arm's model on what they say of a pool; hold the other ways side by side.
+
+    Every seed draws other labelled rows. All prompt models of a seed serve all arms: alone, words only, vectors only,
+    mixed. Beside them: fine-tuning on the labelled rows; self-training, in which that model labels the pool; and the
+    pool's true labels as ceiling. Control: the pseudo-labels dealt out anew. Gate: the ceiling gains 3 points.
+    """
+    data = _first_rows(claim.data, pool)
+    words = WORDS if claim.data == "embedded:stdlib-topics" else ()
+    given = f"words=[{','.join(words)}]," if words else ""
+    arm = f"full + mpt:{given}head_steps={head_steps}{',' + options if options else ''}"
+    found: dict[str, list[np.ndarray]] = {}
+    pooled: dict[str, list[np.ndarray]] = {}
+    truths: list[np.ndarray] = []
+    details: list[dict[str, Any]] = []
+    test_labels = np.empty(0)
+    for seed in range(1, claim.seeds + 1):
+        setting = Setting(
+            arm=arm,
+            base=claim.base,
+            data=data,
+            seed=seed,
+            shots=claim.shots,
+            max_length=claim.max_length or None,
+            training={"precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
+        )
+        ready, config = prepare(setting), resolve(parse(arm)).configs["mpt"]
+        test_labels = ready.encoded["test"].labels.numpy()
+        labels = ready.encoded["train"].labels
+        truth = torch.from_numpy(_truth(data, ready))
+        given_N = labels.numpy() != IGNORED
+        truths.append(truth.numpy()[~given_N])
+        prompted = mpt.ask(config, ready)
+        few = ready.encoded["train"].take(np.flatnonzero(given_N))
+        tuned, own = _trained(ready, few, few_epochs)
+        alone = replace(config, manual=config.manual[:1], continuous=())  # who labels without templates
+        said = {"self-training": (alone, Prompted(own[None], np.ones(1), np.ones(1), {}))}
+        said |= {f"prompt {p}": _only(config, prompted, [p]) for p in range(len(config.prompts))}
+        words_only = list(range(len(config.manual)))
+        said["words"] = _only(config, prompted, words_only)
+        said["vectors"] = _only(config, prompted, list(range(len(words_only), len(config.prompts))))
+        said["mpt"] = (config, prompted)
+        for name, (using, answers) in said.items():
+            weight_P = answers.before_P if using.weights == "accuracy" else np.ones(len(answers.before_P))
+            guess = mpt.ensemble(answers.scores_PNC, weight_P).argmax(1)
+            pooled.setdefault(name, []).append(guess[~given_N])
+        found.setdefault("fine-tuning", []).append(tuned)
+        said["ceiling"] = (replace(alone, soft=False), _true(truth, ready.task.width))
+        names = ready.task.labels or ()
+        # Who gives no row to some class is judged as it is.
+        targets = {
+            name: mpt.decide(*said[name], labels, names, every_class=False)
+            for name in ("self-training", "mpt", "ceiling")
+        }
+        details.append(targets["mpt"].report)
+        targets["control"] = _dealt_out(targets["mpt"], given_N, seed)
+        for name, columns in targets.items():
+            learned, _ = _trained(ready, WithColumns(ready.encoded["train"], columns), epochs, config)
+            found.setdefault(name, []).append(learned)
+    arms = {name: Answers(test_labels, np.stack(rows)) for name, rows in found.items()}
+    labelling = {name: Answers(np.concatenate(truths), np.concatenate(rows)[None]) for name, rows in pooled.items()}
+    return judged(arms, labelling, details)
+
+
+def _first_rows(name: str, pool: int) -> dict[str, dict[str, list]]:
+    """Return a data set whose train split has at most `pool` rows, the first: rows stand in no order."""
+    splits = readers.read(name).splits
+    return {
+        split: {k: columns[k][: pool if split == "train" else None] for k in ("text", "label")}
+        for split, columns in splits.items()
+    }
+
+
+def _truth(data: dict[str, dict[str, list]], ready: Prepared) -> np.ndarray:
+    """Return the true classes of train's rows, which `ready` does not hold, by their texts."""
+    label = dict(zip(data["train"]["text"], data["train"]["label"], strict=True))
+    names = list(ready.task.labels or ())
+    return np.array([names.index(label[text]) for text in ready.data.splits["train"]["text"]])
+
+
+def _only(config: Config, prompted: Prompted, places: list[int]) -> tuple[Config, Prompted]:
+    """Return the same with some of the prompts."""
+    manual = tuple(t.pattern for t, trained in (config.prompts[p] for p in places) if not trained)
+    vectors = tuple(t.pattern for t, trained in (config.prompts[p] for p in places) if trained)
+    some = Prompted(prompted.scores_PNC[places], prompted.before_P[places], prompted.after_P[places], prompted.head)
+    return replace(config, manual=manual, continuous=vectors), some
+
+
+def _true(truth_N: torch.Tensor, classes: int) -> Prompted:
+    """Return prompts that always know."""
+    return Prompted(50.0 * np.eye(classes)[truth_N.numpy()][None], np.ones(1), np.ones(1), {})
+
+
+def _dealt_out(made: PseudoLabels, given_N: np.ndarray, seed: int) -> PseudoLabels:
+    """Return the same targets, those of the pool dealt out anew among its rows."""
+    pool = np.flatnonzero(~given_N)
+    order = np.arange(len(given_N))
+    order[pool] = np.random.Generator(np.random.PCG64(seed)).permutation(pool)
+    q_NC, weight_N, temperature_N = (column[torch.from_numpy(order)] for column in made.columns)
+    return PseudoLabels(q_NC, weight_N, temperature_N, {})
+
+
+def _trained(
+    ready: Prepared, rows: Examples, epochs: float, config: Config | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train a fresh classifier on rows; return its predictions of test [N], and its logits of train's rows [M, C]."""
+    plan, seed = resolve(parse("full"), ready.task), ready.setting.seed
+    attached = build(plan, ready.base, ready.task, seed=seed)
+    if config is not None:
+        attached.objective = lambda model, batch: _loss(config, model, batch)
+    training = Training(**{**asdict(ready.training), "lr": LR, "epochs": epochs, "batch": 16 if config is None else 32})
+    train(attached, rows, None, ready.task, training, device=ready.setting.device)
+    kind = training.precision
+    answers = answer(attached.model, ready.encoded["test"], ready.task, precision=kind)
+    return answers.predictions, predict(attached.model, ready.encoded["train"], precision=kind)
+
+
+def _loss(config: Config, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    inputs = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and k != "labels"}
+    found = mpt.loss_of_logits(config, model(**inputs).logits.float(), batch)
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+def judged(
+    arms: dict[str, Answers], labelling: dict[str, Answers], details: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the two parts of the claim: answers to the test rows by arm, and to the pool's rows by labeller."""
+
+    def compare(text: str, among: dict[str, Answers], metric: str) -> dict[str, Any]:
+        return {"inequality": text, **judge(Inequality.read(text), among, metric)}
+
+    gate = compare("ceiling >= fine-tuning + 3.0", arms, "macro-f1")
+    gain = [compare(f"mpt >= {other}", arms, "macro-f1") for other in ("fine-tuning + 3.0", "self-training + 1.0")]
+    gone = compare("control >= fine-tuning + 3.0", arms, "macro-f1")
+    mixture = [compare(f"mpt >= {other} - 0.5", labelling, "accuracy") for other in ("words", "vectors")]
+    mixture.append(_not_below(arms["mpt"], labelling["mpt"], 2.0))
+    means = {name: 100 * float(np.mean(a.predictions == a.labels)) for name, a in arms.items()}
+    pool = {name: 100 * float(np.mean(a.predictions == a.labels)) for name, a in labelling.items()}
+    shared = {
+        "gate": gate,
+        "control": {
+            "what": "the pseudo-labels dealt out anew among the pool's rows",
+            "destroyed": gone["holds"] is not True,
+            **gone,
+        },
+        "figures": {"test_accuracy": means, "pool_accuracy": pool, "runs": details},
+    }
+    said = {
+        "gain": "test accuracy: " + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items()),
+        "mixture": "accuracy on the pool: " + ", ".join(f"{name} {mean:.1f}" for name, mean in pool.items()),
+    }
+    return {
+        name: {**_all(rows), **shared, "detail": f"{_figures(rows)}; {said[name]}"}
+        if gate["holds"] is True
+        else {**_all(rows), **shared, "holds": "set-up invalid", "detail": f"{_figures([gate])}; {said[name]}"}
+        for name, rows in (("gain", gain), ("mixture", mixture))
+    }
+
+
+def _not_below(final: Answers, labels: Answers, margin: float) -> dict[str, Any]:
+    """Judge whether a model's accuracy on test is at most `margin` points below that of the labels it learned from.
+
+    The two stand on different rows, so that each is resampled by itself; seeds are resampled for the model.
+    """
+    draw = np.random.Generator(np.random.PCG64(0))
+    right_SN = (final.predictions == final.labels).astype(float)
+    right_U = (labels.predictions == labels.labels).astype(float).ravel()
+    seeds, rows = right_SN.shape
+    differences = np.empty(_RESAMPLES)
+    for i in range(_RESAMPLES):
+        some = right_SN[draw.integers(seeds, size=seeds)][:, draw.integers(rows, size=rows)].mean()
+        differences[i] = 100 * (some - right_U[draw.integers(len(right_U), size=len(right_U))].mean())
+    low, high = np.quantile(differences, (0.025, 0.975))
+    holds: Any = True if low >= -margin else False if high < -margin else "undecided"
+    measured = 100 * float(right_SN.mean() - right_U.mean())
+    text = f"accuracy(mpt) >= accuracy(its labels) - {margin:.1f}"
+    return {"inequality": text, "measured": measured, "low": float(low), "high": float(high), "holds": holds}
+
+
+def _all(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one verdict on several inequalities: true if all hold, false if one does not."""
+    said = [row["holds"] for row in rows]
+    holds: Any = False if False in said else True if all(h is True for h in said) else "undecided"
+    first = rows[0]
+    return {
+        "inequality": " and ".join(row["inequality"] for row in rows),
+        "holds": holds,
+        "comparisons": rows,
+        **{k: first[k] for k in ("measured", "low", "high")},
+    }
+
+
+def _figures(rows: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{r['inequality']}: {r['measured']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})" for r in rows)

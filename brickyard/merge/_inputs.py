@@ -1,0 +1,295 @@
+"""The models that a merge reads, as tensors by the base's names; and the refusal of those that do not fit together.
+
+A source gives any run of elements of any tensor, as weights or as a change of the base's, into a buffer of float32, so
+that nobody needs a whole model. Reads are plain (`preadv`): mapped files would count as memory of this process.
+Imports neither transformers nor peft.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from brickyard.core.errors import Refused, UnsafeFile
+from brickyard.core.files import TensorInfo
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+PIECE = 2**18  # elements that are worked on at once: a megabyte of float32, which stays in a core's cache
+_TABLE = 10  # lines of a refusal
+
+Places = Mapping[str, tuple[Path, TensorInfo]]
+
+
+class Files:
+    """Open files by path, for reading from several threads at once."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, start: int, into: Tensor) -> None:
+        """Fill the uint8 tensor `into` with the bytes of a file from `start` on; UnsafeFile where it ends before."""
+        with self._lock:
+            if path not in self._handles:
+                self._handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = self._handles[path]
+        array: Any = into.numpy()
+        left = memoryview(array)
+        while len(left):
+            count = os.preadv(handle, [left], start)
+            if not count:
+                raise UnsafeFile(f"{path}: cut short while it was read; fetch or write it again")
+            left, start = left[count:], start + count
+
+    def close(self) -> None:
+        """Close all of them."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+
+@dataclass
+class Buffers:
+    """What one thread works in: the base's piece, one piece a model, and the bytes that are read or written."""
+
+    base: Tensor
+    models: list[Tensor]
+    raw: Tensor
+
+    @classmethod
+    def of(cls, models: int) -> Buffers:
+        pieces = [torch.empty(PIECE) for _ in range(models + 1)]
+        return cls(pieces[0], pieces[1:], torch.empty(8 * PIECE, dtype=torch.uint8))
+
+
+class Source(Protocol):
+    """One fine-tuned model. A tensor that it does not hold is as in the base."""
+
+    @property
+    def label(self) -> str: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read(
+        self, files: Files, name: str, start: int, base_n: Tensor, out_n: Tensor, raw: Tensor, *, change: bool
+    ) -> None:
+        """Fill `out_n` with the elements of a tensor from `start` on: weights, or with `change` weights - base."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model in safetensors files; `places` says where each tensor lies, by the base's names."""
+
+    label: str
+    places: Places
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def weights(self, files: Files, name: str, start: int, out_n: Tensor, raw: Tensor) -> None:
+        """Fill `out_n` (float32) with the weights from element `start` on."""
+        path, info = self.places[name]
+        dtype = FLOATS[info.dtype]
+        size = dtype.itemsize
+        read = raw[: len(out_n) * size]
+        files.read(path, info.start + start * size, read)
+        out_n.copy_(read.view(dtype))
+
+    def read(
+        self, files: Files, name: str, start: int, base_n: Tensor, out_n: Tensor, raw: Tensor, *, change: bool
+    ) -> None:
+        self.weights(files, name, start, out_n, raw)
+        if change:
+            out_n -= base_n
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model whose tensors are in memory, by the base's names."""
+
+    label: str
+    tensors: Mapping[str, Tensor]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def read(
+        self, files: Files, name: str, start: int, base_n: Tensor, out_n: Tensor, raw: Tensor, *, change: bool
+    ) -> None:
+        out_n.copy_(self.tensors[name].detach().reshape(-1)[start : start + len(out_n)])
+        if change:
+            out_n -= base_n
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank change of one weight [m, n]: scaling * b_mr @ a_rn; `transposed` where the weight is stored [n, m]."""
+
+    a_rn: Tensor
+    b_mr: Tensor
+    scaling: float
+    transposed: bool = False
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """The two factors in the order of the weight as it is stored: [rows, r] and [r, columns]."""
+        return (self.a_rn.T, self.b_mr.T) if self.transposed else (self.b_mr, self.a_rn)
+
+    def change(self, start: int, out_n: Tensor) -> None:
+        """Fill `out_n` with the elements of the flattened change from `start` on."""
+        left, right = self.sides
+        width = right.shape[1]
+        first, last = start // width, -(-(start + len(out_n)) // width)
+        rows = (left[first:last].float() @ right.float()).mul_(self.scaling)
+        skip = start - first * width
+        out_n.copy_(rows.reshape(-1)[skip : skip + len(out_n)])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter: low-rank changes of some of the base's weights."""
+
+    label: str
+    factors: Mapping[str, Factors]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.factors
+
+    def read(
+        self, files: Files, name: str, start: int, base_n: Tensor, out_n: Tensor, raw: Tensor, *, change: bool
+    ) -> None:
+        self.factors[name].change(start, out_n)
+        if not change:
+            out_n += base_n
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a model's tensor names correspond to the base's: `own` by the base's name; `extra` have no counterpart."""
+
+    own: dict[str, str]
+    extra: list[str] = field(default_factory=list)
+
+
+def same_names(base: Iterable[str], own: Iterable[str]) -> Names:
+    """Match names that differ by the first part at most (`bert.encoder.x`, `backbone.encoder.x`, `encoder.x`)."""
+    base, own = sorted(base), sorted(own)
+    first = lambda names: ["", *sorted({f"{name.split('.')[0]}." for name in names if "." in name})]  # noqa: E731
+    best: dict[str, str] = {}
+    for p_base in first(base):
+        for p_own in first(own):
+            rest = {name.removeprefix(p_own): name for name in own if name.startswith(p_own)}
+            found = {n: rest[r] for n in base if n.startswith(p_base) and (r := n.removeprefix(p_base)) in rest}
+            if len(found) > len(best):
+                best = found
+    matched = set(best.values())
+    # What lies beside the matched part but has the base's full name is the same tensor too (an output layer).
+    best |= {name: name for name in base if name in own and name not in best and name not in matched}
+    matched = set(best.values())
+    return Names(best, [name for name in own if name not in matched])
+
+
+def heads_among(names: Names) -> list[str]:
+    """Return the extra tensors that lie outside of every module the base has: a task's head."""
+    inside = {own.split(".")[0] for own in names.own.values()}
+    return [name for name in names.extra if name.split(".")[0] not in inside]
+
+
+def misfits(base: Places, model: Places, label: str, names: Names, *, whole: bool, mixed: bool) -> list[list[str]]:
+    """Return the rows (input, tensor, of the base, of the input) in which a model does not fit the base.
+
+    names: of the model's tensors; `whole`: it must hold every floating-point tensor of the base, and besides no more
+    than a head; `mixed`: floating-point dtypes may differ.
+    """
+    rows = []
+    say = lambda info: f"{info.dtype} {list(info.shape)}"  # noqa: E731
+    heads = set(heads_among(names))
+    same_class = all(own == name for name, own in names.own.items())
+    vocabulary = max((info.shape for _, info in base.values() if len(info.shape) == 2), default=None)
+    for name, (_, info) in base.items():
+        if name not in names.own:
+            if whole and info.dtype in FLOATS:
+                rows.append([label, name, say(info), "missing"])
+            continue
+        found = model[names.own[name]][1]
+        floats = {found.dtype in FLOATS, info.dtype in FLOATS}
+        same = floats == {False} or (floats == {True} and (mixed or found.dtype == info.dtype))
+        if found.shape != info.shape or not same:
+            rows.append([label, name, say(info), say(found)])
+    for name in names.extra if whole else ():
+        info = model[name][1]
+        if name not in heads:
+            rows.append([label, name, "missing", say(info)])
+        elif same_class and info.shape == vocabulary:
+            rows.append([label, name, "tied to its embeddings", say(info)])
+    return rows
+
+
+def tensors_at(places: Places, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some small tensors whole, in the dtype in which they are stored."""
+    files, out = Files(), {}
+    try:
+        for name in names:
+            path, info = places[name]
+            raw = torch.empty(info.end - info.start, dtype=torch.uint8)
+            files.read(path, info.start, raw)
+            out[name] = raw.view(FLOATS[info.dtype]).reshape(info.shape)
+    finally:
+        files.close()
+    return out
+
+
+def whole(files: Files, base: Stored, model: Source | None, name: str, raw: Tensor) -> Tensor:
+    """Return one tensor of a model (None: of the base) in float32 and in its shape; `raw` is as in Buffers."""
+    info = base.places[name][1]
+    out, base_n = torch.empty(info.elements), torch.empty(min(PIECE, info.elements))
+    for start in range(0, info.elements, PIECE):
+        out_n = out[start : start + PIECE]
+        if model is None or name not in model:
+            base.weights(files, name, start, out_n, raw)
+        else:
+            base.weights(files, name, start, base_n[: len(out_n)], raw)
+            model.read(files, name, start, base_n[: len(out_n)], out_n, raw, change=False)
+    return out.reshape(info.shape)
+
+
+def distance(base: Stored, model: Source) -> float:
+    """Return mean |theta - theta_0| / mean |theta_0| over the first piece of every floating-point tensor."""
+    buffers, files, moved, size = Buffers.of(1), Files(), 0.0, 0.0
+    try:
+        for name, (_, info) in base.places.items():
+            if info.dtype not in FLOATS or name not in model:
+                continue
+            count = min(PIECE, info.elements)
+            base_n, tau_n = buffers.base[:count], buffers.models[0][:count]
+            base.weights(files, name, 0, base_n, buffers.raw)
+            model.read(files, name, 0, base_n, tau_n, buffers.raw, change=True)
+            moved += float(tau_n.abs().sum(dtype=torch.float64))
+            size += float(base_n.abs().sum(dtype=torch.float64))
+    finally:
+        files.close()
+    return moved / size if size else 0.0
+
+
+def refuse(rows: Sequence[Sequence[str]]) -> None:
+    """Raise Refused with a table of at most ten of the rows, where there are any."""
+    if not rows:
+        return
+    shown = [["input", "tensor", "base", "input has"], *rows[:_TABLE]]
+    widths = [max(len(row[i]) for row in shown) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    more = f"\n... and {len(rows) - _TABLE} more" if len(rows) > _TABLE else ""
+    raise Refused(
+        f"{len(rows)} tensors do not fit the base, and none is cropped, cast or left out:\n"
+        + "\n".join(lines)
+        + more
+        + "\nGive models fine-tuned from this base with its vocabulary, depth and dtype (--dtype lets dtypes differ)."
+    )

@@ -1,0 +1,103 @@
+"""The verb `brickyard merge` on the command line. Apart from the others, because it loads transformers only at need."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+DONE = 0
+
+
+def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+    """Add the verb's own options to its parser; `count` reads a positive number."""
+    p.add_argument("arm", metavar="ARM", help="e.g. ties:density=0.2 or 'task-arithmetic + lines'; options may follow")
+    p.add_argument(
+        "--bricks", nargs="+", required=True, metavar="DIR", help="bricks, PEFT adapters, or full checkpoints"
+    )
+    p.add_argument("--data", nargs="+", default=[], metavar="D", help="one data set a task: score every input on each")
+    p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
+    p.add_argument(
+        "--as", dest="form", choices=("auto", "model", "adapter"), default="auto", help="adapters may stay one (auto)"
+    )
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result; lets dtypes differ")
+    p.add_argument("--heads", choices=("own", "base"), default="own", help="each brick's, or fitted on the base")
+    p.add_argument("--force", action="store_true", help="go on although an input does not look like the base's child")
+    p.add_argument("--threads", type=count, help="workers (default: the cores, at least 2)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="where the scores are computed")
+    p.add_argument("--max-length", type=count, help="tokens a row; longer rows are truncated and counted")
+    p.add_argument("--task", help="override the task that the columns imply")
+    p.add_argument("--metric", help="accuracy, macro-f1, matthews or spearman")
+    p.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
+    p.add_argument("--json", action="store_true")
+
+
+def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Merge models and show what the merge kept."""
+    import json
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from brickyard.merging import merge as run_merge
+
+    result = run_merge(
+        args.arm,
+        base=args.base,
+        bricks=args.bricks,
+        data=args.data,
+        out=args.out,
+        form=args.form,
+        dtype=args.dtype,
+        heads=args.heads,
+        threads=args.threads,
+        force=args.force,
+        device=args.device,
+        task=args.task,
+        metric=args.metric,
+        max_length=args.max_length,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.json:
+        sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
+        return DONE
+    console = Console()
+    for line in _said(result):
+        console.print(escape(line), soft_wrap=True, highlight=False)
+    if "scores" in result:
+        console.print(_table(result["scores"]))
+    console.print(f"{result['form']}: {escape(args.out)}", soft_wrap=True, highlight=False)
+    return DONE
+
+
+def _said(result: dict[str, Any]) -> list[str]:
+    """Return what happened in a few lines."""
+    scales = ", ".join(f"{scale} ({count})" for scale, count in result["scales"].items())
+    lines = [f"{len(result['inputs'])} inputs merged by {result['arm']}; scales of tensors: {scales}"]
+    for edit in result["edits"]:
+        blocks = ", ".join(f"{name} ({count})" for name, count in edit["blocks"].items())
+        lines.append(f"blocks: {blocks}; {len(edit['outside'])} tensors outside of them")
+    lines += [f"{a} and {b} are identical: the merge counts them twice" for a, b in result.get("identical", [])]
+    straight = [k for k in result.get("known", {}).values() if isinstance(k, dict) and "straight" in k]
+    if straight:
+        count = sum(k["straight"] for k in straight)
+        lines.append(f"{count} of {len(straight)} tensors are nearly parallel and went along a straight line")
+    lines += [f"{i['label']}: {i['checked']}" for i in result["inputs"] if i["checked"]]
+    return lines
+
+
+def _table(scores: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    heads = dict.fromkeys(task["head"] for task in scores["tasks"])
+    table = Table(title=f"test rows; heads: {', '.join(heads)}")
+    table.add_column("model")
+    for task in scores["tasks"]:
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}", justify="right")
+    table.add_column("mean", justify="right")
+    for row in scores["rows"]:
+        cells = [f"{cell['mean']:.4f} ({cell['low']:.4f} to {cell['high']:.4f})" for cell in row["scores"]]
+        table.add_row(escape(row["model"]), *cells, "" if row["mean"] is None else f"{row['mean']:.4f}")
+    return table

@@ -1,0 +1,1 @@
+"""Optimisers and steps: how what a tuner trains is updated, and in what arithmetic."""

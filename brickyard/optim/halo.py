@@ -1,0 +1,383 @@
+"""HALO: the three products of linear layers on INT8 or FP8 operands, behind Hadamard rotations. Beside any tuner.
+
+    forward    Y   = X W^T          HALO-0  Q(X) Q(W)^T      HALO-1, 2  Q(X H) Q(W H)^T
+    error      E_X = E W            HALO-0  Q(E) Q(W)        HALO-1     Q(E) Q(W H) H^T
+                                                             HALO-2     H_b^T [Q(H_b E) Q(W H)] H^T
+    gradient   G   = E^T X          HALO-0  Q(E)^T Q(X)      HALO-1, 2  Q(E)^T Q(X H) H^T
+
+    Q(x) = s round(x / s), s = max|x| / 127   (int8; the products are summed in int32)
+    Q(x) = s e4m3(x / s),  s = max|x| / 448   (fp8, rounded by the type itself)
+
+H and H_b are normalised Hadamard matrices over the layer's inputs and over the tokens (`_hadamard`): H H^T = I, so that
+without Q nothing changes. X has outliers in a few channels and E in a few tokens; with one scale a tensor they take the
+range from all other values, and a rotation spreads them. Backward is that of the exact product, on the operands that
+forward quantised and kept (a quarter of float32). A batch whose tokens have no Hadamard size is filled with zero rows
+for E_X, which changes nothing and from 128 tokens on adds less than a tenth. Weights, gradients and the optimiser stay
+as they are; so do embeddings, norms, attention itself, the head, what an adapter adds, and all that runs in evaluation
+mode without gradient. A frozen weight is rotated and quantised once.
+
+`full + halo`, `lora + halo:level=0,dtype=fp8`; `convert(model, Config())` does it for any other loop. For fp8 the
+rotation gains nothing (its steps are relative: an outlier costs the other values no precision), so use level 0 there.
+On a processor without int8 instructions the same integers come from float32 products, as exact and no faster: there
+this shows what low precision does to training, not how fast it is.
+
+Source: "HALO: Hadamard-Assisted Lower-Precision Optimization for LLMs", NeurIPS 2025, arXiv 2501.02625. Headline:
+Llama-3-8B tuned in INT8 (HALO-2) or FP8 is within noise of bfloat16, up to 1.41 times as fast on an RTX 4090.
+Left out: HALO-i (a cast without scale, a bound on speed), FP6 (simulated in the release), fused rotate-and-quantise
+kernels. For FSDP2, `quantise_shard` and `gathered` are what its all-gather extension calls.
+Legend: B tokens of a batch, M inputs, N outputs of a layer, K a contracted dimension, S rows of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from brickyard.core.errors import Refused, UsageError
+from brickyard.core.inject_layer import BrickyardLinear
+from brickyard.core.method import Claim, Record
+from brickyard.core.roles import LINEAR, blocks, match, roles
+from brickyard.core.side import SIDE
+from brickyard.optim._hadamard import base_of, nearest, next_size, transform
+
+RECORD = Record(
+    name="halo",
+    family="optim",
+    title="Hadamard rotations around INT8 and FP8 products in training (HALO)",
+    paper="HALO, NeurIPS 2025, arXiv 2501.02625",
+    slot="memory",
+    presets={
+        "halo0_fp8": {"level": 0, "dtype": "fp8"},
+        "halo1_fp8": {"level": 1, "dtype": "fp8"},
+        "halo2_int8": {"level": 2, "dtype": "int8"},
+    },
+    claims=(
+        Claim(
+            text="With outliers a rotation lowers a layer's INT8 error at least 4 times; without, it costs < 10 %.",
+            measure="one_layer",
+            kind="emulated",
+        ),
+        Claim(
+            text="INT8 HALO-2 tunes a model with outliers to within 1 % of float32, with at most 0.3 of INT8's gap.",
+            measure="fine_tuning",
+            kind="emulated",
+            base="embedded:pylm",
+            data="embedded:python-tests",
+            epochs=1,
+            train_rows=200,
+            batch=4,
+            max_length=128,
+            full={"train_rows": 2400, "batch": 8, "max_length": 256, "seeds": 5},
+        ),
+    ),
+)
+
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+_EXACT_SUM = 1024  # products of two int8 values, 127^2 each, that float32 adds up exactly: fewer than 2^24 / 127^2
+_ALIGNED, _FEWEST_ROWS = 16, 32  # what cuBLAS wants of contracted and output dimensions, and of the rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of HALO; UsageError for values out of range."""
+
+    level: int = 2
+    """0: no rotation; 1: over the inputs of a layer; 2: over the tokens too, for the error"""
+    dtype: Literal["int8", "fp8", "exact"] = "int8"
+    """operands of the products: int8, fp8 (E4M3), or exact: rotated only (a control)"""
+    skip: tuple[str, ...] = ()
+    """patterns of layers that stay as they are: roles ("down"), names or globs"""
+
+    def __post_init__(self) -> None:
+        if self.level not in (0, 1, 2):
+            raise UsageError(f"halo: level={self.level}; use 0, 1 or 2.")
+        if self.dtype not in (*LARGEST, "exact"):
+            raise UsageError(f"halo: dtype={self.dtype!r}; use int8, fp8 or exact.")
+
+
+class Codes(NamedTuple):
+    """A tensor as `values * scale`: int8 or float8 values and a float32 scalar (or the tensor itself and 1)."""
+
+    values: Tensor
+    scale: Tensor
+
+    def t(self) -> Codes:
+        """Return the codes of the transposed matrix."""
+        return Codes(self.values.t(), self.scale)
+
+
+def absolute_maximum(x: Tensor) -> Tensor:
+    """Return max|x| as a float32 scalar on the device of `x`; 0 of nothing, NaN where there is one."""
+    if x.numel() == 0:
+        return torch.zeros((), device=x.device)
+    low, high = x.aminmax()
+    return torch.maximum(-low, high).float()
+
+
+def quantise(x: Tensor, dtype: str, largest: Tensor | None = None) -> Codes:
+    """Return Q(x) with one scale for the whole tensor, to the nearest; `largest` stands in for max|x|."""
+    if dtype == "exact":
+        return Codes(x, x.new_ones(()))
+    largest = absolute_maximum(x) if largest is None else largest
+    # Below the smallest normal number the scale of an all-zero tensor would be flushed to 0, and 0 / 0 is no number.
+    scale = (largest / LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = x.float() / scale
+    return Codes(scaled.round_().to(torch.int8) if dtype == "int8" else scaled.to(torch.float8_e4m3fn), scale)
+
+
+def multiply(a_MK: Codes, b_KN: Codes, dtype: torch.dtype) -> Tensor:
+    """Return the product [M, N] of two coded matrices, rescaled, in `dtype`."""
+    if a_MK.values.dtype == torch.int8:
+        product = int8_product(a_MK.values, b_KN.values)
+    elif a_MK.values.dtype == torch.float8_e4m3fn:
+        product = fp8_product(a_MK.values, b_KN.values)
+    else:
+        return a_MK.values.to(dtype) @ b_KN.values.to(dtype)
+    return (product.float() * (a_MK.scale * b_KN.scale)).to(dtype)
+
+
+def int8_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """Return the int32 product of two int8 matrices, by int8 instructions where there are any."""
+    if _multiplies_int8(a_MK.device):
+        return aligned(torch._int_mm, a_MK, b_KN)
+    # Each block is a sum of integers below 2^24 in absolute value, on which float32 is exact in any order.
+    total = torch.zeros(len(a_MK), b_KN.shape[1], dtype=torch.int32, device=a_MK.device)
+    for start in range(0, b_KN.shape[0], _EXACT_SUM):
+        block = slice(start, start + _EXACT_SUM)
+        total += (a_MK[:, block].float() @ b_KN[block].float()).int()
+    return total
+
+
+def fp8_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """Return the float32 product of two float8 matrices, by float8 instructions where there are any."""
+    if a_MK.is_cuda and torch.cuda.get_device_capability(a_MK.device) >= (8, 9):
+        one = torch.ones((), device=a_MK.device)
+        return aligned(partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float32), a_MK, b_KN)
+    return a_MK.float() @ b_KN.float()
+
+
+def aligned(kernel: Callable[[Tensor, Tensor], Tensor], a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """Return kernel(a, b), with zeros around operands of one byte whose sizes the kernels of accelerators refuse."""
+    (rows, inner), columns = a_MK.shape, b_KN.shape[1]
+    deep, wide = -inner % _ALIGNED, -columns % _ALIGNED
+    a_MK = _filled(a_MK.contiguous(), (0, deep, 0, max(0, _FEWEST_ROWS - rows)))
+    b_NK = _filled(b_KN.t().contiguous(), (0, deep, 0, wide))  # the kernels read the second operand by columns
+    return kernel(a_MK, b_NK.t())[:rows, :columns]
+
+
+def _filled(x: Tensor, room: tuple[int, int, int, int]) -> Tensor:
+    return F.pad(x.view(torch.int8), room).view(x.dtype) if any(room) else x
+
+
+def _multiplies_int8(device: torch.device) -> bool:
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities()
+        return bool(known.get("avx512_vnni") or known.get("amx_int8"))
+    return device.type == "cuda"
+
+
+def over_inputs(x_BM: Tensor, config: Config) -> Codes:
+    """Return Q(X H): the operand that forward and gradient, or forward and error, share. Q(X) at level 0."""
+    return quantise(transform(x_BM, transpose=True) if config.level else x_BM, config.dtype)
+
+
+def error_to_inputs(e_BN: Tensor, w_NM: Codes, config: Config, error: Codes | None = None) -> Tensor:
+    """Return E_X [B, M]; `error` is Q(E) where it is at hand, which level 2 has no use for.
+
+    Raises:
+        Refused: level 2 and a single token.
+    """
+    if config.level == 2:
+        tokens = len(e_BN)
+        if tokens == 1:
+            raise Refused("halo: level 2 rotates the error over the tokens, and this batch has one; use level=1.")
+        filled = F.pad(e_BN, (0, 0, 0, next_size(tokens) - tokens))
+        rotated = multiply(quantise(transform(filled, 0), config.dtype), w_NM, e_BN.dtype)
+        x_BM = transform(rotated, 0, transpose=True)[:tokens]
+    else:
+        x_BM = multiply(quantise(e_BN, config.dtype) if error is None else error, w_NM, e_BN.dtype)
+    return transform(x_BM) if config.level else x_BM
+
+
+def gradient_of_weight(error: Codes, x_BM: Codes, config: Config, dtype: torch.dtype) -> Tensor:
+    """Return G [N, M]."""
+    g_NM = multiply(error.t(), x_BM, dtype)
+    return transform(g_NM) if config.level else g_NM
+
+
+class LowPrecision(torch.autograd.Function):
+    """X W^T on quantised operands; `ready` holds Q(W H) where the weight is frozen, or came from other ranks so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_NM: Tensor, ready: Codes | None, config: Config) -> Tensor:
+        x_BM = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = over_inputs(x_BM, config)
+            weight = over_inputs(w_NM.to(x.dtype), config) if ready is None else ready
+            y_BN = multiply(inputs, weight.t(), x.dtype)
+        to_inputs, to_weight = ctx.needs_input_grad[:2]
+        ctx.config, ctx.shape, ctx.dtype = config, x.shape, w_NM.dtype
+        ctx.save_for_backward(*(weight if to_inputs else (None, None)), *(inputs if to_weight else (None, None)))
+        return y_BN.view(*x.shape[:-1], len(w_NM))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        config: Config = ctx.config
+        weight, inputs = Codes(*ctx.saved_tensors[:2]), Codes(*ctx.saved_tensors[2:])
+        to_inputs, to_weight = ctx.needs_input_grad[:2]
+        e_BN = grad.reshape(-1, grad.shape[-1])
+        x_grad = w_grad = None
+        with torch.autocast(grad.device.type, enabled=False):
+            error = quantise(e_BN, config.dtype) if to_weight or config.level < 2 else None
+            if to_inputs:
+                x_grad = error_to_inputs(e_BN, weight, config, error).view(ctx.shape)
+            if to_weight and error is not None:
+                w_grad = gradient_of_weight(error, inputs, config, e_BN.dtype).to(ctx.dtype)
+        return x_grad, w_grad, None, None
+
+
+def quantise_shard(shard_SM: Tensor, config: Config, group: dist.ProcessGroup | None = None) -> Codes:
+    """Return a rank's rows of Q(W H), with the scale of the whole weight: one byte a value to gather.
+
+    What `fsdp_pre_all_gather` of a tensor subclass returns (FSDP2 shards along the rows, which the rotation over the
+    inputs leaves apart): `values` to gather, `scale` as metadata. All ranks of `group` must call it; the maximum is
+    all-reduced, so that all have one scale. A shard may have no rows.
+    """
+    rotated_SM = transform(shard_SM, transpose=True) if config.level else shard_SM
+    if config.dtype == "exact":
+        return quantise(rotated_SM, config.dtype)
+    largest = absolute_maximum(rotated_SM)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return quantise(rotated_SM, config.dtype, largest)
+
+
+def gathered(values_RM: Tensor, scale: Tensor, rows: int) -> Codes:
+    """Return Q(W H) from the values of all ranks, without the rows that fill the last shard.
+
+    What `fsdp_post_all_gather` makes of them, and `LowPrecision` takes as `ready`. Raises Refused where rows miss.
+    """
+    if len(values_RM) < rows:
+        raise Refused(f"halo: all ranks together gave {len(values_RM)} rows of a weight of {rows}.")
+    return Codes(values_RM[:rows], scale)
+
+
+@dataclass
+class HaloForward:
+    """Stands in for the forward of one linear layer while it trains; at rest, without gradient, it is the layer's own.
+
+    Training mode counts too: checkpointed blocks run first without gradient, and steps without backward always.
+    """
+
+    module: Any
+    config: Config
+    plain: Callable[[Tensor], Tensor]
+    frozen: tuple[Tensor, int, Codes] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.module.weight.requires_grad:
+            self._once(self.module.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() == 0 or not (self.module.training or torch.is_grad_enabled()):
+            return self.plain(x)
+        weight, bias = self.module.weight, self.module.bias  # looked up anew: a method may resize or unfreeze it
+        ready = None if weight.requires_grad else self._once(weight)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        y = LowPrecision.apply(x, self._by_outputs(weight), ready, self.config)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @torch.no_grad()
+    def _once(self, weight: Tensor) -> Codes:
+        if self.frozen is None or self.frozen[0] is not weight or self.frozen[1] != weight._version:
+            self.frozen = weight, weight._version, over_inputs(self._by_outputs(weight), self.config)
+        return self.frozen[2]
+
+    def _by_outputs(self, weight: Tensor) -> Tensor:
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+
+def convert(model: nn.Module, config: Config) -> Callable[[], None]:
+    """Let the linear layers of the blocks of `model` train in low precision, in place; call the result to undo it.
+
+    Parameters and module tree stay as they are. Under an adapter it is the base layer that changes. Raises Refused,
+    with the first layer that does not fit, where a layer is quantised already, is of a kind of its own, has been
+    replaced, or has a number of inputs for which there is no rotation; or where the device has no float8.
+    """
+    found = layers(model, config.skip)
+    for name, module in found.items():
+        _fits(name, module, config)
+    if config.dtype == "fp8":
+        _has_float8(next(iter(found.values())).weight.device)
+    with ExitStack() as undo:
+        for module in found.values():
+            module.forward = HaloForward(module, config, module.forward)
+            undo.callback(delattr, module, "forward")
+        return undo.pop_all().close
+
+
+def layers(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the linear layers of the blocks by name, base layers of adapters among them, adapters' own left out.
+
+    Raises Refused where there are none, or where training goes past them; Unmatched where `skip` matches nothing.
+    """
+    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inside = tuple(f"{name}." for name, _ in blocks(plain))
+    adapted = [name for name, m in plain.named_modules() if isinstance(m, BaseTunerLayer)]
+    added = {
+        name
+        for owner in adapted
+        for name, _ in plain.get_submodule(owner).named_modules(prefix=owner)
+        if name != f"{owner}.base_layer"
+    }
+    left = {name for names in match(plain, skip).values() for name in names}
+    bound = [b for m in plain.modules() if isinstance(m, BrickyardLinear) for b in m.bound.values()]
+    if by_hand := next((b.module.RECORD.name for b in bound if b.has("whole")), None):
+        raise Refused(f"halo: {by_hand} multiplies by weights that it makes itself, where rotations do not reach.")
+    if hasattr(plain, SIDE) and not any(p.requires_grad for n, p in plain.named_parameters() if n.startswith(inside)):
+        raise Refused("halo: the blocks only feed a network beside them, and run without gradient; nothing is gained.")
+    found = {
+        name: plain.get_submodule(name)
+        for name in roles(plain)
+        if name.startswith(inside) and name not in added | left and isinstance(plain.get_submodule(name), LINEAR)
+    }
+    if not found:
+        raise Refused("halo: this model has no linear layer in repeated blocks (or all of them are skipped).")
+    return found
+
+
+def _fits(name: str, module: Any, config: Config) -> None:
+    kind, advice = type(module).__name__, f"leave it out with skip=[{name!r}]"
+    if not module.weight.is_floating_point():
+        raise Refused(f"halo: {name} holds {module.weight.dtype}, a quantised weight; open the base unquantised.")
+    if type(module) not in LINEAR:
+        raise Refused(f"halo: {name} is a {kind}, which computes in a way of its own; {advice}.")
+    if "forward" in vars(module):
+        raise Refused(f"halo: the forward of {name} is replaced already; is the model converted twice?")
+    inputs = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+    if config.level and base_of(inputs) is None:
+        below, above = nearest(inputs)
+        raise Refused(
+            f"halo: {name} has {inputs} inputs, for which there is no Hadamard matrix here (nearest: {below} and "
+            f"{above}); use level=0, or {advice}."
+        )
+
+
+def _has_float8(device: torch.device) -> None:
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise Refused(f"halo: {device} has no float8 type ({error}); use dtype=int8.") from None
