@@ -203,6 +203,18 @@ def image_data(train: int = 64, test: int = 40) -> dict[str, dict[str, list]]:
     return {"train": rows(train, 0), "validation": rows(24, 1), "test": rows(test, 2)}
 
 
+def cloud_data(train: int = 80, test: int = 48) -> dict[str, dict[str, list]]:
+    """Clouds of 32 points on generated ellipsoids and tables."""
+    from brickyard.embedded import shapes
+
+    def rows(n: int, seed: int) -> dict[str, list]:
+        points, labels = shapes.draw(5 * n, seed=seed, points=32)
+        kept = [i for i, label in enumerate(labels) if shapes.FAMILIES[label] in ("ball", "table")]
+        return {"points": [points[i] for i in kept], "label": [shapes.FAMILIES[labels[i]] for i in kept]}
+
+    return {"train": rows(train, 1), "validation": rows(32, 2), "test": rows(test, 3)}
+
+
 def write_data(folder: Path, splits: dict[str, dict[str, list]]) -> Path:
     """Write splits as parquet files, as a user would hold them."""
     import pyarrow as pa

@@ -99,7 +99,7 @@ def test_columns_that_are_missing_or_too_many(tmp_path: Path) -> None:
     fails(three(test=bad), "'test'.*no column 'label'; found: text, labels.*Rename 'labels' to 'label'")
     fails(three(train={"sentence": ["a"], "label": [0]}), "no column 'text'; found: sentence, label")
     fails({s: {"text": ["a", "b"]} for s in three()}, "no column 'label'; found: text")
-    fails(three(train={**rows(), "image": [b"x"] * 20}), "both a text and an image")
+    fails(three(train={**rows(), "image": [b"x"] * 20}), "has the columns text and image; expected one kind of input")
     fails(three(test={**rows(), "text_pair": ["x"] * 20}), "'test' has a column text_pair, split 'train' has none")
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).write_text("a\nb\n", encoding="utf-8")

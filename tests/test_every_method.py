@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import documents, image_data, make_text_base, text_data
+from conftest import cloud_data, documents, image_data, make_text_base, text_data
 from peft import PeftModel
 
 from brickyard.core import brick as bricks
@@ -41,6 +41,7 @@ METHODS = {
     "hst": "hst:widths=[8,8],heads=[1,1]",
     "iapt": "iapt:bottleneck=8",
     "idpt": "idpt:k=3",
+    "p2p": "p2p:neighbours=4,dims=4,width=8,views=[2,1]",
     "s2a": "lora:r=4 + s2a:group=16",
     "s2a-modules": "s2a-modules:kind=side,r=4",
     "linear-probe": "linear-probe",
@@ -50,9 +51,11 @@ COMPOSED = {
     "lora + moment-probing": "lora:r=4 + moment-probing:p=64",
     "mos + linear-probe": "mos:r=3,e=2,p=1,l=2 + linear-probe",
     "telly + moment-probing": "telly:k=1 + moment-probing:p=64",
+    "s2a-modules + s2a": "s2a-modules:kind=prompt,tokens=3 + s2a:group=16",
     "lst + moment-probing": "lst:r=2,init=random + moment-probing:p=64",
     "full + pudf": "full + pudf:min_size=16,balance=true",
     "lora + pudf": "lora:r=4 + pudf:min_size=16,balance=true",
+    "dp-convex": "dp-convex:gates=8,epsilon=50",
     "linear-probe + pudf": "linear-probe + pudf:min_size=16,balance=true",
     "full + curriculum": "full + curriculum:by=random,min_size=16",
 }
@@ -62,6 +65,7 @@ TASKS = {
     "pair-classification": text_data(pair=True),
     "regression": text_data(regression=True),
     "image-classification": image_data(),
+    "point-classification": cloud_data(),
     "causal-lm": documents(),
 }
 
@@ -82,19 +86,20 @@ def setting(arm: str, task: str, base: Path, **changes: object) -> trial.Setting
 
 
 def base_for(task: str, request: pytest.FixtureRequest) -> Path:
-    kind = {"image-classification": "image_base", "causal-lm": "causal_base"}.get(task, "text_base")
+    images = {"image-classification": "image_base", "point-classification": "image_base"}
+    kind = {**images, "causal-lm": "causal_base"}.get(task, "text_base")
     return request.getfixturevalue(kind)
 
 
 def home(arm: str, request: pytest.FixtureRequest) -> tuple[str, Path]:
     """The task, and the base for it, on which the tests that need but one try a method."""
-    task = "image-classification" if arm == "hst" else "text-classification"
+    task = {"hst": "image-classification", "p2p": "point-classification"}.get(arm, "text-classification")
     return task, base_for(task, request)
 
 
 def test_every_method_has_its_row() -> None:
-    # A start needs another run's brick, a cloze head a tokenizer with a mask: they have tests of their own.
-    others = {"pvp", "few-shot-content"}
+    # A start needs another run's brick, a cloze a tokenizer with a mask: they have tests of their own.
+    others = {"pvp", "few-shot-content", "mpt"}
     assert METHODS.keys() == {entry.record.name for entry in registry.records("tune")} - others
 
 

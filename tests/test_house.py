@@ -86,7 +86,15 @@ def test_every_method_file_declares_records_of_literals() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["--help"], ["methods"], ["show", "lora"], ["methods", "--json"], ["tune", "--help"], ["grow", "--help"]],
+    [
+        ["--help"],
+        ["methods"],
+        ["show", "lora"],
+        ["methods", "--json"],
+        ["tune", "--help"],
+        ["grow", "--help"],
+        ["merge", "--help"],
+    ],
 )
 def test_reading_commands_never_import_torch(command: list[str]) -> None:
     code = (

@@ -23,8 +23,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from brickyard.core import inject, inject_tuner
-from brickyard.core.errors import BadBrick, NotFinite, Refused, UnknownName, Unmatched, UsageError
-from brickyard.core.inject import BadMix, BrickyardConfig, BrickyardLinear
+from brickyard.core.errors import BadBrick, BadMix, NotFinite, Refused, UnknownName, Unmatched, UsageError
+from brickyard.core.inject import BrickyardConfig, BrickyardLinear
 
 __all__ = ["made_up_methods"]
 pytestmark = [

@@ -16,8 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from brickyard.core import inject
-from brickyard.core.errors import BadBrick, NotFinite, Refused, UnknownName, UsageError
+from brickyard.core.arm import parse
+from brickyard.core.base import open_base
+from brickyard.core.build import build, resolve
+from brickyard.core.errors import BadBrick, BadMix, NotFinite, Refused, UnknownName, UsageError
 from brickyard.core.inject import BrickyardLinear
+from brickyard.core.task import Task
 from brickyard.tune import mos
 
 __all__ = ["made_up_methods"]
@@ -335,3 +339,14 @@ def test_noise_in_place_of_zeros_is_there_for_tests_only():
     noisy = wrapped(init_weights=False)
     assert not torch.allclose(logits(noisy), logits(bert()), atol=1e-4)
     assert Options().rank == 2 and config(init_weights=False).init_weights is False
+
+
+@pytest.mark.parametrize("arm", ["ia3", "adalora:init_r=4,target_r=2", "fourierft:n_frequency=20"])
+def test_pefts_own_types_refuse_a_mixed_batch_that_they_would_ignore(arm: str, text_base: Path) -> None:
+    task = Task(kind="text-classification", metric="accuracy", labels=("a", "b"), width=2, input="text")
+    attached = build(resolve(parse(arm), task), open_base(str(text_base)), task, seed=0)
+    model = attached.model.eval()
+    inputs = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
+    assert model(**inputs).logits.shape == (2, 2)
+    with pytest.raises(BadMix, match="one adapter at a time"):
+        model(**inputs, adapter_names=["default", "__base__"])

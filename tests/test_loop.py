@@ -16,7 +16,7 @@ from transformers import get_scheduler
 from brickyard.core.answers import predict
 from brickyard.core.attached import Attached, attach_in_place
 from brickyard.core.errors import Changed, NotFinite, UsageError
-from brickyard.core.loop import State, Training, train, train_mode
+from brickyard.core.loop import Backprop, State, Training, train, train_mode
 from brickyard.core.task import Task
 
 TASK = Task(kind="text-classification", metric="accuracy", labels=("a", "b", "c"), width=3, input="text")
@@ -268,3 +268,35 @@ def test_checkpoints_hold_no_more_than_the_newest(tmp_path: Path) -> None:
     kept = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert kept == ["step-18"]
     assert json.loads((tmp_path / "step-18" / "state.json").read_text())["step"] == 18
+
+
+class Alternating:
+    """Every other batch is empty."""
+
+    def epoch(self, k: int) -> list[np.ndarray]:
+        return [np.arange(8) if i % 2 else np.empty(0, dtype=np.int64) for i in range(5)]
+
+
+class Counting(Backprop):
+    """A step with a sampler of its own that says how many batches it saw, and how many of them held no row."""
+
+    def __init__(self, attached: Attached, training: Training) -> None:
+        super().__init__(attached, training)
+        self.seen, self.empty = 0, 0
+
+    def sampler(self, lengths: np.ndarray, training: Training) -> Alternating:  # type: ignore[override]
+        return Alternating()
+
+    def __call__(self, state: State, batches: list) -> float:
+        self.seen, self.empty = self.seen + 1, self.empty + (not batches)
+        return super().__call__(state, batches) if batches else 0.0
+
+    def report(self) -> dict:
+        return {"seen": self.seen, "empty": self.empty}
+
+
+def test_a_step_may_bring_its_sampler_and_is_called_for_empty_batches() -> None:
+    made = attached()
+    found = train(made, Rows(), None, TASK, Training(steps=7, batch=8), make_step=Counting, device="cpu")
+    assert found.steps == 7 and found.report == {"seen": 7, "empty": 4}
+    assert train(attached(), Rows(), None, TASK, Training(steps=2, batch=8), device="cpu").report == {}

@@ -26,5 +26,5 @@ def test_every_measured_claim_has_its_function() -> None:
     for entry in registry.records():
         for claim in entry.record.claims:
             if claim.measure:
-                place = importlib.import_module(f"brickyard.checks.{entry.record.name.replace('-', '_')}")
+                place = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
                 assert callable(getattr(place, claim.measure)), (entry.record.name, claim.measure)

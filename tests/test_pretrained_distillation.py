@@ -18,13 +18,13 @@ from brickyard import api
 from brickyard.checks import distil as distil_check
 from brickyard.checks import pretrained_distillation as check
 from brickyard.cli import main, parse
-from brickyard.core import loop, registry
+from brickyard.core import loop, masked, registry
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, Changed, Refused, UsageError, WrongBase
 from brickyard.core.task import task_of
-from brickyard.shrink import _masked, _student
+from brickyard.shrink import _student
 
 SHAPE = "pretrained-distillation:layers=1,width=16,heads=2"
 STEPS = "pretrain_steps=6,distil_steps=8,tune_steps=4"
@@ -75,7 +75,7 @@ def same(a: Path, b: Path) -> bool:
 def test_fifteen_in_a_hundred_tokens_are_hidden_and_special_ones_never(masked_base: Path) -> None:
     base, data = open_base(str(masked_base)), read_data(text_data(train=4000))
     rows = encode(data.splits["train"], base, task_of(data))
-    hidden = _masked.MaskedRows(rows, base.tokenizer, 0.15)
+    hidden = masked.MaskedRows(rows, base.tokenizer, 0.15)
     torch.manual_seed(0)
     index = np.arange(4000)
     before, batch = rows.collate(index)["input_ids"], hidden.collate(index)
@@ -102,15 +102,15 @@ def test_only_hidden_tokens_count_and_only_their_logits_are_made(masked_base: Pa
     batch["labels"] = torch.full((3, 7), -100)
     batch["labels"][0, 2], batch["labels"][2, 6] = 5, 9
     whole = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    torch.testing.assert_close(_masked.hidden_logits(model, batch), whole[[0, 2], [2, 6]])
+    torch.testing.assert_close(masked.hidden_logits(model, batch), whole[[0, 2], [2, 6]])
     expected = F.cross_entropy(whole.flatten(0, 1), batch["labels"].flatten())
-    assert _masked.masked_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert masked.masked_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     assert model(**{k: v for k, v in batch.items() if k != "labels"}).logits.shape == whole.shape  # the hook is gone
-    assert _masked.masked_loss(model, {**batch, "labels": torch.full((3, 7), -100)}).item() == 0
-    _masked.check_hidden(model, batch)
+    assert masked.masked_loss(model, {**batch, "labels": torch.full((3, 7), -100)}).item() == 0
+    masked.check_hidden(model, batch)
     mixed = model.cls.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(1, keepdim=True),))
     with pytest.raises(Refused, match="each token by itself"):
-        _masked.check_hidden(model, batch)
+        masked.check_hidden(model, batch)
     mixed.remove()
 
 

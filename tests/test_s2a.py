@@ -200,7 +200,13 @@ def gradient(attached: Any, precision: str = "float32") -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("arm", ["lora:r=4", "full", "mos:r=3,e=2,p=1,l=2", "bitfit", "ia3", "adalora", "s2a-modules"])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        *("lora:r=4", "full", "mos:r=3,e=2,p=1,l=2", "bitfit", "ia3", "adalora", "s2a-modules"),
+        "s2a-modules:kind=prompt,tokens=3",
+    ],
+)
 def test_logits_are_equal_and_gradients_nearly_so_under_any_tuner(
     arm: str, attention: str, precision: str, text_base: Path
 ) -> None:
@@ -422,6 +428,24 @@ def test_fresh_modules_change_nothing_and_keep_little(text_base: Path, causal_ba
         assert kind == "bias" or len(names) == len(list(plain.named_parameters())) + 4
 
 
+def test_prompts_train_alone_are_read_by_every_block_and_go_again(text_base: Path) -> None:
+    base = open_base(str(text_base))
+    plain = base.model(TASK, seed=0).eval()
+    attached = build(resolve(parse("s2a-modules:kind=prompt,tokens=3"), TASK), base, TASK, seed=0)
+    trained = {n: p for n, p in attached.model.named_parameters() if p.requires_grad}
+    [prompts] = [p for n, p in trained.items() if not n.startswith("classifier.")]
+    width, layers = base.width, prompts.shape[0]
+    assert prompts.shape == (layers, 3, width) and layers == attached.model.config.num_hidden_layers
+    attached.model.eval()
+    attached.model(**batch()).logits.square().sum().backward()
+    assert prompts.grad is not None and (prompts.grad.abs().amax(dim=(1, 2)) > 0).all()
+    assert attached.model(**batch()).logits.shape == plain(**batch()).logits.shape
+    with torch.no_grad():
+        assert not torch.equal(attached.model(**batch()).logits, plain(**batch()).logits)
+        attached.detach()
+        assert torch.equal(attached.model.eval()(**batch()).logits, plain(**batch()).logits)
+
+
 def test_a_base_without_biases_is_refused_until_some_are_added(causal_base: Path) -> None:
     from brickyard.tune.s2a_modules import Config as Modules
     from brickyard.tune.s2a_modules import attach
@@ -436,6 +460,6 @@ def test_a_base_without_biases_is_refused_until_some_are_added(causal_base: Path
     assert len(attached.parameters()) == 2 * 7  # every linear layer of two blocks, not the output layer
     attached.detach()
     assert {n for n, _ in model.named_parameters()} == before
-    for options in ({"r": 0}, {"bits": 3}, {"kind": "side", "add_bias": True}):
+    for options in ({"r": 0}, {"tokens": 0}, {"bits": 3}, {"kind": "side", "add_bias": True}):
         with pytest.raises(UsageError, match="s2a-modules"):
             Modules(**options)

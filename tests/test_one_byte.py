@@ -1,0 +1,276 @@
+"""One byte: the codec, the log, and four processes of which one dies and one joins."""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal, getcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from brickyard.checks._federation import alone, network, together
+from brickyard.core.errors import BadBrick, NotFinite, Refused, RunFailed, UsageError, WrongBase
+from brickyard.core.files import write_tensors
+from brickyard.distribute.one_byte import (
+    STEPS,
+    Config,
+    Log,
+    Member,
+    bound_of,
+    decode,
+    encode,
+    fingerprint,
+    largest,
+    replay,
+    terms_of,
+    trainable,
+)
+
+WIDTHS = (8, 12, 3)
+CONFIG: dict[str, Any] = {"lr": 2e-2, "estimates": 8, "hash_every": 2, "codec": "byte"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of which a fixed linear map decides the class."""
+    g = torch.Generator().manual_seed(0)
+    x, teacher = torch.randn(600, WIDTHS[0], generator=g), torch.randn(WIDTHS[0], WIDTHS[-1], generator=g)
+    labels = (x @ teacher).argmax(1)
+    path = tmp_path_factory.mktemp("data") / "data.safetensors"
+    write_tensors(path, {"x": x[:400], "labels": labels[:400], "test_x": x[400:], "test_labels": labels[400:]})
+    return path
+
+
+def asked(data: Path, log: Path, **changes: Any) -> dict[str, Any]:
+    plain = {"data": str(data), "log": str(log), "widths": WIDTHS, "base": 0, "config": CONFIG, "seed": 5, "rounds": 6}
+    return {**plain, **changes}
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    return trainable(network(WIDTHS, seed))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(4e-4, 2.5e3), st.sampled_from([1, -1]))
+def test_a_byte_keeps_a_scalar_to_within_its_relative_error(size: float, sign: int) -> None:
+    codes = encode([sign * size])
+    assert codes.dtype == torch.uint8 and codes.numel() == 1
+    found = float(decode(codes))
+    assert math.copysign(1, found) == sign
+    assert abs(found / (sign * size) - 1) <= math.exp(1 / (2 * STEPS)) - 1 + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1e5, 1e5), min_size=2, max_size=9), st.sampled_from(["byte", "f16", "f32"]))
+def test_every_codec_is_monotone_odd_and_of_its_width(p: list[float], codec: str) -> None:
+    p = sorted(p)
+    codes = encode(p, codec)
+    assert codes.numel() == len(p) * {"byte": 1, "f16": 2, "f32": 4}[codec]
+    found = decode(codes, codec)
+    assert (found.diff() >= 0).all()
+    assert torch.equal(decode(encode([-x for x in p], codec), codec), -found)
+    assert torch.equal(encode(found.tolist(), codec), codes) or 0.0 in found  # what was restored stays itself
+
+
+def test_zero_stays_zero_and_no_number_is_refused() -> None:
+    for codec in ("byte", "f16", "f32"):
+        assert float(decode(encode([0.0], codec), codec)) == 0
+        for bad in (math.nan, math.inf, -math.inf):
+            with pytest.raises(NotFinite, match="p of estimate 1"):
+                encode([0.0, bad], codec)
+    ends = math.exp(63 / 8)
+    found = decode(encode([1e-4, 3e-4, 1e9, -1e9])).tolist()
+    assert found == pytest.approx([0.0, 1 / ends, ends, -ends])
+    assert largest() == pytest.approx(math.exp(63 / 8))
+
+
+def test_what_a_byte_stands_for_does_not_depend_on_a_machines_exponential() -> None:
+    """No value lies so near to the middle between two float32 that an error of one double could move it across."""
+    getcontext().prec = 40
+    values = decode(torch.arange(1, 128, dtype=torch.uint8)).numpy()
+    for e, value in zip(range(-63, 64), values, strict=True):
+        exact = (Decimal(e) / STEPS).exp()
+        middles = [(Decimal(float(value)) + Decimal(float(np.nextafter(value, to)))) / 2 for to in (0, np.inf)]
+        distance = min(abs(exact - middle) for middle in middles)
+        assert distance > exact * Decimal(2) ** -50
+
+
+def test_a_bound_is_a_multiple_of_the_median_and_false_values_do_not_move_it_far() -> None:
+    honest = torch.tensor([0.5, -1.0, 2.0, 0.0, -0.25])
+    assert bound_of(honest, 5.0) == 5 * 0.5  # the lower median of 0.25, 0.5, 1, 2
+    attacked = torch.cat([honest, torch.tensor([2634.0, -2634.0, 2634.0])])
+    assert bound_of(attacked, 5.0) <= 5 * float(honest.abs().max())
+    assert bound_of(honest, 0.0) == bound_of(torch.zeros(3), 5.0) == math.inf
+
+
+def test_an_update_is_the_sum_over_the_estimates_in_their_order() -> None:
+    from brickyard.core import noise
+
+    p_n = torch.tensor([1.0, 0.0, -3.0, 100.0])
+    for reduction, divisor in (("sqrt", 2.0), ("mean", 4.0)):
+        terms = terms_of(p_n, 5.0, 9, 2, 0.1, reduction)
+        assert terms == [
+            (noise.key(9, 2, j), pytest.approx(-0.1 / divisor * p)) for j, p in ((0, 1.0), (2, -3.0), (3, 5.0))
+        ]
+
+
+def test_the_log_alone_rebuilds_the_weights_in_one_go_or_in_pieces(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.zolog"
+    report = alone(asked(data, path, rounds=9))
+    log = Log(path)
+    assert log.rounds == 9 and len(log.body) == 9 * 8  # a byte an estimate
+    assert path.stat().st_size < 1000
+    whole, pieces = weights(), weights()
+    replay(whole, log)
+    assert fingerprint(whole) == report["hash"] != fingerprint(weights())
+    for first, end in ((0, 4), (4, 5), (5, 9)):
+        replay(pieces, log, first=first, end=end)
+    assert fingerprint(pieces) == report["hash"]
+    with pytest.raises(WrongBase, match="start from the base"):
+        replay(weights(1), log)
+    with pytest.raises(WrongBase):
+        replay(dict(reversed(weights().items())), log)
+
+
+def test_training_learns_and_estimates_leave_the_weights_exactly_where_they_were(data: Path, tmp_path: Path) -> None:
+    early = alone(asked(data, tmp_path / "a.zolog", rounds=1))
+    late = alone(asked(data, tmp_path / "a.zolog", rounds=50))
+    assert late["caught_up"] == 1 and late["final"] < 0.9 * early["final"]
+    still = alone(asked(data, tmp_path / "b.zolog", config={**CONFIG, "lr": 0.0}, rounds=3))
+    assert still["hash"] == fingerprint(weights())
+
+
+def test_a_torn_log_keeps_its_whole_rounds_and_a_damaged_one_is_refused(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.zolog"
+    expected = alone(asked(data, tmp_path / "whole.zolog", rounds=7))
+    alone(asked(data, path, rounds=5))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert Log(path).rounds == 4 and path.stat().st_size % 8 == (tmp_path / "whole.zolog").stat().st_size % 8
+    resumed = alone(asked(data, path, rounds=7))
+    assert resumed["caught_up"] == 4 and resumed["hash"] == expected["hash"]
+    with pytest.raises(Refused, match="another seed"):
+        alone(asked(data, path, seed=6))
+    with pytest.raises(Refused, match="another config"):
+        alone(asked(data, path, config={**CONFIG, "lr": 1.0}))
+    with pytest.raises(BadBrick, match="does not exist"):
+        Log(tmp_path / "nothing.zolog")
+    for damage in (b"PK" + path.read_bytes(), path.read_bytes()[:20], path.read_bytes().replace(b'"lr"', b'"xx"')):
+        path.write_bytes(damage)
+        with pytest.raises(BadBrick):
+            Log(path)
+
+
+def test_options_and_too_many_members_are_refused(tmp_path: Path) -> None:
+    for bad in ({"eps": 0.0}, {"lr": math.nan}, {"estimates": 0}, {"clip": 0.5}, {"unit": 0.0}, {"window": 0}):
+        with pytest.raises(UsageError, match="out of range"):
+            Config(**bad)
+    with pytest.raises(UsageError, match="no parameter"):
+        trainable(network(WIDTHS, 0).requires_grad_(False))
+
+
+def test_scalars_beyond_the_codec_stop_a_run_and_a_larger_unit_helps(tmp_path: Path) -> None:
+    def steep(_: int, j: int) -> Tensor:
+        return 1e6 * theta["0.bias"].sum()
+
+    for unit in (1.0, 1e4):
+        theta = weights()
+        config = Config(**{**CONFIG, "lr": 1e-9, "estimates": 40, "unit": unit})
+        worker = Member(theta, config, seed=1, log=tmp_path / f"{unit}.zolog")
+        if unit == 1.0:
+            with pytest.raises(RunFailed, match="exceed the range of codec 'byte'; raise unit"):
+                for _ in range(6):
+                    worker.round(steep)
+        else:
+            for _ in range(6):
+                worker.round(steep)
+            assert worker.log.scalars(0, 6).abs().max() > 1e5
+
+
+@pytest.mark.parametrize("clip", [5.0, 0.0])
+def test_garbage_from_a_quarter_of_the_members_is_bounded(clip: float, data: Path, tmp_path: Path) -> None:
+    from brickyard.checks._federation import shard_loss
+    from brickyard.core.files import read_tensors
+
+    rows = read_tensors(data)
+    model = network(WIDTHS, 0)
+    config = Config(**{**CONFIG, "clip": clip})
+    honest = shard_loss(model, rows, 5, 8)
+    calls = [0]
+
+    def loss(t: int, j: int) -> Tensor:
+        calls[0] += 1
+        return torch.tensor(1e9 * (calls[0] % 2)) if j < 2 else honest(t, j)
+
+    worker = Member(trainable(model), config, seed=5, log=tmp_path / "run.zolog")
+    with torch.no_grad():
+        before = float(torch.nn.functional.cross_entropy(model(rows["test_x"]), rows["test_labels"]))
+    if clip == 0:  # without a bound the false scalars are what moves the weights, until their number is noticed
+        with pytest.raises(RunFailed, match="exceed"):
+            for _ in range(50):
+                worker.round(loss)
+        return
+    for _ in range(50):
+        worker.round(loss)
+    with torch.no_grad():
+        after = float(torch.nn.functional.cross_entropy(model(rows["test_x"]), rows["test_labels"]))
+    assert worker.clipped >= 50 * 2 and after < 0.9 * before
+
+
+def test_four_members_are_one_machine_and_one_may_die_and_one_may_join(data: Path, tmp_path: Path) -> None:
+    logs = [tmp_path / f"{rank}.zolog" for rank in range(5)]
+    config = {**CONFIG, "hash_every": 2}
+    expected = alone(asked(data, tmp_path / "alone.zolog", rounds=12, hashes=True))
+    four = [asked(data, log, rounds=12, hashes=True, config=config) for log in logs[:4]]
+    # Member 2 ends like one whose power failed, in the middle of round 5; the others notice and stop.
+    first = together([*four[:2], {**four[2], "die": 5}, four[3]], tmp_path)
+    assert first[2] == {"died": -9}
+    assert all("error" in report for i, report in enumerate(first) if i != 2), first
+    assert {Log(log).rounds for log in logs[:4]} == {5}
+    # Restarted, three go on; then a fourth joins that has no log.
+    three = together([{**four[i], "rounds": 8} for i in (0, 1, 3)], tmp_path)
+    assert [r["caught_up"] for r in three] == [5, 5, 5] and {r["hash"] for r in three} == {expected["hashes"][7]}
+    assert [r["payload"] for r in three] == [3 * 3] * 3  # 8 estimates on three members: 3 bytes each, one of them idle
+    last = together([{**four[0], "log": str(log)} for log in (logs[4], logs[1], logs[3], logs[0])], tmp_path)
+    assert [r["caught_up"] for r in last] == [8] * 4
+    assert {r["hash"] for r in last} == {expected["hash"]}
+    assert all(r["hashes"] == expected["hashes"][8:] for r in last)  # equal after every round
+    assert {r["log"] for r in last} == {expected["log"]}
+    assert [r["payload"] for r in last] == [4 * 2] * 4  # two estimates a member and round, a byte each
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"base": 1}, "Refused", "another base"),
+        ({"version": "9.9"}, "Refused", "another version"),
+        ({"config": {**CONFIG, "lr": 0.5}}, "Refused", "another config"),
+        ({"nudge": 2}, "ParityBroken", r"members \[1\] are not those of the others, from 2.weight"),
+    ],
+)
+def test_a_member_that_differs_is_found_by_all(
+    change: dict[str, Any], error: str, message: str, data: Path, tmp_path: Path
+) -> None:
+    import re
+
+    plain = [asked(data, tmp_path / f"{rank}.zolog") for rank in range(3)]
+    found = together([plain[0], {**plain[1], **change}, plain[2]], tmp_path)
+    assert [report.get("error") for report in found] == [error] * 3, found
+    assert all(re.search(message, report["message"]) for report in found)
+
+
+def test_logs_that_forked_are_refused_by_all(data: Path, tmp_path: Path) -> None:
+    alone(asked(data, tmp_path / "0.zolog", rounds=4))
+    alone(asked(data, tmp_path / "1.zolog", rounds=3))
+    raw = bytearray((tmp_path / "1.zolog").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "1.zolog").write_bytes(raw)
+    found = together([asked(data, tmp_path / f"{rank}.zolog") for rank in range(2)], tmp_path)
+    assert [report.get("error") for report in found] == ["Refused"] * 2
+    assert all("logs of members [1]" in report["message"] for report in found), json.dumps(found)
