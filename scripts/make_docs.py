@@ -48,6 +48,9 @@ def page(entry: registry.Entry) -> str:
         holds = {True: "**holds**", False: "**does not hold**"}.get(claim["holds"], f"**{claim['holds']}**")
         lines += [f"- {claim['text']} {holds}: `{claim['inequality']}`; {claim['detail']} ({claim['kind']})."]
         for label, arm in claim.get("arms", {}).items():
+            # A check of its own kind may compare other things than trained arms; its figures stand in the detail.
+            if not (isinstance(arm, dict) and {"arm", "mean", "trainable_parameters"} <= arm.keys()):
+                continue
             lines.append(
                 f"  - `{label}` = `{arm['arm']}`: {100 * arm['mean']:.1f} ({arm['trainable_parameters']:,} parameters)"
             )
