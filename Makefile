@@ -34,6 +34,7 @@ docs: setup
 
 # The embedded language models, from the source that is installed here; interrupted, it goes on. About two hours.
 pylm: setup
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[pylm]"
 	test -f runs/pylm/corpus/sources.json || $(PY) scripts/pylm_corpus.py --out runs/pylm/corpus
 	$(PY) scripts/train_pylm.py --out runs/pylm/base --tokens 30e6 --compile
 	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 4e6 --compile

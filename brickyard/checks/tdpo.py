@@ -62,7 +62,7 @@ class Scale:
     prompts: int = 600
     held_out: int = 120
     steps: int = 150
-    every: int = 25
+    every: int = 50
     batch: int = 8
     lr: float = 5e-5
     seeds: int = 3
