@@ -40,10 +40,10 @@ pylm: setup
 	$(PY) scripts/train_pylm.py --out runs/pylm/small --size small --tokens 4e6 --compile
 	$(PY) scripts/train_pylm.py --out runs/pylm/small-a --size small --tokens 4e6 --compile --seed 1 --half 0
 	$(PY) scripts/train_pylm.py --out runs/pylm/small-b --size small --tokens 4e6 --compile --seed 2 --half 1
-	$(PY) scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm
-	$(PY) scripts/pylm_report.py runs/pylm/small/model brickyard/embedded/pylm_small
-	$(PY) scripts/pylm_report.py runs/pylm/small-a/model brickyard/embedded/pylm_small_a
-	$(PY) scripts/pylm_report.py runs/pylm/small-b/model brickyard/embedded/pylm_small_b
+	$(PY) scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm \
+		runs/pylm/small/model brickyard/embedded/pylm_small \
+		runs/pylm/small-a/model brickyard/embedded/pylm_small_a \
+		runs/pylm/small-b/model brickyard/embedded/pylm_small_b
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,6 +1,6 @@
-"""Hold a model of `train_pylm.py` against what it must beat, and write it with its card as an embedded base.
+"""Hold models of `train_pylm.py` against what they must beat, and write each with its card as an embedded base.
 
-    python scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm
+    python scripts/pylm_report.py runs/pylm/base/model brickyard/embedded/pylm [MODEL OUT ...]
 
 What it must beat: xz, a 5-gram model on the same tokens, and itself untrained, in bits per byte of the held-out
 packages; and the 5-gram in how many greedy completions of held-out function bodies parse.
@@ -191,26 +191,55 @@ def baselines(corpus: Path, texts: list[str], vocabulary: int) -> tuple[dict[str
     }, grams
 
 
-def measure(corpus: Path, folder: Path, completions: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Yardsticks:
+    """What every model is held against: the held-out texts, function bodies to complete, and the baselines' figures."""
+
+    texts: list[str]
+    chosen: list[Body]
+    prompts: list[list[int]]
+    bits: dict[str, float]
+    parses: dict[str, int]
+
+    @classmethod
+    def of(cls, corpus: Path, folder: Path, completions: int) -> Yardsticks:
+        """Measure the baselines with the tokenizer of one of the models; all of a corpus share it."""
+        texts = [json.loads(line)["text"] for line in (corpus / "heldout.jsonl").open(encoding="utf-8")]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        bits, grams = baselines(corpus, texts, len(tokenizer))
+        chosen = bodies(texts, completions)
+        # A line break and the indentation behind it are one token, so a prompt ends before the line break.
+        starts = [body.before.rstrip("\n") for body in chosen]
+        prompts = [tokenizer(start, add_special_tokens=False)["input_ids"][-PROMPT:] for start in starts]
+        end = int(tokenizer.eos_token_id)
+        parsed = parsing(tokenizer, chosen, prompts, lambda p: grams.greedy(p, BODY, end))
+        return cls(texts, chosen, prompts, bits, {"5-gram, modified Kneser-Ney": parsed})
+
+
+def parsing(tokenizer: Any, chosen: list[Body], prompts: list[list[int]], way: Callable[[list[int]], list[int]]) -> int:
+    """Return how many of the completions that `way` makes of the prompts parse."""
+    end = int(tokenizer.eos_token_id)
+    return sum(
+        parses(body, after_line_break(tokenizer.decode([t for t in way(prompt) if t != end])))
+        for body, prompt in zip(chosen, prompts, strict=True)
+    )
+
+
+def measure(given: Yardsticks, folder: Path) -> dict[str, Any]:
     """Return bits per byte of everything, and the shares of completions that parse."""
-    texts = [json.loads(line)["text"] for line in (corpus / "heldout.jsonl").open(encoding="utf-8")]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    bits, grams = baselines(corpus, texts, len(tokenizer))
     base = open_base(str(folder))
     model = base.model(TASK, seed=0)
-    encoded = encode(Split({"text": texts}), base, TASK)
+    encoded = encode(Split({"text": given.texts}), base, TASK)
 
     def score(m: torch.nn.Module) -> float:
         return float(TASK.score(encoded.labels.numpy(), answer(m, encoded, TASK).predictions))
 
     torch.manual_seed(0)
-    bits["this model, untrained"] = score(LlamaForCausalLM(base.config).eval())
-    bits["this model"] = score(model)
-    chosen = bodies(texts, completions)
-    end = int(tokenizer.eos_token_id)
-    # A line break and the indentation behind it are one token, so a prompt ends before the line break.
-    starts = [body.before.rstrip("\n") for body in chosen]
-    prompts = [tokenizer(start, add_special_tokens=False)["input_ids"][-PROMPT:] for start in starts]
+    bits = {
+        "this model, untrained": score(LlamaForCausalLM(base.config).eval()),
+        "this model": score(model),
+    }
+    end = int(base.tokenizer.eos_token_id)
 
     def by_model(prompt: list[int]) -> list[int]:
         made = model.generate(  # type: ignore[operator]
@@ -218,18 +247,12 @@ def measure(corpus: Path, folder: Path, completions: int) -> dict[str, Any]:
         )
         return made[0, len(prompt) :].tolist()
 
-    ways: dict[str, Callable[[list[int]], list[int]]] = {
-        "5-gram, modified Kneser-Ney": lambda p: grams.greedy(p, BODY, end),
-        "this model": by_model,
+    parsed = {"this model": parsing(base.tokenizer, given.chosen, given.prompts, by_model)}
+    return {
+        "bits_per_byte": given.bits | bits,
+        "parses": given.parses | parsed,
+        "completions": len(given.chosen),
     }
-    parsed = {
-        name: sum(
-            parses(body, after_line_break(tokenizer.decode([t for t in way(prompt) if t != end])))
-            for body, prompt in zip(chosen, prompts, strict=True)
-        )
-        for name, way in ways.items()
-    }
-    return {"bits_per_byte": bits, "parses": parsed, "completions": len(chosen)}
 
 
 def curve_picture(points: Sequence[dict[str, Any]]) -> str:
@@ -327,21 +350,27 @@ Python source without tests, split by package. The files that `embedded:python-s
 
 
 def main() -> None:
-    """Measure, and write the model with its card."""
+    """Measure, and write the models with their cards."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path, help="the folder `model` of a training")
-    parser.add_argument("out", type=Path, help="where the base is written; its name is the folder's")
+    parser.add_argument(
+        "pairs", type=Path, nargs="+", metavar="MODEL OUT", help="a training's `model`; the base's folder"
+    )
     parser.add_argument("--corpus", type=Path, default=Path("runs/pylm/corpus"))
     parser.add_argument("--completions", type=int, default=200)
     args = parser.parse_args()
-    found = measure(args.corpus, args.model, args.completions)
-    print(json.dumps(found, indent=2))
-    about = json.loads((args.model / "training.json").read_text(encoding="utf-8"))
-    shutil.copytree(args.model, args.out, dirs_exist_ok=True)
-    write_json(args.out / "training.json", about | {"report": found})
-    (args.out / "loss.svg").write_text(curve_picture(about["curve"]), encoding="utf-8")
+    if len(args.pairs) % 2:
+        parser.error(f"{len(args.pairs)} folders were given; pairs of a model and its base were expected.")
+    pairs = list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
+    given = Yardsticks.of(args.corpus, pairs[0][0], args.completions)
     sources = json.loads((args.corpus / "sources.json").read_text(encoding="utf-8"))
-    (args.out / "README.md").write_text(card(args.out, about, found, sources), encoding="utf-8")
+    for model, out in pairs:
+        found = measure(given, model)
+        print(out.name, json.dumps(found, indent=2))
+        about = json.loads((model / "training.json").read_text(encoding="utf-8"))
+        shutil.copytree(model, out, dirs_exist_ok=True)
+        write_json(out / "training.json", about | {"report": found})
+        (out / "loss.svg").write_text(curve_picture(about["curve"]), encoding="utf-8")
+        (out / "README.md").write_text(card(out, about, found, sources), encoding="utf-8")
 
 
 if __name__ == "__main__":
