@@ -53,7 +53,7 @@ RECORD = Record(
             seeds=5,
         ),
         Claim(
-            text="They cost at most 1.6 times the memory of a supervised step, which pseudo-labels exceed.",
+            text="They cost at most 1.6 times the peak memory of a supervised step, which pseudo-labels exceed.",
             measure="under_shift",
             part="memory",
             kind="counted",
