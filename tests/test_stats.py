@@ -303,6 +303,33 @@ def test_an_arm_against_itself_is_seldom_rejected(calibration: ModuleType, metri
     assert calibration.rejection(p, 200) <= calibration.LIMIT
 
 
+def shared_draws(rng: np.random.Generator, gap: float, seeds: int = 8, examples: int = 300) -> list[np.ndarray]:
+    """Losses [S, N] of two arms whose seeds share a large offset, as those of one draw of labelled rows do."""
+    offset_S1 = rng.normal(0, 0.5, (seeds, 1))
+    easy_N = rng.normal(0, 1, examples)
+    own = [offset_S1 + easy_N + rng.normal(0, 0.05, (seeds, 1)) + rng.normal(0, 0.3, (seeds, examples)) for _ in "ab"]
+    return [own[0] + gap, own[1]]
+
+
+def test_noise_that_both_arms_share_seed_by_seed_drops_out() -> None:
+    rng = np.random.default_rng(3)
+    a, b = shared_draws(rng, 0.1)
+    apart, beside = paired(None, a, b, "loss"), paired(None, a, b, "loss", together=True)
+    assert apart.difference == beside.difference and apart.p > 0.05 > beside.p
+    assert beside.high - beside.low < 0.3 * (apart.high - apart.low) and "within seeds" in beside.test
+    needed = examples_needed(None, a, b, "loss", difference=0.02, together=True)
+    assert needed["limited_by"] != "nothing" and examples_needed(None, a, b, "loss", difference=0.02) != needed
+    with pytest.raises(UsageError, match="share no noise"):
+        paired(None, a, b[:5], "loss", together=True)
+
+
+def test_arms_that_share_their_seeds_noise_are_seldom_told_apart_without_cause(calibration: ModuleType) -> None:
+    def p(rng: np.random.Generator) -> float:
+        return paired(None, *shared_draws(rng, 0.0), "loss", together=True).p
+
+    assert calibration.rejection(p, 400) <= calibration.LIMIT
+
+
 def test_a_test_that_forgets_the_seeds_would_be_caught(calibration: ModuleType) -> None:
     model = calibration.Model(noise=0.3)
 

@@ -67,13 +67,16 @@ class Answers:
     predictions: np.ndarray
 
 
-def judge(inequality: Inequality, answers: dict[str, Answers], metric: str) -> dict[str, Any]:
+def judge(
+    inequality: Inequality, answers: dict[str, Answers], metric: str, *, together: bool = False
+) -> dict[str, Any]:
     """Measure an inequality: the difference in points with its 95 % interval, and whether it holds.
 
     True when the interval clears the margin, False when it misses it, else "undecided" with the examples needed.
+    together: seed s of both arms shares its labelled rows or its model; see `stats.paired`.
     """
     a, b = answers[inequality.left], answers[inequality.right]
-    found = paired(a.labels, a.predictions, b.predictions, metric)
+    found = paired(a.labels, a.predictions, b.predictions, metric, together=together)
     points = {k: 100 * float(getattr(found, k)) for k in ("difference", "low", "high")}
     # Identical answers leave no room for doubt: the interval is a point and counts as clearing its own value.
     if points["low"] >= inequality.margin:
@@ -85,7 +88,9 @@ def judge(inequality: Inequality, answers: dict[str, Answers], metric: str) -> d
     out = {"measured": points["difference"], "low": points["low"], "high": points["high"], "holds": holds}
     if holds == "undecided":
         shifted = abs(points["difference"] - inequality.margin) / 100
-        out["needed"] = examples_needed(a.labels, a.predictions, b.predictions, metric, difference=max(shifted, 1e-4))
+        out["needed"] = examples_needed(
+            a.labels, a.predictions, b.predictions, metric, difference=max(shifted, 1e-4), together=together
+        )
     return out
 
 
@@ -205,6 +210,10 @@ class _Run:
         answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
         return cls(folder, result, rows, answers, controls)
 
+    def _compare(self, claim: Claim, inequality: str, answers: dict[str, Answers]) -> dict[str, Any]:
+        together = bool(claim.shots)  # a seed draws its labelled rows, the same for every arm
+        return judge(Inequality.read(inequality), answers, self.result["task"]["metric"], together=together)
+
     def judge(self, claim: Claim) -> dict[str, Any]:
         """Judge one claim with its gate and its control."""
         metric = self.result["task"]["metric"]
@@ -220,7 +229,7 @@ class _Run:
             "rows": self.result["data"]["rows"],
             "train_rows": claim.train_rows,
             "max_length": claim.max_length or None,
-            **judge(Inequality.read(claim.inequality), self.answers, metric),
+            **self._compare(claim, claim.inequality, self.answers),
             "control": None,
             "gate": None,
         }
@@ -228,7 +237,7 @@ class _Run:
             answers = dict(self.answers)
             if "arm" in claim.control:
                 answers["control"] = answers[self.controls[_control(claim)]]
-            found = judge(Inequality.read(claim.control["inequality"]), answers, metric)
+            found = self._compare(claim, claim.control["inequality"], answers)
             out["control"] = {
                 "what": claim.control["what"],
                 "inequality": claim.control["inequality"],
@@ -238,7 +247,7 @@ class _Run:
                 "destroyed": found["holds"] is True,
             }
         if claim.gate:
-            found = judge(Inequality.read(claim.gate), self.answers, metric)
+            found = self._compare(claim, claim.gate, self.answers)
             out["gate"] = {"inequality": claim.gate, **{k: found[k] for k in ("measured", "low", "high", "holds")}}
             if found["holds"] is not True:
                 out["holds"] = "set-up invalid"

@@ -171,7 +171,7 @@ def gap_narrows(claim: Claim) -> dict[str, Any]:
     runs = _runs(Scale.of(claim))
     tokens, nats = runs.tokens["target"], runs.nats
     after = nats["sparse", "after"] + nats["dense", "before"]
-    found = _at_most(tokens, after, nats["dense", "after"] + nats["sparse", "before"])
+    found = _at_most(tokens, after, nats["dense", "after"] + nats["sparse", "before"], together=True)
     gap = {stage: runs.mean("sparse", stage) - runs.mean("dense", stage) for stage in ("before", "after")}
     return _result(
         runs,
@@ -186,7 +186,8 @@ def gap_narrows(claim: Claim) -> dict[str, Any]:
 def dense_beats_sparse(claim: Claim) -> dict[str, Any]:
     """Compare dense with sparse fine-tuning of the same checkpoints."""
     runs = _runs(Scale.of(claim))
-    found = _at_most(runs.tokens["target"], runs.nats["sparse", "after"], runs.nats["sparse", "after_masked"])
+    after, masked = runs.nats["sparse", "after"], runs.nats["sparse", "after_masked"]
+    found = _at_most(runs.tokens["target"], after, masked, together=True)
     return _result(
         runs,
         "sparse, tuned dense <= sparse, tuned under its masks",
@@ -235,9 +236,12 @@ def beats_equal_flops(claim: Claim) -> dict[str, Any]:
     )
 
 
-def _at_most(tokens: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Measure a <= b in nats per token: {"measured": a - b, "low", "high", "holds"}."""
-    found = paired(tokens, a, b, "nats_per_token")
+def _at_most(tokens: np.ndarray, a: np.ndarray, b: np.ndarray, *, together: bool = False) -> dict[str, Any]:
+    """Measure a <= b in nats per token: {"measured": a - b, "low", "high", "holds"}.
+
+    together: both are of the same pre-trained models, seed by seed.
+    """
+    found = paired(tokens, a, b, "nats_per_token", together=together)
     holds: Any = True if found.high <= 0 else False if found.low > 0 else "undecided"
     return {"measured": found.difference, "low": found.low, "high": found.high, "holds": holds}
 

@@ -40,14 +40,15 @@ def assemble(
         methods.append(_constant("majority", np.full(len(labels), most), labels, task, answers))
     if untouched is not None and len(labels):
         methods.append(_constant("untouched base", untouched, labels, task, answers))
-    pairs = pairs_table(labels, answers, task.metric)
+    together = bool(plan["shots"])  # a seed draws its labelled rows, the same for every arm
+    pairs = pairs_table(labels, answers, task.metric, together=together)
     judged = verdict(methods, pairs, metric=task.metric)
     best = judged.get("recommended")
     return {
         "methods": methods,
         "pairs": pairs,
         "verdict": judged,
-        "without_overlap": _without_overlap(methods, answers, labels, data, task),
+        "without_overlap": _without_overlap(methods, answers, labels, data, task, together),
         "environment": plan["environment"],
         "budget": {
             "sentence": plan["sentence"],
@@ -182,7 +183,12 @@ def _curve(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_overlap(
-    methods: Sequence[dict[str, Any]], answers: dict[str, np.ndarray], labels: np.ndarray, data: Data, task: Task
+    methods: Sequence[dict[str, Any]],
+    answers: dict[str, np.ndarray],
+    labels: np.ndarray,
+    data: Data,
+    task: Task,
+    together: bool,
 ) -> dict[str, Any] | None:
     """Judge once more without the test rows that also stand in train."""
     if not len(data.test_overlap) or not data.test_overlap.any() or not len(labels):
@@ -207,7 +213,7 @@ def _without_overlap(
                 "per_seed": list(found.per_seed),
             }
         rows.append(row)
-    pairs = pairs_table(labels[keep], left, task.metric)
+    pairs = pairs_table(labels[keep], left, task.metric, together=together)
     return {
         "rows": int(keep.sum()),
         "removed": int((~keep).sum()),

@@ -28,7 +28,9 @@ COSTS = {
 }
 
 
-def pairs_table(labels: np.ndarray, answers: Mapping[str, np.ndarray], metric: str) -> list[dict[str, Any]]:
+def pairs_table(
+    labels: np.ndarray, answers: Mapping[str, np.ndarray], metric: str, *, together: bool = False
+) -> list[dict[str, Any]]:
     """Test every pair of arms.
 
     To judge a part of the test rows, give that part of the labels and of the answers.
@@ -37,6 +39,7 @@ def pairs_table(labels: np.ndarray, answers: Mapping[str, np.ndarray], metric: s
         labels: [N].
         answers: arm -> predictions [S, N], all on the same examples in the same order.
         metric: see `stats.paired`.
+        together: seed s of all arms saw the same few labelled rows; see `stats.paired`.
 
     Returns:
         One {"a", "b", "difference", "low", "high", "p", "p_holm", "test", "note", "needed"} per pair in the arms'
@@ -47,7 +50,9 @@ def pairs_table(labels: np.ndarray, answers: Mapping[str, np.ndarray], metric: s
         As `stats.paired`.
     """
     names = list(itertools.combinations(answers, 2))
-    found = [paired(labels, answers[a], answers[b], metric) for a, b in names]
+    # An arm that finished fewer seeds has no partner for the others' last ones.
+    alike = {(a, b): together and len(answers[a]) == len(answers[b]) for a, b in names}
+    found = [paired(labels, answers[a], answers[b], metric, together=alike[a, b]) for a, b in names]
     raw = np.array([pair.p for pair in found])
     corrected = holm(raw)
     # Holm asks 5 % / M of the smallest p, 5 % / (M - 1) of the next, ...: that is what more data would have to reach.
@@ -69,7 +74,7 @@ def pairs_table(labels: np.ndarray, answers: Mapping[str, np.ndarray], metric: s
         }
         if shown.pair_word(row, how.lower_is_better) == "cannot tell":
             level = 1 - shown.ALPHA / float(share)
-            row["needed"] = examples_needed(labels, answers[a], answers[b], metric, level=level)
+            row["needed"] = examples_needed(labels, answers[a], answers[b], metric, level=level, together=alike[a, b])
         out.append(row)
     return out
 

@@ -12,7 +12,9 @@ and is judged by Student's t with Satterthwaite's degrees of freedom; those of t
 
 Seeds of two arms are not paired: their noise is hardly correlated, three pairs leave 2 degrees of freedom where two
 times three seeds leave up to 4, and in simulations (tests/test_stats.py, benchmarks/aa_calibration.py) the paired form
-rejected a true null more often and saw a true difference less often. Nor are seeds drawn by a bootstrap, for it takes
+rejected a true null more often and saw a true difference less often. The exception is noise that two arms share by
+construction (`together`: the same few labelled examples, or two uses of one trained model): the differences within each
+seed are then one arm of their own. Nor are seeds drawn by a bootstrap, for it takes
 three seeds for the whole population and rejects a true null in up to 16 %.
 
 Sources: Satterthwaite 1946, "An approximate distribution of estimates of variance components"; Welch 1947, "The
@@ -80,7 +82,10 @@ class _Arm:
 
     @classmethod
     def of(cls, labels: ArrayLike | None, predictions: ArrayLike, metric: str, weights: ArrayLike | None) -> _Arm:
-        score_S, psi_SN = influence(labels, predictions, metric, weights=weights)
+        return cls.made(*influence(labels, predictions, metric, weights=weights))
+
+    @classmethod
+    def made(cls, score_S: np.ndarray, psi_SN: np.ndarray) -> _Arm:
         seeds, n = psi_SN.shape
         if seeds == 1:
             return cls(score_S, psi_SN, 0.0, 0.0)
@@ -233,6 +238,7 @@ def paired(
     *,
     weights: ArrayLike | None = None,
     level: float = 0.95,
+    together: bool = False,
 ) -> Paired:
     """Compare two arms on the same examples: the difference a - b of their mean scores over seeds.
 
@@ -240,14 +246,19 @@ def paired(
     whose answers never change (a majority class) as one row per seed. Two arms with the same answers in every seed get
     p = 1 and an interval of no width. With two seeds per arm, one arm noisy and the other not, a true null is rejected
     in up to 11 % (with three in about 7 %). Arguments and errors as in `interval`.
+
+    together: seed s of both arms shares its noise (the same few-shot examples, the same trained model), so that only
+    differences within a seed count; both need the same number of seeds then, or UsageError.
     """
     _level(level)
-    found = _compare(labels, a, b, metric, weights)
+    found = _compare(labels, a, b, metric, weights, together)
     if found is None:
         return Paired(0.0, 0.0, 0.0, 1.0, "identical answers")
     difference, v, seeds = found
     reach = v.reach(level)
     test, note = "t over examples and seeds (Satterthwaite)", _note(min(seeds))
+    if together and min(seeds) > 1:
+        test = "t over examples and differences within seeds (Satterthwaite)"
     if seeds == (1, 1):
         test = "t over examples (one seed)"
     elif 1 in seeds:
@@ -257,7 +268,12 @@ def paired(
 
 
 def _compare(
-    labels: ArrayLike | None, a: ArrayLike, b: ArrayLike, metric: str, weights: ArrayLike | None
+    labels: ArrayLike | None,
+    a: ArrayLike,
+    b: ArrayLike,
+    metric: str,
+    weights: ArrayLike | None,
+    together: bool = False,
 ) -> tuple[float, _Variance, tuple[int, int]] | None:
     """Return the difference, its variance and the seeds; None where both arms gave the same answers throughout."""
     arms = [_Arm.of(labels, x, metric, weights) for x in (a, b)]
@@ -265,6 +281,11 @@ def _compare(
     if arms[1].psi_SN.shape[1] != n:
         other = arms[1].psi_SN.shape[1]
         raise BadData(f"arms with {n} and {other} examples cannot be paired; expected answers to the same examples.")
+    seeds = arms[0].seeds, arms[1].seeds
+    if together and seeds[0] != seeds[1]:
+        raise UsageError(
+            f"arms with {seeds[0]} and {seeds[1]} seeds share no noise seed by seed; expected as many of each."
+        )
     if np.shape(a) == np.shape(b) and np.array_equal(np.asarray(a), np.asarray(b)):
         return None
     difference = float(arms[0].score_S.mean()) - float(arms[1].score_S.mean())
@@ -276,7 +297,9 @@ def _compare(
         pseudo_N = psi_N + difference
         square = float((pseudo_N**2).sum())
         variance += 2 * (float((pseudo_N**4).sum()) / square if square > 0 else 0.0) / n**2
-    return difference, _Variance.of(variance, arms), (arms[0].seeds, arms[1].seeds)
+    if together:
+        arms = [_Arm.made(arms[0].score_S - arms[1].score_S, arms[0].psi_SN - arms[1].psi_SN)]
+    return difference, _Variance.of(variance, arms), seeds
 
 
 def examples_needed(
@@ -289,6 +312,7 @@ def examples_needed(
     power: float = 0.8,
     weights: ArrayLike | None = None,
     level: float = 0.95,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Estimate what it would take to see `difference` (default: the observed one) with probability `power`.
 
@@ -303,7 +327,7 @@ def examples_needed(
     _level(level)
     if not 0 < power < 1:
         raise UsageError(f"power {power}: a number between 0 and 1 was expected.")
-    found = _compare(labels, a, b, metric, weights)
+    found = _compare(labels, a, b, metric, weights, together)
     size = abs(found[0] if found and difference is None else difference or 0.0)
     if found is None or size == 0:
         return _needed(None, None, "no difference", "there is no difference that more data could show")
