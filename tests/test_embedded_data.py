@@ -21,7 +21,7 @@ from PIL import Image
 from brickyard import embedded
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadBase, BadData, DiskFull, UnknownName
-from brickyard.embedded import digits, python_source, stdlib_topics
+from brickyard.embedded import digits, python_source, python_tests, stdlib_topics
 
 Splits = dict[str, dict[str, list]]
 
@@ -244,6 +244,20 @@ def test_a_file_keeps_its_side_between_versions(tmp_path: Path) -> None:
     for split, columns in after.items():
         assert set(columns["text"]) <= set(before[split]["text"]) | {"x = 1\n"}
     assert sum(len(columns["text"]) for columns in after.values()) == 200
+
+
+def test_test_files_come_as_excerpts_from_their_first_class_or_function_on() -> None:
+    found = python_tests.splits()
+    assert {s: len(c["text"]) for s, c in found.items() if s != "train"} == python_tests.MOST
+    assert len(found["train"]["text"]) > 300  # numpy's alone are as many
+    texts = [text for columns in found.values() for text in columns["text"]]
+    assert len(set(texts)) == len(texts) and max(map(len, texts)) <= python_tests.EXCERPT
+    lines = "    pass\n" * 1000
+    whole = python_tests.excerpt("import os\n\nclass A:\n" + lines)
+    assert whole.startswith("class A:\n    pass\n") and whole.endswith("pass\n")
+    assert python_tests.EXCERPT - 9 < len(whole) <= python_tests.EXCERPT
+    assert python_tests.excerpt("x = 1\n") == "x = 1\n"
+    assert python_tests.excerpt("def f():\n    pass") == "def f():\n    pass"
 
 
 def test_names() -> None:
