@@ -326,10 +326,11 @@ def test_the_checks_run_from_end_to_end(masked_base: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     first = registry.find("pretrained-distillation").record.claims[0]
     claim = replace(first, base=str(masked_base), data=str(write_data(tmp_path / "t", text_data(train=200))), seeds=2)
-    sizes = {"steps": 12, "pretrain": 4, "tune": 3, "labelled": 120, "teacher_steps": 80, "layers": 1, "width": 16}
-    found = check.compound(replace(claim, train_rows=20), heads=2, vocabulary=0, batch=8, teacher_lr=3e-3, **sizes)
-    assert set(found["arms"]) == {"F", "PF", "D", "D+F", "PD", "PD+F", "control", "teacher", "majority"}
-    assert found["holds"] in (True, False, "undecided", "set-up invalid") and set(found["by_text"]) == {20, 80}
+    sizes = {"steps": 6, "pretrain": 2, "tune": 2, "labelled": 120, "teacher_steps": 80, "layers": 1, "width": 16}
+    found = check.compound(replace(claim, train_rows=130), heads=2, vocabulary=0, batch=8, teacher_lr=3e-3, **sizes)
+    arms = {"F", "PF", "D", "D+F", "PD", "PD+F", "control", "teacher", "majority", "PD-130", "PD-520"}
+    assert set(found["arms"]) == arms and "PD-520 >= PD-130" in found["figures"]
+    assert found["holds"] in (True, False, "undecided", "set-up invalid")
     assert {"measured", "detail", "gate", "control"} <= found.keys() and len(found["arms"]["PD"]["per_seed"]) == 2
 
 

@@ -3,14 +3,15 @@
     F 3    PF 1+3    D 2    D+F 2+3    PD 1+2    PD+F 1+2+3         1 pre-train, 2 distil, 3 fine-tune
 
 The teacher is tuned on the very labels that F and PF get, so no arm learns from more labels than another. All that is
-pre-trained shares one stage 1; what follows runs once for each seed.
+pre-trained shares one stage 1; what follows runs once for each seed. All stages of all arms train at one rate: with
+one for labels and another for soft labels, the rates would be compared.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from brickyard.core.answers import answer
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Data, read_data
+from brickyard.core.errors import RunFailed
+from brickyard.core.jobs import Job, Local
 from brickyard.core.method import Claim
 from brickyard.core.task import task_of
 
@@ -31,14 +34,16 @@ NAME = "pretrained-distillation"
 WANTED = ("PD >= PF", "PF >= F", "PD >= D", "D >= F", "PD >= F + 3.0")
 GATE = "teacher > majority + 20.0"
 CONTROL = "PD > control + 5.0"
+STAGES = ("pretrain", "distil", "tune")
 
 
 def compound(
     claim: Claim,
     *,
-    steps: int = 1200,
-    pretrain: int = 600,
-    tune: int = 200,
+    steps: int = 600,
+    pretrain: int = 300,
+    tune: int = 100,
+    lr: float = 1e-3,
     labelled: int = 500,
     teacher_steps: int = 160,
     teacher_lr: float = 1e-4,
@@ -53,25 +58,31 @@ def compound(
     Args:
         steps: optimiser steps of every arm in all; `pretrain` of them are stage 1 and `tune` stage 3 where an arm has
             those stages beside stage 2.
+        lr: of all stages of the student.
         labelled: rows whose labels the teacher and stage 3 see; the text of all train rows is the unlabelled pool.
-            With `claim.train_rows` PD is also measured on pools of so many rows and four times as many.
+            With `claim.train_rows` every arm takes twice the steps, and PD is also measured on pools of so many rows
+            and four times as many: its accuracy must not fall as they grow.
         teacher_steps, teacher_lr: of the teacher's tuning.
     """
+    if claim.train_rows:
+        steps, pretrain, tune = 2 * steps, 2 * pretrain, 2 * tune
     data = read_data(claim.data)
     splits = {name: dict(split.columns) for name, split in data.splits.items()}
     names = data.labels or ()
     for columns in splits.values():
         columns["label"] = [names[i] for i in columns["label"]]
-    pool = {"train": {"text": splits["train"]["text"]}}
-    chosen = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(data.splits["train"]))[:labelled])
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(data.splits["train"]))
+    chosen = np.sort(order[:labelled])
+    # The recipe adds the labelled rows' text to the pool itself.
+    pool = {"train": {"text": [splits["train"]["text"][i] for i in np.sort(order[labelled:])]}}
     splits["train"] = {k: [v[i] for i in chosen] for k, v in splits["train"].items()}
-    sizes = {k: v for k, v in locals().items() if isinstance(v, int)}
+    sizes = {k: v for k, v in locals().items() if isinstance(v, int | float)}
     runs = _Runs(claim, _folder(claim, sizes), splits, pool, batch)
     teacher = runs.teacher(teacher_steps, teacher_lr)
-    shape = {"layers": layers, "width": width, "heads": heads}
+    shape = {"layers": layers, "width": width, "heads": heads} | {f"{stage}_lr": lr for stage in STAGES}
     new = {**shape, "vocabulary": vocabulary}
     first = runs.student("stage1", 0, {**new, "pretrain_steps": pretrain, "distil_steps": 0, "tune_steps": 0}, [])
-    ready = {"student": str(first / "stages" / "pretrain")}
+    ready = {"student": str(first / "stages" / "pretrain")} | {f"{stage}_lr": lr for stage in STAGES}
     left = steps - pretrain
     arms = {
         "F": (new, 0, steps),
@@ -82,16 +93,27 @@ def compound(
         "PD+F": (ready, left - tune, tune),
         "control": ({**ready, "shuffle": True}, left, 0),
     }
-    answers = {
-        arm: runs.answers(arm, {**start, "pretrain_steps": 0, "distil_steps": soft, "tune_steps": hard}, [teacher])
-        for arm, (start, soft, hard) in arms.items()
-    }
+    answers = runs.answers(
+        {
+            arm: {**start, "pretrain_steps": 0, "distil_steps": soft, "tune_steps": hard}
+            for arm, (start, soft, hard) in arms.items()
+        },
+        [teacher],
+    )
+    wanted = list(WANTED)
+    if claim.train_rows:
+        for rows in (claim.train_rows, 4 * claim.train_rows):
+            more = pool["train"]["text"][: max(0, rows - labelled)]
+            runs.pool = {"train": {"text": more}} if more else None
+            options = {**ready, "pretrain_steps": 0, "distil_steps": left, "tune_steps": 0}
+            answers |= runs.answers({f"PD-{rows}": options}, [teacher])
+        wanted += [f"PD-{4 * claim.train_rows} >= PD-{claim.train_rows}", f"PD >= PD-{4 * claim.train_rows}"]
     answers["teacher"] = runs.of_teacher(claim.seeds)
     some = answers["teacher"]
     most = np.bincount(some.labels.astype(int)).argmax()
     answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
     as_labels = {arm: Answers(some.predictions[0], answers[arm].predictions) for arm in ("PD", "PF")}
-    figures = {text: judge(Inequality.read(text), answers, "accuracy") for text in WANTED}
+    figures = {text: judge(Inequality.read(text), answers, "accuracy") for text in wanted}
     figures["agreement with the teacher: PD > PF"] = judge(Inequality.read("PD > PF"), as_labels, "accuracy")
     out = _verdict(figures, judge(Inequality.read(GATE), answers, "accuracy"), GATE)
     out["control"] = _control(
@@ -99,13 +121,6 @@ def compound(
     )
     out["arms"] = {arm: _figures(found, runs.seconds.get(arm, 0.0)) for arm, found in answers.items()}
     out |= {"base": claim.base, "data": data.name, "rows": data.report["rows"], "sizes": sizes, "stage1": runs.stage1}
-    if claim.train_rows:
-        out["by_text"] = {}
-        for rows in (claim.train_rows, 4 * claim.train_rows):
-            runs.pool = {"train": {"text": pool["train"]["text"][:rows]}}
-            options = {**ready, "pretrain_steps": 0, "distil_steps": left, "tune_steps": 0}
-            found = runs.answers(f"PD on {rows}", options, [teacher])
-            out["by_text"][rows] = float((found.predictions == found.labels).mean())
     (runs.folder / FINISHED).touch()
     return out
 
@@ -114,21 +129,26 @@ def language_model(
     claim: Claim,
     *,
     wanted: Sequence[str] = ("PF > PD", "F > D"),
-    steps: int = 600,
-    pretrain: int = 300,
-    batch: int = 16,
+    steps: int = 300,
+    pretrain: int = 150,
+    batch: int = 8,
     k: int = 32,
     lr: float = 1e-3,
 ) -> dict[str, Any]:
     """Measure a language model's student of half its layers and width, in nats per token (fewer are better).
+
+    It reads the first `claim.train_rows` documents (0: all, for four times the steps).
 
     F and PF learn the text alone, D and PD the teacher's soft labels in place of all steps or of those after
     `pretrain`; F and D have one schedule, PF and PD two. The teacher is `claim.base` as it is.
     """
     base = open_base(claim.base)
     data = read_data(claim.data, task="causal-lm")
-    sizes = {k: v for k, v in locals().items() if isinstance(v, int)}
+    if not claim.train_rows:
+        steps, pretrain = 4 * steps, 4 * pretrain
+    sizes = {k: v for k, v in locals().items() if isinstance(v, int | float)}
     splits = {name: dict(split.columns) for name, split in data.splits.items()}
+    splits["train"] = {"text": splits["train"]["text"][: claim.train_rows or None]}
     runs = _Runs(claim, _folder(claim, [sizes, list(wanted)]), splits, None, batch)
     heads = max(1, base.config.num_attention_heads // 2)
     shape = {
@@ -136,7 +156,7 @@ def language_model(
         "width": base.width // 2,
         "heads": heads,
         "k": k,
-        **{f"{stage}_lr": lr for stage in ("pretrain", "distil", "tune")},
+        **{f"{stage}_lr": lr for stage in STAGES},
     }
     arms = {
         "F": (0, 0, steps, False),
@@ -146,11 +166,12 @@ def language_model(
         "control": (0, steps, 0, True),
     }
     needed = {name for text in wanted for name in (Inequality.read(text).left, Inequality.read(text).right)}
-    answers = {}
-    for arm in [arm for arm in arms if arm in needed | {"F", "D", "control"}]:
-        first, soft, hard, shuffle = arms[arm]
-        stages = {"pretrain_steps": first, "distil_steps": soft, "tune_steps": hard, "shuffle": shuffle}
-        answers[arm] = runs.answers(arm, {**shape, **stages}, [])
+    options = {
+        arm: {**shape, "pretrain_steps": first, "distil_steps": soft, "tune_steps": hard, "shuffle": shuffle}
+        for arm, (first, soft, hard, shuffle) in arms.items()
+        if arm in needed | {"F", "D", "control"}
+    }
+    answers = runs.answers(options, [])
     answers["teacher"] = _of_base(base, data, claim)
     metric, control, gate = "nats_per_token", "control > D", "F > teacher"
     figures = {text: judge(Inequality.read(text), answers, metric) for text in wanted}
@@ -190,32 +211,67 @@ class _Runs:
         return Answers(table["label"].to_numpy(), np.stack([table["prediction"].to_numpy()] * seeds))
 
     def student(self, arm: str, seed: int, options: dict[str, Any], bricks: list[Path]) -> Path:
-        """Run the recipe once; return its folder."""
-        folder = self.folder / arm / f"seed{seed}"
-        run: Callable[..., dict[str, Any]] = registry.load(NAME).run
-        report = run(
-            open_base(self.claim.base),
-            [brick.load(path) for path in bricks],
-            registry.config(NAME, options),
-            self.splits,
-            folder=folder,
-            text=self.pool,
-            seed=seed,
-            batch=self.batch,
-            max_length=self.claim.max_length or None,
-        )
-        self.seconds[arm] = self.seconds.get(arm, 0.0) + report["seconds"] / self.claim.seeds
-        if arm == "stage1":
-            self.stage1 = {k: report[k] for k in ("student", "steps", "seconds", "tokens", "text_rows")}
-        return folder
+        """Run the recipe once, in this process; return its folder."""
+        report = one(self.argument(arm, seed, options, bricks))
+        self.stage1 = {k: report[k] for k in ("student", "steps", "seconds", "tokens", "text_rows")}
+        return self.folder / arm / f"seed{seed}"
 
-    def answers(self, arm: str, options: dict[str, Any], bricks: list[Path]) -> Answers:
-        """Run an arm with every seed and read what its students answer to the test rows."""
-        tables = [
-            pq.read_table(self.student(arm, seed, options, bricks) / "answers.parquet", columns=["label", "prediction"])
-            for seed in range(1, self.claim.seeds + 1)
+    def argument(self, arm: str, seed: int, options: dict[str, Any], bricks: list[Path]) -> dict[str, Any]:
+        """Return what `one` takes."""
+        return {
+            "base": self.claim.base,
+            "bricks": [str(path) for path in bricks],
+            "options": options,
+            "splits": self.splits,
+            "text": self.pool,
+            "folder": str((self.folder / arm / f"seed{seed}").absolute()),
+            "seed": seed,
+            "batch": self.batch,
+            "max_length": self.claim.max_length or None,
+        }
+
+    def answers(self, arms: dict[str, dict[str, Any]], bricks: list[Path]) -> dict[str, Answers]:
+        """Run arms (options by name) with every seed, two at a time; read what their students answer to the test rows.
+
+        The first student that learns from soft labels runs alone: it leaves the teacher's answers for the others.
+        """
+        seeds = range(1, self.claim.seeds + 1)
+        jobs = [
+            Job(key=f"{arm}/seed{seed}", function=f"{__name__}:one", argument=self.argument(arm, seed, options, bricks))
+            for arm, options in arms.items()
+            for seed in seeds
         ]
-        return Answers(tables[0]["label"].to_numpy(), np.stack([t["prediction"].to_numpy() for t in tables]))
+        taught = [i for i, job in enumerate(jobs) if job.argument["options"]["distil_steps"]]
+        for i in taught[:1]:
+            jobs.insert(0, replace(jobs.pop(i), alone=True))
+        for outcome in Local(2).run(jobs):
+            if outcome.status != "done":
+                raise RunFailed(f"check {NAME}: {outcome.key} {outcome.status}: {outcome.reason}")
+            arm = outcome.key.split("/")[0]
+            self.seconds[arm] = self.seconds.get(arm, 0.0) + outcome.value["seconds"] / len(seeds)
+        found = {}
+        for arm in arms:
+            tables = [
+                pq.read_table(self.folder / arm / f"seed{seed}" / "answers.parquet", columns=["label", "prediction"])
+                for seed in seeds
+            ]
+            predictions = np.stack([t["prediction"].to_numpy() for t in tables])
+            found[arm] = Answers(tables[0]["label"].to_numpy(), predictions)
+        return found
+
+
+def one(argument: dict[str, Any]) -> dict[str, Any]:
+    """Run the recipe once; return its report."""
+    run: Callable[..., dict[str, Any]] = registry.load(NAME).run
+    return run(
+        open_base(argument["base"]),
+        [brick.load(path) for path in argument["bricks"]],
+        registry.config(NAME, argument["options"]),
+        argument["splits"],
+        folder=Path(argument["folder"]),
+        text=argument["text"],
+        **{name: argument[name] for name in ("seed", "batch", "max_length")},
+    )
 
 
 def _folder(claim: Claim, sizes: Any) -> Path:

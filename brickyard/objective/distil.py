@@ -51,8 +51,9 @@ RECORD = Record(
             measure="soft_labels",
             base="embedded:pylm",
             data="embedded:python-tests",
+            train_rows=300,
             max_length=128,
-            full={"max_length": 256},
+            full={"max_length": 256, "train_rows": 0},
         ),
     ),
 )

@@ -71,7 +71,7 @@ RECORD = Record(
             measure="compound",
             data="embedded:stdlib-topics",
             max_length=64,
-            full={"max_length": 128},
+            full={"max_length": 128, "train_rows": 500},
         ),
         Claim(
             text="A language model's student that is pre-trained and then distilled needs fewer nats per token than "
@@ -79,8 +79,9 @@ RECORD = Record(
             measure="language_model",
             base="embedded:pylm",
             data="embedded:python-tests",
+            train_rows=300,
             max_length=128,
-            full={"max_length": 256},
+            full={"max_length": 256, "train_rows": 0},
         ),
     ),
 )
