@@ -140,7 +140,7 @@ def curriculum(
     main = compare(f"pudf-short >= random-order - {-MARGIN}")
     control = compare("pudf > random-difficulty")
     gate = compare("random-order > majority + 10.0")
-    others = [compare(f"pudf >= {other}") for other in ("random-order", "equal-time", "length", "shuffled")]
+    others = [compare(f"pudf >= {other}") for other in ("random-order", "equal-time", "length", "loss", "shuffled")]
     spent = float(np.mean([run["curriculum"]["examples"] for run in runs["pudf-short"]]))
     full = float(np.mean([run["steps"] * run["training"]["batch"] for run in runs["random-order"]]))
     crowd = float(np.median([run["cost"]["curriculum_seconds"] for run in runs["pudf"]]))

@@ -74,6 +74,7 @@ RECORD = Record(
             arms={
                 "random-order": "linear-probe:hidden=256,lr=3e-3",
                 "length": "linear-probe:hidden=256,lr=3e-3 + curriculum:by=length",
+                "loss": "linear-probe:hidden=256,lr=3e-3 + curriculum:by=loss",
                 "random-difficulty": "linear-probe:hidden=256,lr=3e-3 + curriculum:by=random",
                 "pudf": "linear-probe:hidden=256,lr=3e-3 + pudf",
                 "shuffled": "linear-probe:hidden=256,lr=3e-3 + pudf:shuffled=true",
@@ -85,6 +86,7 @@ RECORD = Record(
                 "arms": {
                     "random-order": "full:lr=5e-5",
                     "length": "full:lr=5e-5 + curriculum:by=length",
+                    "loss": "full:lr=5e-5 + curriculum:by=loss",
                     "random-difficulty": "full:lr=5e-5 + curriculum:by=random",
                     "pudf": "full:lr=5e-5 + pudf",
                     "shuffled": "full:lr=5e-5 + pudf:shuffled=true",
