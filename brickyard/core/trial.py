@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -322,6 +323,8 @@ def tune(
     }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
+    if trained.only_last and (folder / "checkpoints").is_dir():
+        shutil.rmtree(folder / "checkpoints")
     return result
 
 
