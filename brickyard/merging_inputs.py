@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from brickyard.core import base_files
@@ -34,11 +35,13 @@ from brickyard.merge._inputs import (
     refuse,
     same_names,
     tensors_at,
+    unmergeable,
 )
 
 BRICK, ADAPTER_WEIGHTS = "brick.json", "adapter_model.safetensors"
 FAR = 0.1  # mean |theta - theta_0| / mean |theta_0| of models that fine-tuning from one base does not reach
 _PREFIX = "base_model.model."
+_QUANTISED = "quantization_config"
 # What two configurations must agree on for their weights to mean the same.
 _ARCHITECTURE = (
     "model_type",
@@ -119,7 +122,7 @@ def open_inputs(specs: Sequence[str], ground: Ground, *, mixed: bool, force: boo
     `mixed` lets checkpoints be stored in other dtypes than the base; `force` skips the checks of ancestry.
     """
     labels = _labels(specs)
-    out, rows = [], []
+    out, rows = [], _quantised("the base", ground.config, "")
     for spec, label in zip(specs, labels, strict=True):
         folder = Path(spec).expanduser()
         if (folder / BRICK).is_file():
@@ -162,6 +165,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return known
 
 
+def _quantised(label: str, config: dict[str, Any], base: str) -> list[list[str]]:
+    """Return the row that refuses quantised weights, in whatever types they are stored."""
+    found = config.get(_QUANTISED)
+    if not found:
+        return []
+    kind = str(found.get("quant_method") or "set") if isinstance(found, dict) else "set"
+    return [[label, f"{CONFIG}: {_QUANTISED}", base or kind, kind if base else ""]]
+
+
 def _checkpoint(spec: str, label: str, ground: Ground, mixed: bool) -> tuple[Input, list[list[str]]]:
     folder = base_files.locate(spec)
     places, config = base_files.weight_files(folder), _config(folder)
@@ -173,9 +185,10 @@ def _checkpoint(spec: str, label: str, ground: Ground, mixed: bool) -> tuple[Inp
         for key in _ARCHITECTURE
         if key in config and key in ground.config and config[key] != ground.config[key]
     ]
+    rows += _quantised(label, config, "none")
     own_heads = sorted({*heads_among(names), *(name for name in names.extra if name in heads)})
     names = Names(names.own, [name for name in names.extra if name not in heads])
-    rows += misfits(shared, places, label, names, whole=True, mixed=mixed)
+    rows += misfits(shared, places, label, names, whole=True, mixed=mixed) + unmergeable(base, places, label, names)
     if rows:
         own_heads = []
     source = Stored(label, _by_base(names, places))
@@ -205,16 +218,17 @@ def _brick(folder: Path, spec: str, label: str, ground: Ground, force: bool) -> 
     if (folder / ADAPTER).is_file():
         if read_json(plain_file(folder, ADAPTER), constants=True).get("peft_type") == "LORA":
             return _adapter(folder, spec, label, ground, "brick")
-        return _applied(made, spec, label, ground), []
+        return _applied(made, spec, label, ground)
     places: Places = {name: (path, info) for name, info in check_safetensors(path).items()}
     names = same_names(ground.stored.places.keys() - ground.heads, places)
-    rows = misfits(ground.stored.places, places, label, names, whole=False, mixed=True)
-    heads = [] if rows else [name for name in names.extra if places[name][1].dtype in FLOATS]
+    base = ground.stored.places
+    rows = misfits(base, places, label, names, whole=False, mixed=True) + unmergeable(base, places, label, names)
+    heads = [] if rows else names.extra
     source = Stored(label, _by_base(names, places))
     return Input(label, spec, "brick", source, tensors_at(places, heads), files=(path,)), rows
 
 
-def _applied(made: Any, spec: str, label: str, ground: Ground) -> Input:
+def _applied(made: Any, spec: str, label: str, ground: Ground) -> tuple[Input, list[list[str]]]:
     """Open a brick whose change is no plain low-rank product: put it on the base, and take the weights it makes."""
     model = made.apply(ground.opened, force=True).model
     try:
@@ -225,7 +239,19 @@ def _applied(made: Any, spec: str, label: str, ground: Ground) -> Input:
     names = same_names(ground.stored.places.keys() - ground.heads, state)
     held = {name: state[own] for name, own in names.own.items()}
     heads = {name: state[name].clone() for name in names.extra}
-    return Input(label, spec, "brick", Held(label, held), heads, files=(made.folder / made.manifest["weights"],))
+    base = ground.stored.places
+    # What is not merged must be as in the base; the model holds it as it was read from there.
+    rows = [
+        [label, name, f"{base[name][1].dtype} {list(base[name][1].shape)}", "other values"]
+        for name, tensor in held.items()
+        if base[name][1].dtype not in FLOATS and not _as_stored(tensor, base, name)
+    ]
+    files = (made.folder / made.manifest["weights"],)
+    return Input(label, spec, "brick", Held(label, held), heads, files=files), rows
+
+
+def _as_stored(tensor: Tensor, places: Places, name: str) -> bool:
+    return torch.equal(tensor.cpu(), tensors_at(places, [name])[name].to(tensor.dtype))
 
 
 def _adapter(folder: Path, spec: str, label: str, ground: Ground, kind: str) -> tuple[Input, list[list[str]]]:
@@ -261,6 +287,8 @@ def _adapter(folder: Path, spec: str, label: str, ground: Ground, kind: str) -> 
             rows.append(
                 [label, f"{module}.weight", "missing" if name is None else str(base[name][1].shape), str(shape)]
             )
+        elif base[name][1].dtype not in FLOATS:
+            rows.append([label, name, f"{base[name][1].dtype} {shape}", "a low-rank change"])
         else:
             factors[name] = made
     replaced = [own for own in rest if own in turned]

@@ -94,12 +94,14 @@ def test_a_claim_is_measured_with_its_gate_and_control(
             "labels": "shuffled",
             "inequality": "lora > control + 5.0",
         },
+        control_seeds=1,
         gate="lora > majority + 1.0",
         epochs=12,
         seeds=3,
     )
     found = check(monkeypatch, tmp_path, text_base, claim)["claims"][0]
     assert found["holds"] is True and found["control"]["destroyed"] is True and found["gate"]["holds"] is True
+    assert {name: len(arm["per_seed"]) for name, arm in found["arms"].items()} == {"lora": 3, "control": 1}
     assert found["arms"]["lora"]["mean"] > 0.8 > found["arms"]["control"]["mean"]
     stored = json.loads((tmp_path / "results" / "lora-claim.json").read_text())
     assert stored.keys() == {"method", "claims", "environment", "full", "seconds", "date"}

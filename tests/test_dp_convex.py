@@ -356,6 +356,7 @@ def test_an_arm_is_evaluated_once_and_reports_its_budget(text_base: Path, tmp_pa
     assert (
         spent["composed_epsilon"] > spent["epsilon"] and spent["mechanisms"][0]["noise_multiplier"] == 1 / spent["mu"]
     )
+    assert spent["adjacency"] == "zero-out" and "a run that did not finish" in spent["covers"]
     made = bricks.load(tmp_path / "brick")
     assert {"head.weight", "head.directions"} == made.tensors().keys()
     assert made.manifest["step"]["privacy"]["epsilon"] == spent["epsilon"]

@@ -20,8 +20,10 @@ from brickyard.checks import ew_tune as checks
 from brickyard.core import registry, trial
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.privacy import Mechanism, epsilon_of
+from brickyard.private import _engines
 from brickyard.private._engines import LEFT, RIGHT
 from brickyard.private._estimates import cumulants, edgeworth, edgeworth_delta, edgeworth_epsilon, renyi_epsilon
+from brickyard.private._per_sample import Made
 from brickyard.private.ew_tune import Config, LowRank, noise_of, power_iteration, rebuilt
 
 # noise, rate, steps -> epsilon at delta 1e-5: the series of order 1 and 2 for a removed row, and Rényi's bound.
@@ -167,14 +169,27 @@ def test_the_estimate_sets_the_noise_and_the_bound_says_what_it_cost() -> None:
 def test_the_claims_run_from_end_to_end(text_base: Path) -> None:
     claims = {claim.measure: claim for claim in registry.find("ew-tune").record.claims}
     found = checks.noise(claims["noise"])
-    assert found["less"]["holds"] is True and found["near"]["holds"] is True and found["near"]["control"]["destroyed"]
+    assert found["less"]["holds"] is True and found["less"]["control"]["destroyed"] is True
+    assert max(found["less"]["figures"]["certified"].values()) <= 3.24 < found["less"]["control"]["measured"]
+    assert found["near"]["holds"] is True and found["near"]["control"]["destroyed"]
     small = replace(
         claims["low_rank"], base=str(text_base), data=text_data(), seeds=1, epochs=1, train_rows=64, batch=16
     )
     ranked = checks.low_rank(small)
     assert ranked["holds"] in (True, False, "undecided", "set-up invalid")
-    assert ranked["figures"]["numbers of a 384 x 1536 matrix"] == pytest.approx(1 / 384 + 1 / 1536)
+    assert ranked["figures"]["share of bytes of a 384 x 1536 matrix"] == pytest.approx(1 / 384 + 1 / 1536)
+    assert ranked["figures"]["whole gradients' share"] > ranked["figures"]["limit"]
     json.dumps([found, ranked])
+
+
+def test_bytes_of_rows_gradients_are_those_that_the_engine_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that made the gradients before it looked at them through factors would be seen."""
+    bound = 1.2 * (40 + 60) / (40 * 60)
+    assert checks.gradient_share(40, 60, 1, tokens=8) == pytest.approx((40 + 60) / (40 * 60))
+    assert checks.gradient_share(40, 60, 0, tokens=8) > bound
+    monkeypatch.setattr(_engines, "seen", lambda name, term, factors: {name: Made(term.made())})
+    monkeypatch.setattr(_engines, "settle", lambda terms, weigh, sums: torch.ones(4))
+    assert checks.gradient_share(40, 60, 1, tokens=8) == pytest.approx(1.0)
 
 
 def test_options_out_of_range_are_usage_errors() -> None:

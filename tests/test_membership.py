@@ -161,6 +161,23 @@ def test_the_claims_run_from_end_to_end(text_base: Path) -> None:
     json.dumps(found)
 
 
+@pytest.mark.parametrize(("detected", "destroyed"), [(0, True), (1, False), (2, False), (3, False)])
+def test_a_control_in_which_any_seed_detects_is_not_destroyed(
+    detected: int, destroyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that nobody trained on tell nothing; one seed that finds something there is one too many."""
+    claim = registry.find("membership").record.claims[0]
+    scores = [(drawn(80, 1.0, 3 * s), drawn(120, 0.0, 3 * s + 1)) for s in range(3)]
+    for place in range(detected):
+        members, others = scores[place]
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(others))
+        others[order[::2]] += 2.0
+        scores[place] = (members + 2.0, others)
+    monkeypatch.setattr(checks, "trained", lambda *_: {"private": [{"step": {"privacy": {"epsilon": 1.0}}}] * 3})
+    monkeypatch.setattr(checks, "_scores", lambda *_: scores)
+    assert checks.leaks(claim)["leaky"]["control"]["destroyed"] is destroyed
+
+
 def test_options_out_of_range_are_usage_errors() -> None:
     for options in ({"rows": 3}, {"confidence": 1.0}, {"score": "x"}):
         with pytest.raises(UsageError, match=next(iter(options))):

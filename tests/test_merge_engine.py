@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from brickyard.core.errors import (
+    BadBase,
     Changed,
     DiskFull,
     NoEffect,
@@ -29,6 +30,7 @@ from brickyard.core.errors import (
     WrongBase,
 )
 from brickyard.merge import _engine, _inputs
+from brickyard.merge.lines import closed_alpha
 from brickyard.merge.task_arithmetic import add_up
 from brickyard.merge.ties import ties
 from brickyard.merging import merge, resolve
@@ -284,6 +286,10 @@ def spoiled(label: str) -> tuple[Tensors, dict[str, Any]]:
         return {**tensors, **more}, {"num_hidden_layers": 4}
     if label == "missing":
         return {n: t for n, t in tensors.items() if ".1." not in n}, {}
+    if label == "values":
+        return {**tensors, "model.steps": torch.arange(4) + 1}, {}
+    if label == "quantised":
+        return tensors, {"quantization_config": {"quant_method": "gptq"}}
     if label == "dtype":
         return {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}, {}
     return {**tensors, "lm_head.weight": noise(3, 20, 7)}, {}  # untied
@@ -295,6 +301,8 @@ def spoiled(label: str) -> tuple[Tensors, dict[str, Any]]:
         ("vocabulary", ["config.json: vocab_size", "model.embed_tokens.weight", "F32 [20, 7]", "F32 [24, 7]"]),
         ("depth", ["num_hidden_layers", "model.layers.3.q_proj.weight", "missing"]),
         ("missing", ["model.layers.1.up_proj.weight", "missing"]),
+        ("values", ["model.steps", "I64 [4]", "other values", "dequantise"]),
+        ("quantised", ["config.json: quantization_config", "gptq"]),
         ("dtype", ["F16 [6, 7]", "F32 [6, 7]", "--dtype"]),
         ("untied", ["lm_head.weight", "tied to its embeddings"]),
     ],
@@ -308,7 +316,7 @@ def test_models_that_do_not_fit_are_refused_with_a_table(
         merge("average", base=str(models["base"]), bricks=[models["x"], odd], out=tmp_path / "out")
     said = str(caught.value)
     assert all(word in said for word in words), said
-    assert "odd" in said and len(said.splitlines()) <= 14
+    assert "odd" in said and len(said.splitlines()) <= 15
     assert not (tmp_path / "out").exists()
 
 
@@ -338,7 +346,7 @@ def test_strangers_zeros_and_nans_are_named(models: dict[str, Path], tmp_path: P
             out=tmp_path / "o2",
         )
     huge = {n: 60_000 * torch.ones_like(t).half() if t.is_floating_point() else t for n, t in make_base().items()}
-    base = write(tmp_path / "halfbase", {n: (t * 0.9).to(t.dtype) for n, t in huge.items()})
+    base = write(tmp_path / "halfbase", {n: 0.9 * t if t.is_floating_point() else t for n, t in huge.items()})
     with pytest.raises(NotFinite, match="exceeds float16"):
         merge(
             "task-arithmetic:scale=4",
@@ -351,6 +359,56 @@ def test_strangers_zeros_and_nans_are_named(models: dict[str, Path], tmp_path: P
     with pytest.raises(UnsafeFile, match="model-00002-of-00003"):
         merged(models["z"])
     assert not any((tmp_path / name).exists() for name in ("out", "o2", "o3"))
+
+
+@pytest.mark.parametrize("arm", ["average + lines", "ties + lines", "dare:p=0.5 + lines"])
+def test_a_nan_is_named_before_norms_are_taken_of_it(arm: str, models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = changed(make_base(), 8)
+    tensors["model.layers.1.norm.weight"][3] = torch.nan
+    bad = write(tmp_path / "bad", tensors)
+    with pytest.raises(NotFinite, match=r"bad: tensor model\.layers\.1\.norm\.weight holds NaN"):
+        merge(arm, base=str(models["base"]), bricks=[models["x"], bad], out=tmp_path / "out")
+    sources = [_inputs.Stored(path.name, _places(path)) for path in (models["base"], models["x"], bad)]
+    plan = _engine.Merge(sources[0], sources[1:], resolve("average").rule)
+    with pytest.raises(NotFinite, match="bad: tensor"):
+        dict(plan.vectors())
+    with pytest.raises(NotFinite, match="nan"):
+        closed_alpha(2, 1.0, float("nan"))
+
+
+def test_what_is_not_merged_must_be_as_in_the_base(tmp_path: Path) -> None:
+    """Low-bit weights used to come from the base alone, without a word; float64 is refused wherever it is read."""
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        folder = tmp_path / name
+        extra = {"model.extra.weight": (10 * noise(3, 6, 7)).to(dtype)}
+        base = write(folder / "base", {**make_base(), **extra})
+        moved = {"model.extra.weight": (10 * noise(4, 6, 7)).to(dtype)}
+        odd = write(folder / "odd", {**changed(make_base(), 1), **moved})
+        with pytest.raises(
+            Refused, match=rf"odd +model\.extra\.weight +{name} \[6, 7\] +{name} \[6, 7\], other values"
+        ):
+            merge("average", base=str(base), bricks=[odd], out=folder / "out")
+        same = write(folder / "same", {**changed(make_base(), 1), **extra})
+        merge("average", base=str(base), bricks=[same], out=folder / "out")
+        found = load_file(folder / "out" / "model.safetensors")["model.extra.weight"]
+        assert torch.equal(found.view(torch.uint8), extra["model.extra.weight"].view(torch.uint8))
+    wide = write(tmp_path / "wide", {name: t.double() for name, t in make_base().items()})
+    with pytest.raises(BadBase, match="is F64"):
+        merge("average", base=str(tmp_path / "I8" / "base"), bricks=[wide], out=tmp_path / "out")
+
+
+def test_counters_of_batch_norms_are_the_bases(tmp_path: Path) -> None:
+    name = "model.norm.num_batches_tracked"
+    base = write(tmp_path / "base", {**make_base(), name: torch.tensor(7)})
+    moved = write(tmp_path / "moved", {**changed(make_base(), 1), name: torch.tensor(9)})
+    merge("average", base=str(base), bricks=[moved], out=tmp_path / "out")
+    assert int(read(tmp_path / "out")[name]) == 7
+
+
+def test_a_quantised_base_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    base = write(tmp_path / "low", make_base(), quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(Refused, match=r"the base +config\.json: quantization_config +bitsandbytes"):
+        merge("average", base=str(base), bricks=[models["x"]], out=tmp_path / "out")
 
 
 def test_equal_models_are_reported(models: dict[str, Path], tmp_path: Path) -> None:

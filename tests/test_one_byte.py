@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from decimal import Decimal, getcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from brickyard.checks._federation import alone, network, together
-from brickyard.core.errors import BadBrick, NotFinite, Refused, RunFailed, UsageError, WrongBase
+from brickyard.core.errors import BadBrick, NotFinite, Refused, RunFailed, UnknownName, UsageError, WrongBase
 from brickyard.core.files import write_tensors
 from brickyard.distribute.one_byte import (
     STEPS,
@@ -26,9 +27,11 @@ from brickyard.distribute.one_byte import (
     bound_of,
     decode,
     encode,
+    encode_found,
     fingerprint,
     largest,
     replay,
+    skipped,
     terms_of,
     trainable,
 )
@@ -168,9 +171,14 @@ def test_a_torn_log_keeps_its_whole_rounds_and_a_damaged_one_is_refused(data: Pa
 
 
 def test_options_and_too_many_members_are_refused(tmp_path: Path) -> None:
-    for bad in ({"eps": 0.0}, {"lr": math.nan}, {"estimates": 0}, {"clip": 0.5}, {"unit": 0.0}, {"window": 0}):
+    wrong: list[dict[str, Any]] = [{"eps": 0.0}, {"lr": math.nan}, {"estimates": 0}, {"clip": 0.5}, {"unit": 0.0}]
+    for bad in [*wrong, {"window": 0}]:
         with pytest.raises(UsageError, match="out of range"):
             Config(**bad)
+    for name, value, near in (("codec", "bytes", "did you mean byte"), ("reduction", "sum", "known: mean, sqrt")):
+        unknown: dict[str, Any] = {name: value}
+        with pytest.raises(UnknownName, match=near):
+            Config(**unknown)
     with pytest.raises(UsageError, match="no parameter"):
         trainable(network(WIDTHS, 0).requires_grad_(False))
 
@@ -263,6 +271,105 @@ def test_a_member_that_differs_is_found_by_all(
     found = together([plain[0], {**plain[1], **change}, plain[2]], tmp_path)
     assert [report.get("error") for report in found] == [error] * 3, found
     assert all(re.search(message, report["message"]) for report in found)
+
+
+@pytest.mark.parametrize("codec", ["byte", "f16", "f32"])
+def test_a_loss_that_is_no_number_moves_nothing_and_is_counted(codec: str, data: Path, tmp_path: Path) -> None:
+    codes = encode_found([1.0, math.nan, 0.0, -math.inf, -1e-30], codec)
+    found = decode(codes, codec)
+    assert skipped(found).tolist() == [False, True, False, True, False]
+    assert not skipped(decode(encode([0.0, -0.0, -1e-30], codec), codec)).any()  # a scalar that is zero is one
+    assert float(found[0]) == 1 and not found[1:4].any()
+    config = {**CONFIG, "codec": codec}
+    report = alone(asked(data, tmp_path / "run.zolog", rounds=4, config=config, nothing=[0, 2]))
+    assert (report["rounds"], report["skipped"]) == (4, 16)
+    assert [math.isnan(value) for value in report["losses"]] == [True, False, True, False]
+    again = weights()
+    replay(again, Log(tmp_path / "run.zolog"))
+    assert fingerprint(again) == report["hash"]
+
+
+def test_a_member_without_a_finite_loss_is_carried_and_all_stop_when_nobody_has_one(data: Path, tmp_path: Path) -> None:
+    logs = [tmp_path / f"{rank}.zolog" for rank in range(2)]
+    plain = [asked(data, log, rounds=30) for log in logs]
+    found = together([plain[0], {**plain[1], "nothing": list(range(30))}], tmp_path)
+    assert [report["skipped"] for report in found] == [30 * 4] * 2 and len({r["hash"] for r in found}) == 1
+    found = together([{**given, "rounds": 60, "nothing": list(range(30, 60))} for given in plain], tmp_path)
+    assert [report.get("error") for report in found] == ["NotFinite"] * 2, found
+    assert all("20 rounds in a row, up to round 50" in report["message"] for report in found)
+    assert {Log(log).rounds for log in logs} == {50}
+
+
+def test_rounds_are_on_the_disk_before_they_are_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append(os.fstat(handle).st_size)
+        real(handle)
+
+    theta = weights()
+    worker = Member(theta, Config(**CONFIG), seed=1, log=tmp_path / "run.zolog")
+    monkeypatch.setattr(os, "fsync", watched)
+    for _ in range(2):
+        worker.round(lambda t, j: theta["0.bias"].sum())
+    size = (tmp_path / "run.zolog").stat().st_size
+    assert synced == [size - 8, size]
+
+
+def test_forwards_that_would_differ_are_refused(tmp_path: Path) -> None:
+    """Otherwise p is the difference of two drop-out masks over 2 eps."""
+    for layer, said in ((torch.nn.Dropout(0.1), "drops out"), (torch.nn.BatchNorm1d(12), "batch norm")):
+        model = torch.nn.Sequential(network(WIDTHS, 0), layer)
+        with pytest.raises(Refused, match=said):
+            trainable(model)
+        parameters = trainable(model.eval())
+        log = tmp_path / f"{type(layer).__name__}.zolog"
+        worker = Member(parameters, Config(**CONFIG), seed=1, log=log, model=model)
+        model.train()
+        with pytest.raises(Refused, match=said):
+            worker.round(lambda t, j, p=parameters: p["0.0.bias"].sum())
+        assert worker.log.rounds == 0
+
+
+def test_an_interrupted_round_is_dropped_and_more_of_one_member_is_refused(data: Path, tmp_path: Path) -> None:
+    """What a single member holds it could have invented; the longest log used to be everybody's."""
+    whole = alone(asked(data, tmp_path / "whole.zolog", rounds=12, hashes=True))
+    logs = [tmp_path / f"{rank}.zolog" for rank in range(3)]
+
+    def lengths(*rounds: int) -> None:
+        for log, count in zip(logs, rounds, strict=True):
+            log.unlink(missing_ok=True)
+            if count:
+                alone(asked(data, log, rounds=count))
+
+    def invent(log: Path, rounds: int) -> None:
+        log.write_bytes(log.read_bytes() + bytes([64 + 40]) * 8 * rounds)
+
+    lengths(6, 6, 6)
+    invent(logs[2], 1)
+    found = together([asked(data, log, rounds=9) for log in logs], tmp_path)
+    assert [r.get("caught_up") for r in found] == [6] * 3, found
+    assert {r["hash"] for r in found} == {whole["hashes"][8]} and {Log(log).rounds for log in logs} == {9}
+    invent(logs[1], 3)
+    found = together([asked(data, log, rounds=12) for log in logs], tmp_path)
+    assert [r.get("error") for r in found] == ["Refused"] * 3
+    assert all("member 1 holds 3 rounds more than any other" in r["message"] for r in found)
+    assert [Log(log).rounds for log in logs] == [9, 12, 9]  # nobody took them over
+    # Rounds that two hold are everybody's, also a newcomer's; those of one survivor are copied by hand.
+    lengths(8, 0, 8)
+    found = together([asked(data, log, rounds=9) for log in logs], tmp_path)
+    assert [r.get("caught_up") for r in found] == [8] * 3 and {r["hash"] for r in found} == {whole["hashes"][8]}
+
+
+@pytest.mark.parametrize("claim", [10**12, -1])
+def test_a_claim_of_no_runs_length_is_refused_before_anything_is_allocated(
+    claim: int, data: Path, tmp_path: Path
+) -> None:
+    plain = [asked(data, tmp_path / f"{rank}.zolog") for rank in range(2)]
+    found = together([plain[0], {**plain[1], "claim": claim}], tmp_path)
+    assert [report.get("error") for report in found] == ["Refused"] * 2, found
+    assert all(f"member 1 claims a log of '{claim}' rounds" in report["message"] for report in found)
 
 
 def test_logs_that_forked_are_refused_by_all(data: Path, tmp_path: Path) -> None:

@@ -71,7 +71,13 @@ def test_runs_compose_to_one_long_run_and_strangers_add_up() -> None:
         taken = [Mechanism(noise, 0.02, steps)]
         epsilon = epsilon_of(taken, 1e-5)
         return {
-            "privacy": {"epsilon": epsilon, "delta": 1e-5, "kind": "certified", "mechanisms": privacy.listed(taken)}
+            "privacy": {
+                "epsilon": epsilon,
+                "delta": 1e-5,
+                "kind": "certified",
+                "adjacency": "add-or-remove",
+                "mechanisms": privacy.listed(taken),
+            }
         }
 
     both = compose([report(100), report(200)])
@@ -80,12 +86,25 @@ def test_runs_compose_to_one_long_run_and_strangers_add_up() -> None:
     mixed = compose([report(100), report(100, noise=1.5)])
     alone = [report(100)["privacy"]["epsilon"], report(100, noise=1.5)["privacy"]["epsilon"]]
     assert max(alone) < mixed["epsilon"] < sum(alone)
-    stranger = {"epsilon": 0.5, "delta": 1e-6, "kind": "certified"}
+    stranger = {"epsilon": 0.5, "delta": 1e-6, "kind": "certified", "adjacency": "add-or-remove"}
     added = compose([report(100), stranger, stranger])
     assert added["epsilon"] == pytest.approx(alone[0] + 1.0) and added["delta"] == pytest.approx(1.2e-5)
     with pytest.raises(UsageError, match="estimate"):
         compose([report(10), {**stranger, "kind": "estimate"}])
     assert compose([])["epsilon"] == 0
+
+
+def test_figures_that_hide_different_things_have_no_common_total() -> None:
+    def stated(adjacency: str | None, epsilon: float) -> dict[str, Any]:
+        return {"epsilon": epsilon, "delta": 1e-6, "kind": "certified", "adjacency": adjacency}
+
+    mixed = [stated("replace-one", 1.0), stated("add-or-remove", 2.0), stated("replace-one", 4.0)]
+    with pytest.raises(UsageError, match="add-or-remove and replace-one neighbours"):
+        compose(mixed)
+    found = [(total["adjacency"], total["runs"], total["epsilon"]) for total in privacy.by_adjacency(mixed)]
+    assert found == [("add-or-remove", 1, 2.0), ("replace-one", 2, 5.0)]
+    with pytest.raises(UsageError, match="does not state its adjacency"):
+        compose([stated(None, 1.0)])
 
 
 def test_the_noise_for_a_budget_meets_it_and_less_does_not() -> None:

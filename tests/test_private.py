@@ -26,6 +26,7 @@ from brickyard.core.build import resolve
 from brickyard.core.errors import NotFinite, Refused, UsageError
 from brickyard.core.loop import State, Training, train
 from brickyard.core.privacy import Mechanism, compose, epsilon_of
+from brickyard.core.spent import PLANNED
 from brickyard.core.task import Task
 from brickyard.private import _step
 from brickyard.private._engines import Hooked, RowByRow, Vectorised, choose
@@ -417,6 +418,9 @@ def test_private_arms_leave_bricks_that_say_what_they_cost(arm: str, text_base: 
     assert found["estimate"]["kind"] == "estimate" and found["sample_rate"] == pytest.approx(16 / 96)
     assert found["per_sample_gradients"] == ("RowByRow" if "mos" in arm else "Hooked")
     assert compose([result["step"]] * 2)["epsilon"] > found["epsilon"]
+    planned = json.loads((tmp_path / PLANNED).read_text())
+    assert planned["adjacency"] == found["adjacency"] == "add-or-remove"
+    assert planned["mechanisms"] == found["mechanisms"] and compose([planned])["epsilon"] == found["epsilon"]
     manifest = json.loads((tmp_path / "brick" / "brick.json").read_text())
     assert manifest["step"]["privacy"]["epsilon"] == found["epsilon"]
 

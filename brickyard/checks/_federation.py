@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -90,7 +91,8 @@ def member(rank: int, world: int, meeting: str, out: str, asked: dict[str, Any])
     """Take part in a run and write a report to `out`.
 
     To go wrong: "die" (a round, in which this member ends like one whose power failed), "nudge" (a round, before which
-    the weights of its second layer move by a unit in the last place), "version" (what it says its release is).
+    the weights of its second layer move by a unit in the last place), "version" (what it says its release is),
+    "nothing" (rounds in which its loss is no number), "claim" (how many rounds it says it holds).
     "all_reduce" sends gradients instead.
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -119,10 +121,16 @@ def _rounds(asked: dict[str, Any]) -> dict[str, Any]:
         import brickyard
 
         brickyard.__version__ = asked["version"]
+    if "claim" in asked:
+        from brickyard.distribute import one_byte
+
+        one_byte.Log.rounds = property(lambda self: asked["claim"])  # type: ignore[assignment,misc]
     config = Config(**asked["config"])
-    worker = Member(trainable(model), config, seed=asked["seed"], log=Path(asked["log"]))
+    worker = Member(trainable(model), config, seed=asked["seed"], log=Path(asked["log"]), model=model)
     caught_up = worker.log.rounds
     loss = shard_loss(model, data, asked["seed"], config.estimates)
+    if "nothing" in asked:
+        loss = _nothing(loss, asked["nothing"])
     before, sent, hashes, losses = socket_bytes(), worker.payload_bytes, [], []
     for t in range(caught_up, asked["rounds"]):
         if t == asked.get("die"):
@@ -145,11 +153,17 @@ def _rounds(asked: dict[str, Any]) -> dict[str, Any]:
         "payload": worker.payload_bytes - sent,
         "socket": {key: value - before[key] for key, value in socket_bytes().items()},
         "clipped": worker.clipped,
+        "skipped": worker.skipped,
         "log": bytes(worker.log.body).hex(),
         "losses": losses,
         "final": final,
         "numbers": sum(p.numel() for p in worker.parameters.values()),
     }
+
+
+def _nothing(loss: Callable[[int, int], Tensor], rounds: Sequence[int]) -> Callable[[int, int], Tensor]:
+    """Return a loss that is no number in the given rounds."""
+    return lambda t, j: loss(t, j) * (math.nan if t in rounds else 1.0)
 
 
 def _all_reduce(asked: dict[str, Any]) -> dict[str, Any]:

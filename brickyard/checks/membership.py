@@ -19,14 +19,15 @@ from brickyard.core.trial import Setting, prepare
 LEAKY, PRIVATE = "full", "lora + dp:epsilon=1"
 
 
-def leaks(claim: Claim, *, lr: float = 3e-4, workers: int = 2) -> dict[str, Any]:
+def leaks(claim: Claim, *, lr: float = 5e-4, workers: int = 2) -> dict[str, Any]:
     """Return {"leaky": the attack on full tuning, "private": on a private run of the same rows}, over all seeds."""
     batch = claim.batch or 16
     arms = {
         "leaky": with_training(LEAKY, lr=lr, batch=batch),
         "private": with_training(PRIVATE, batch=max(batch, claim.train_rows // 4)),
     }
-    asked = {**asked_by(claim), "training": {"epochs": claim.epochs}}
+    # Looked at in the end alone: the last weights know the rows best, and validating costs more than training here.
+    asked = {**asked_by(claim), "training": {"epochs": claim.epochs, "evaluate_every": 10**9}}
     with tempfile.TemporaryDirectory() as place:
         runs = trained(arms, asked, claim.seeds, Path(place), workers)
         scores = {name: _scores(place, name, arms[name], asked, claim.seeds) for name in arms}
@@ -40,7 +41,7 @@ def leaks(claim: Claim, *, lr: float = 3e-4, workers: int = 2) -> dict[str, Any]
     control = {
         "what": "rows that nobody trained on, in two halves",
         "measured": float(np.mean([f.auc for f in halves])),
-        "destroyed": not all(f.detected for f in halves),
+        "destroyed": not any(f.detected for f in halves),
     }
     figures = {name: [asdict(f) for f in each] for name, each in {**found, "control": halves}.items()}
     gate = {"what": "the leaky run is detected with every seed", "holds": all(detected)}

@@ -128,7 +128,7 @@ def quality(claim: Claim, *, rounds: int = 300) -> dict[str, Any]:
             model = network(WIDTHS, seed)
             if name != "start":
                 config = Config(**{**PLAIN, "codec": "f32" if name == "f32" else "byte"})
-                worker = Member(trainable(model), config, seed=seed, log=folder / f"{name}-{seed}.zolog")
+                worker = Member(trainable(model), config, seed=seed, log=folder / f"{name}-{seed}.zolog", model=model)
                 loss = shard_loss(model, data, seed, config.estimates)
                 for _ in range(rounds):
                     worker.round(_signed(loss, seed) if name == "random signs" else loss)

@@ -180,7 +180,8 @@ class _Run:
                 label = controls[_control(claim)] = f"control{len(controls) + 1 if controls else ''}"
                 changes = {"shuffle_labels": True} if claim.control.get("labels") == "shuffled" else {}
                 text = claim.control["arm"]
-                arms[label] = Contestant(label, str(parse(text)), _settings(first, text), seeds, changes=changes)
+                few = seeds[: claim.control_seeds or None]
+                arms[label] = Contestant(label, str(parse(text)), _settings(first, text), few, changes=changes)
         request = Request(
             methods=tuple(a.arm for a in arms.values()),
             base=base or first.base,

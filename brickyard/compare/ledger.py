@@ -11,6 +11,7 @@ from typing import Any
 
 from brickyard.core.errors import BadBrick
 from brickyard.core.files import write_json
+from brickyard.core.spent import PLANNED
 
 _TABLE = """create table if not exists trials (
   key text primary key, name text, role text, seed integer, arm text, status text, reason text, score real,
@@ -40,6 +41,17 @@ class Ledger:
     def trial(self, key: str) -> Path:
         """Return the folder of a trial."""
         return self.folder / "trials" / key
+
+    def begin(self, key: str) -> Path:
+        """Make an empty folder for a trial; what an earlier attempt at it may have spent of privacy stays on record."""
+        folder = self.trial(key)
+        if (folder / PLANNED).is_file():
+            (self.folder / "attempts").mkdir(exist_ok=True)
+            count = len(list((self.folder / "attempts").glob(f"{key}-*.json")))
+            (folder / PLANNED).replace(self.folder / "attempts" / f"{key}-{count}.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """Return the result of a finished trial, or None."""
@@ -99,13 +111,30 @@ class Ledger:
         with contextlib.closing(self._open()) as connection:
             return connection.execute("select total(seconds) from trials where role = ?", (role,)).fetchone()[0]
 
-    def all(self) -> list[dict[str, Any]]:
-        """Return the results of all finished trials, of every role."""
-        keys = sorted(path.parent.name for path in (self.folder / "trials").glob("*/result.json"))
-        return [row for key in keys if (row := self.finished(key)) is not None]
+    def started(self) -> list[dict[str, Any]]:
+        """Return all trials that were started: the finished ones, and attempts that were repeated or cut short.
+
+        Each has, under "planned", what a private one would have spent (None: it is not private, or ended before that
+        was known); an attempt without a result has the status "unfinished" and no arm.
+        """
+        rows = []
+        for folder in sorted((self.folder / "trials").glob("*")):
+            row, planned = self.finished(folder.name), folder / PLANNED
+            plan = _read(planned) if planned.is_file() else None
+            if row is not None:
+                rows.append({**row, "planned": plan})
+            elif plan is not None:
+                rows.append({"status": "unfinished", "arm": "", "value": None, "planned": plan})
+        for path in sorted((self.folder / "attempts").glob("*.json")):
+            rows.append({"status": "unfinished", "arm": "", "value": None, "planned": _read(path)})
+        return rows
 
     def forget_bricks(self) -> None:
         """Delete the bricks and checkpoints of all trials; their numbers and answers are kept."""
         for name in ("brick", "checkpoints"):
             for folder in (self.folder / "trials").glob(f"*/{name}"):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -86,7 +86,7 @@ def compare(
         result = assemble(
             run.rows(plan), plan, data, base, task, command, search_seconds=searched, untouched=run.untouched(plan)
         )
-        if (spent := privacy.total(run.ledger.all())) is not None:
+        if (spent := privacy.total(run.ledger.started())) is not None:
             result["privacy"] = spent
         run.keep_best(result)
         write_json(folder / "result.json", result)
@@ -248,8 +248,7 @@ class _Run:
             if done is not None and done["status"] in ("done", "refused"):
                 rows[key] = done
                 continue
-            shutil.rmtree(self.ledger.trial(key), ignore_errors=True)
-            self.ledger.trial(key).mkdir(parents=True)
+            folder = self.ledger.begin(key)
             predicted = plan["predicted_seconds"].get(arm["name"], 0.0)
             jobs.append(
                 Job(
@@ -257,9 +256,9 @@ class _Run:
                     function="brickyard.core.trial:run",
                     threads=plan["threads"],
                     memory=self.request.memory,
-                    argument={**argument, "folder": str(self.ledger.trial(key)), "code": plan["identity"]["code"]},
+                    argument={**argument, "folder": str(folder), "code": plan["identity"]["code"]},
                     seconds=max(FLOOR, LIMIT * predicted),
-                    log=str(self.ledger.trial(key) / "log.txt"),
+                    log=str(folder / "log.txt"),
                 )
             )
         self.listen({"event": "start", "jobs": len(jobs), "finished": len(rows)})

@@ -133,8 +133,10 @@ class Step(Protocol):
     """One way of updating the parameters from a batch; an arm's step may replace `Backprop`.
 
     `backward` says whether it runs a backward pass; `report` what a run tells of it (JSON-like; {} for nothing). One
-    that takes a batch in parts of so many rows has them as `microbatch`, so that their memory is counted. Called
-    with (weight, micro-batch) pairs, of which there is none where the sampler drew no row, it returns the mean loss.
+    that takes a batch in parts of so many rows has them as `microbatch`, so that their memory is counted. A private one
+    has `planned()`, what the whole run will have spent (see `core.spent`), and `only_last = True` where earlier weights
+    than the last are not covered: then the run's checkpoints go once its brick stands. Called with (weight,
+    micro-batch) pairs, of which there is none where the sampler drew no row, it returns the mean loss.
     """
 
     @property
@@ -240,7 +242,7 @@ def batch_loss(attached: Attached, task: Task, batch: dict[str, Any]) -> Tensor:
 class Trained:
     """What a run did: learning curve, seconds (monotonic clock, evaluation apart), and where the best weights were.
 
-    `report` is what its step tells.
+    `report` is what its step tells; with `only_last` no weights but the last may stay behind.
     """
 
     history: list[dict[str, Any]]
@@ -249,6 +251,7 @@ class Trained:
     best_step: int
     stopped: str
     report: dict[str, Any]
+    only_last: bool = False
 
 
 def autocast(accelerator: Accelerator, precision: str) -> Any:
@@ -336,7 +339,8 @@ def train(
     state.hooks("end", state)
     model.eval()
     best = state.best["step"] if state.best else state.step
-    return Trained(state.history, state.step, seconds, best, stopped, step.report())
+    only_last = bool(getattr(step, "only_last", False))
+    return Trained(state.history, state.step, seconds, best, stopped, step.report(), only_last)
 
 
 def _rows(order: Sampler, per_epoch: int, start: int, total: int) -> Iterator[np.ndarray]:

@@ -45,6 +45,7 @@ class Claim:
     arms: dict[str, str] = field(default_factory=dict)
     # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
     control: dict[str, str] = field(default_factory=dict)
+    control_seeds: int = 0  # of its arm, where one that fails by a wide margin needs few; 0: as many as the others
     gate: str = ""  # inequality that must hold for the set-up to be valid
     data: str = "embedded:stdlib-topics"
     base: str = "embedded:minilm"

@@ -172,16 +172,26 @@ def least_noise(epsilon_at: Callable[[float], float], epsilon: float, *, digits:
 
 
 def compose(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the total privacy of all runs that used the same rows: {"epsilon", "delta", "kind", "runs", "how"}.
+    """Return the total privacy of all runs that used the same rows.
 
     reports: what the `report()` of private steps gave, with or without the key "privacy" around it. Runs that list
     their `mechanisms` are composed exactly, as one long run, at the largest of their deltas; a run that only states
-    (epsilon, delta) adds both. Every report must be certified, else UsageError: a sum with an estimate proves nothing.
+    (epsilon, delta) adds both.
+
+    Returns {"epsilon", "delta", "kind", "adjacency", "runs", "how"}. Raises UsageError for a report that is not
+    certified (a sum with an estimate proves nothing), that does not state its adjacency (what must not be told apart),
+    or states another one than the others: see `by_adjacency`.
     """
-    found = [dict(report.get("privacy", report)) for report in reports]
+    found = [_plain(report) for report in reports]
     for one in found:
         if one.get("kind") != "certified":
             raise UsageError(f"only certified reports add up to a certified total; one is {one.get('kind')!r}.")
+    kinds = sorted({_adjacency(one) for one in found})
+    if len(kinds) > 1:
+        raise UsageError(
+            f"reports for {' and '.join(kinds)} neighbours hide different things and have no common total; compose "
+            "those of one adjacency (by_adjacency does)."
+        )
     listed = [one for one in found if one.get("mechanisms")]
     stated = [one for one in found if not one.get("mechanisms")]
     epsilon, delta = sum(float(one["epsilon"]) for one in stated), sum(float(one["delta"]) for one in stated)
@@ -192,7 +202,37 @@ def compose(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     how = " and ".join(
         text for text, some in (("composed loss distributions", listed), ("sums of epsilon and delta", stated)) if some
     )
-    return {"epsilon": epsilon, "delta": delta, "kind": "certified", "runs": len(found), "how": how}
+    adjacency = kinds[0] if kinds else None
+    return {
+        "epsilon": epsilon,
+        "delta": delta,
+        "kind": "certified",
+        "adjacency": adjacency,
+        "runs": len(found),
+        "how": how,
+    }
+
+
+def by_adjacency(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one total for each adjacency that the reports state, in the order of its name; errors as of `compose`."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        groups.setdefault(_adjacency(_plain(report)), []).append(report)
+    return [compose(group) for _, group in sorted(groups.items())]
+
+
+def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(report.get("privacy", report))
+
+
+def _adjacency(report: Mapping[str, Any]) -> str:
+    """Return which data sets a report calls neighbours."""
+    if not report.get("adjacency"):
+        raise UsageError(
+            'a report does not state its adjacency, so nobody knows what its epsilon hides; add "adjacency", as '
+            '"add-or-remove" or "replace-one".'
+        )
+    return str(report["adjacency"])
 
 
 def sentence(report: Mapping[str, Any]) -> str:

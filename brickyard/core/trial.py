@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ from brickyard.core.loop import Training, batch_loss, train, train_mode
 from brickyard.core.objective import check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import Drift, Retention
+from brickyard.core.spent import announced
 from brickyard.core.split import support
 from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
@@ -270,7 +272,7 @@ def tune(
         allow_change=allow_change,
         callbacks=callbacks,
         curriculum=curriculum,
-        make_step=step_of(ready.plan, len(train_rows), task),
+        make_step=announced(step_of(ready.plan, len(train_rows), task), folder),
         device=setting.device,
     )
     proof = receipt(before, attached.model, attached, probe, base_logits)
@@ -321,6 +323,8 @@ def tune(
     }
     made = bricks.save(folder / "brick", attached, ready.plan, ready.base, task, seed=setting.seed, about=about)
     result["cost"]["brick_bytes"] = made.bytes
+    if trained.only_last and (folder / "checkpoints").is_dir():
+        shutil.rmtree(folder / "checkpoints")
     return result
 
 

@@ -6,6 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from brickyard.core.errors import Refused
+
+LONGEST = 2**26  # bytes of a text: digests of a million tensors; what claims to be longer is not allocated
+
 
 class Members:
     """The members of a process group; one alone where there is none.
@@ -31,20 +35,24 @@ class Members:
         return [found.cpu() for found in out]
 
     def texts(self, text: str) -> list[str]:
-        """Return the texts of all members."""
+        """Return the texts of all members; Refused, on all alike, where one claims a length that no text has."""
         raw = text.encode()
         lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(raw)])))]
+        for rank, length in enumerate(lengths):
+            if not 0 <= length <= LONGEST:
+                raise Refused(f"member {rank} claims a text of {length} bytes; expected at most {LONGEST}.")
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        if raw:
+            padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         return [t[:n].numpy().tobytes().decode() for t, n in zip(self.gather(padded), lengths, strict=True)]
 
     def from_one(self, source: int, raw: bytes, size: int) -> bytes:
-        """Return the `size` bytes of the member `source`."""
+        """Return the first `size` bytes of the member `source`."""
         if self.world == 1 or not size:
-            return raw
+            return raw[:size]
         sent = torch.zeros(size, dtype=torch.uint8, device=self._device)
         if self.rank == source:
-            sent.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+            sent.copy_(torch.frombuffer(bytearray(raw[:size]), dtype=torch.uint8))
         src = source if self.group is None else dist.get_global_rank(self.group, source)
         dist.broadcast(sent, src, group=self.group)
         return sent.cpu().numpy().tobytes()

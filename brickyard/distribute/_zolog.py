@@ -1,4 +1,7 @@
-"""The file of a one-byte run: magic, the header's length (8 bytes, little-endian), the header (JSON), codes."""
+"""The file of a one-byte run: magic, the header's length (8 bytes, little-endian), the header (JSON), codes.
+
+A round that was appended is on the disk: it survives a power cut, after which the weights are rebuilt from it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from brickyard.core.errors import BadBrick, BrickyardError, Refused
+from brickyard.core.files import write_bytes
 
 MAGIC = b"zolog1\n\0"
 
@@ -34,9 +38,7 @@ class LogFile:
             raw = MAGIC + len(text).to_bytes(8, "little") + text
             start, self.header = len(raw), header
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(raw)
-            temporary.replace(path)
+            write_bytes(path, raw)
         try:
             self.round_bytes = round_bytes(self.header)
         except (KeyError, TypeError, ValueError, BrickyardError) as error:
@@ -52,10 +54,19 @@ class LogFile:
         return len(self.body) // self.round_bytes
 
     def append(self, codes: bytes) -> None:
-        """Add the codes of whole rounds."""
+        """Add the codes of whole rounds; they are on the disk when this returns."""
         with open(self.path, "ab") as file:
             file.write(codes)
+            file.flush()
+            os.fsync(file.fileno())
         self.body += codes
+
+    def drop(self, rounds: int) -> None:
+        """Take the last `rounds` rounds off again."""
+        cut = rounds * self.round_bytes
+        if cut:
+            os.truncate(self.path, self.path.stat().st_size - cut)
+            del self.body[-cut:]
 
 
 def same_header(whose: str, other: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -11,12 +11,17 @@ The byte: a sign bit and seven bits e + 64, e = clip(round(8 ln |p|), -63, 63), 
 the smallest step. Base + bytes + seed are the whole fine-tuning: the log (`.zolog`) rebuilds the weights.
 
 Estimates are numbered in the round, not in their member, so a member that leaves or joins changes who computes, not
-what is applied. Under torchrun's elastic restart every member opens its log again; the longest is everybody's, and
-replaying it brings each to the same weights. A round counts once it is in a log, before it is applied.
+what is applied. Under torchrun's elastic restart every member opens its log again, and replaying the rounds that at
+least two of them hold alike brings each to the same weights. A round is on the disk before it is applied, and the next
+begins only when all have sent theirs: so an interruption leaves at most one round that a single member holds. It is
+dropped and computed again; nothing is lost with it, for weights are always rebuilt from the log.
 
-Bounded, not detected: a member that sends garbage. Of every p no more counts than `clip` times the median |p| of the
-last rounds, which holds as long as less than half of the estimates are false. Not private: seed and p together are a
-directional derivative of a member's loss.
+Detected, on all members: another base, configuration, seed or release; logs that forked; weights that differ
+(`hash_every`); a log that is more than that one round longer than any other, which one member could have invented.
+Bounded: a member that sends false scalars. Of every p no more counts than `clip` times the median |p| of the last
+rounds, which holds as long as less than half of the estimates are false. Neither: false scalars within that bound, and
+two members that hold the same invented rounds. A loss that is no number travels as minus zero, which moves nothing.
+Not private: seed and p together are a directional derivative of a member's loss.
 
 Source: Zelikman et al., "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized Language Model Finetuning
 Using Shared Randomness", 2023. Headline claim: one byte per gradient instead of 4 d, with the same course of the loss.
@@ -41,7 +46,8 @@ from torch import Tensor, nn
 
 import brickyard
 from brickyard.core import noise
-from brickyard.core.errors import NotFinite, ParityBroken, Refused, RunFailed, UsageError, WrongBase
+from brickyard.core.errors import NotFinite, ParityBroken, Refused, RunFailed, UnknownName, UsageError, WrongBase
+from brickyard.core.forwards import refuse_unlike_forwards
 from brickyard.core.method import Claim, Record
 from brickyard.distribute._members import Members
 from brickyard.distribute._zolog import LogFile, same_header
@@ -72,11 +78,14 @@ RECORD = Record(
 )
 
 WIDTH = {"byte": 1, "f16": 2, "f32": 4}
+REDUCTIONS = ("sqrt", "mean")
 STEPS = 8  # of the byte's exponent per e-fold
 _FLOATS = {"f16": torch.float16, "f32": torch.float32}
 _SIGN, _BIAS, _LARGEST = 128, 64, 63
 _OVERFLOW = 0.01  # share of the scalars at the upper end of the codec's range that is too many
 _ENOUGH = 200  # scalars to judge that share by
+_IN_A_ROW = 20  # rounds without a finite scalar before a run is given up: such weights do not recover
+_MOST_BYTES = 2**30  # of a log that a member may claim to hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +112,9 @@ class Config:
     """rounds between two comparisons of all members' weights; 0: never"""
 
     def __post_init__(self) -> None:
+        for what, given, known in (("codec", self.codec, WIDTH), ("reduction", self.reduction, REDUCTIONS)):
+            if given not in known:
+                raise UnknownName.among(f"one-byte {what}", str(given), known)
         checks = {
             "eps": math.isfinite(self.eps) and self.eps > 0,
             "lr": math.isfinite(self.lr) and self.lr >= 0,
@@ -125,11 +137,25 @@ def encode(p_n: Sequence[float], codec: str = "byte") -> Tensor:
     if codec in _FLOATS:
         dtype = _FLOATS[codec]
         most = torch.finfo(dtype).max
-        return p.clamp(-most, most).to(dtype).view(torch.uint8)
+        return (p.clamp(-most, most).to(dtype) + 0.0).view(torch.uint8)  # minus zero, which is no scalar, becomes zero
     smallest = math.exp(-_LARGEST / STEPS)
     exponent = (STEPS * p.abs().clamp(min=smallest).log()).round().clamp(-_LARGEST, _LARGEST)
     code = exponent.to(torch.int64) + _BIAS + _SIGN * (p < 0)
     return torch.where(p.abs() < smallest / 2, 0, code).to(torch.uint8)
+
+
+def encode_found(p_n: Sequence[float], codec: str = "byte") -> Tensor:
+    """Return the codes of what was found: as `encode`, but what is no number becomes minus zero and moves nothing."""
+    codes = encode([p if math.isfinite(p) else 0.0 for p in p_n], codec).view(-1, WIDTH[codec])
+    for j, p in enumerate(p_n):
+        if not math.isfinite(p):
+            codes[j, -1] = _SIGN  # which is in the last byte of every codec
+    return codes.view(-1)
+
+
+def skipped(p: Tensor) -> Tensor:
+    """Return which scalars stand for a loss that was no number: bool, in the shape of `p`."""
+    return (p == 0) & p.signbit()
 
 
 def decode(codes: Tensor, codec: str = "byte") -> Tensor:
@@ -178,7 +204,12 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model that train, by name, each once."""
+    """Return the parameters of a model that train, by name, each once.
+
+    Raises UsageError where there are none, Refused where dropout or moving batch statistics would make the two losses
+    of an estimate differ by more than the weights: call `model.eval()` first.
+    """
+    refuse_unlike_forwards(model)
     found = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise UsageError("no parameter of the model trains; leave requires_grad on where it should.")
@@ -249,6 +280,7 @@ class Member:
 
     Args:
         parameters: the weights that train, by name, as they are in the base (see `trainable`); changed in place.
+        model: held, in every round, to answer alike twice; without it nobody sees that it was put to training mode.
         log: this member's own file; members with files of one run, or with none yet, can stand in for each other.
         group: a process group of torch.distributed (gloo or NCCL); without one, torch's own default if there is one,
             else this member is alone.
@@ -264,8 +296,11 @@ class Member:
         seed: int,
         log: Path,
         group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        self.parameters, self.config = dict(parameters), config
+        self.parameters, self.config, self.model = dict(parameters), config, model
+        if model is not None:
+            refuse_unlike_forwards(model)
         self.members = Members(group, next(iter(self.parameters.values())).device)
         if self.members.world > config.estimates:
             raise UsageError(
@@ -279,6 +314,8 @@ class Member:
         """bytes of the tensors that this member has handed to collectives in rounds"""
         self.clipped = 0
         """scalars of all members that exceeded the bound so far, in this process"""
+        self.skipped = 0
+        """estimates of all members whose loss was no number so far, in this process"""
         self._overflowed = 0
         self._catch_up()
         replay(self.parameters, self.log)
@@ -286,17 +323,20 @@ class Member:
         self._kept = [theta.clone() for theta in self.parameters.values()]
 
     def round(self, loss: Callable[[int, int], Tensor]) -> float:
-        """Run one round; return the mean loss of this member's estimates (NaN if it has none).
+        """Run one round; return the mean loss of this member's estimates (NaN if none of them is a number).
 
         loss: (round, estimate) -> scalar, called twice for each of this member's estimates, on the same batch; the
-        model in evaluation mode. Raises NotFinite where it is no number (this member leaves), ParityBroken where the
-        weights of two members differ, RunFailed where the codec's range is too small for the scalars.
+        model in evaluation mode. An estimate whose loss is no number is skipped and counted. Raises, on every member
+        alike, NotFinite where no scalar of 20 rounds in a row is a number, ParityBroken where the weights of two
+        members differ, RunFailed where the codec's range is too small for the scalars.
         """
+        if self.model is not None:
+            refuse_unlike_forwards(self.model)
         t, config = self.log.rounds, self.config
         share, rank = math.ceil(config.estimates / self.members.world), self.members.rank
         mine = range(rank * share, min((rank + 1) * share, config.estimates))
         found = [self._estimate(noise.key(self.log.seed, t, j), lambda j=j: loss(t, j)) for j in mine]
-        codes = encode([p / config.unit for p, _ in found], config.codec)
+        codes = encode_found([p / config.unit for p, _ in found], config.codec)
         # Members at the end may have fewer estimates; a collective takes equal sizes.
         sent = torch.zeros(share * WIDTH[config.codec], dtype=torch.uint8)
         sent[: len(codes)] = codes
@@ -308,7 +348,8 @@ class Member:
         self.remember()
         if config.hash_every and (t + 1) % config.hash_every == 0:
             self.compare()
-        return sum(value for _, value in found) / len(found) if found else math.nan
+        values = [value for p, value in found if math.isfinite(p)]
+        return sum(values) / len(values) if values else math.nan
 
     def remember(self) -> None:
         """Take the weights as they are now for those that estimates return to; `round` does it itself."""
@@ -348,8 +389,16 @@ class Member:
             noise.add_(theta, [(key, scale)], parameter=number)
 
     def _judge(self, p_n: Tensor, bound: float) -> None:
-        """Count what is clipped, and refuse to go on where honest scalars exceed the codec's range."""
+        """Count what is skipped and clipped, and refuse to go on where honest scalars exceed the codec's range."""
         config, sizes = self.config, p_n.abs()
+        self.skipped += int(skipped(p_n).sum())
+        # Of the log, so that all members, and those that were started again, come to the same answer.
+        last = self.log.scalars(max(0, self.log.rounds - _IN_A_ROW), self.log.rounds)
+        if len(last) == _IN_A_ROW and bool(skipped(last).all()):
+            raise NotFinite(
+                f"no loss of any member was finite in {_IN_A_ROW} rounds in a row, up to round {self.log.rounds}; "
+                "lower lr or eps, or check the data."
+            )
         self.clipped += int((sizes > bound).sum())
         self._overflowed += int(((sizes >= largest(config.codec) * config.unit) & (sizes <= bound)).sum())
         seen = self.log.rounds * config.estimates
@@ -360,18 +409,39 @@ class Member:
             )
 
     def _catch_up(self) -> None:
-        """Take over the longest log of all; Refused, on every member, where another is not its beginning."""
-        counts = [int(text) for text in self.members.texts(str(self.log.rounds))]
+        """Bring this log to the rounds that two members hold; Refused, on every member, where their logs disagree."""
+        counts = self._claimed()
         source = counts.index(max(counts))
-        body = self.members.from_one(source, bytes(self.log.body), max(counts) * self.log.round_bytes)
-        fits = body.startswith(bytes(self.log.body))
+        agreed = sorted(counts)[-2] if len(counts) > 1 else counts[0]
+        alone = counts[source] - agreed
+        if alone > 1:
+            raise Refused(
+                f"the log of member {source} holds {alone} rounds more than any other's, which it could have invented. "
+                f"Copy that file to another member if you trust it, else delete it at member {source}; then start all "
+                "members again."
+            )
+        size = agreed * self.log.round_bytes
+        body = self.members.from_one(source, bytes(self.log.body), size)
+        fits = body.startswith(bytes(self.log.body[:size]))
         forked = [rank for rank, text in enumerate(self.members.texts(str(int(fits)))) if text == "0"]
         if forked:
             raise Refused(
                 f"the logs of members {forked} are not the beginning of member {source}'s, the longest: they belong "
                 "to other runs, or forked. Delete them and start these members again."
             )
-        self.log.append(body[len(self.log.body) :])
+        # An interrupted round, which nobody else has, is computed again.
+        self.log.drop(max(0, self.log.rounds - agreed))
+        if len(body) > len(self.log.body):
+            self.log.append(body[len(self.log.body) :])
+
+    def _claimed(self) -> list[int]:
+        """Return how many rounds each member says it holds; Refused where that is no number, or one of no run."""
+        most, counts = _MOST_BYTES // self.log.round_bytes, []
+        for rank, text in enumerate(self.members.texts(str(self.log.rounds))):
+            if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
+                raise Refused(f"member {rank} claims a log of {text[:30]!r} rounds; expected at most {most:,}.")
+            counts.append(int(text))
+        return counts
 
 
 @functools.cache

@@ -218,7 +218,7 @@ class Merge:
                 out = torch.empty(self.base.places[name][1].elements)
 
                 def fill(piece: Piece, known: Any = known, out: Tensor = out) -> None:
-                    out[piece.start : piece.start + piece.count] = self._change(work, piece, known)[0]
+                    out[piece.start : piece.start + piece.count] = self._change(work, piece, known)
 
                 deque(work.run(fill, pieces_of(name, len(out))), maxlen=0)
                 yield name, out.reshape(self.base.places[name][1].shape)
@@ -275,15 +275,17 @@ class Merge:
             torch.set_num_threads(threads)
 
     def _load(self, work: _Workers, piece: Piece, *, change: bool) -> tuple[Tensor, list[Tensor]]:
-        """Read a piece of the base and of every model: weights, or changes."""
+        """Read a piece of the base and of every model: weights, or changes; NotFinite names what holds NaN."""
         own = work.buffers
         base_n = own.base[: piece.count]
         self.base.weights(work.files, piece.name, piece.start, base_n, own.raw)
+        _assert_finite(base_n, piece.name, self.base.label)
         out = []
         for model, buffer in zip(self.models, own.models, strict=True):
             model_n = buffer[: piece.count]
             if piece.name in model:
                 model.read(work.files, piece.name, piece.start, base_n, model_n, own.raw, change=change)
+                _assert_finite(model_n, piece.name, model.label)
             elif change:
                 model_n.zero_()
             else:
@@ -291,11 +293,11 @@ class Merge:
             out.append(model_n)
         return base_n, out
 
-    def _change(self, work: _Workers, piece: Piece, known: Any) -> tuple[Tensor, Tensor]:
-        """Return a piece of the merged change before its final scale, and of the base."""
+    def _change(self, work: _Workers, piece: Piece, known: Any) -> Tensor:
+        """Return a piece of the merged change before its final scale."""
         base_n, models = self._load(work, piece, change=not self.rule.weights)
         merged_n = self.rule.combine(base_n, models, known, piece)
-        return (merged_n - base_n if self.rule.weights else merged_n), base_n
+        return merged_n - base_n if self.rule.weights else merged_n
 
     def _survey(self, work: _Workers, names: Sequence[str]) -> Any:
         """Run the rule's survey over some tensors together; None where it has none."""
@@ -338,7 +340,7 @@ class Merge:
         def both(piece: Piece, known: Any) -> tuple[float, float]:
             _, models = self._load(work, piece, change=True)
             total = torch.stack(models).sum(0).abs().sum(dtype=torch.float64)
-            change_n, _ = self._change(work, piece, known)
+            change_n = self._change(work, piece, known)
             return float(total), float(change_n.abs().sum(dtype=torch.float64))
 
         for name in self.changed:
@@ -452,11 +454,9 @@ class _Shard:
         """Return a piece of the result in float32."""
         merge, rule = self.merge, self.merge.rule
         base_n, models = merge._load(self.work, piece, change=not rule.weights)
-        _assert_finite(base_n, piece.name, merge.base.label)
         if piece.name not in self.scales:
             return base_n
-        for i, (model, model_n) in enumerate(zip(merge.models, models, strict=True)):
-            _assert_finite(model_n, piece.name, model.label)
+        for i, model_n in enumerate(models):
             if not seen.moved[i]:
                 seen.moved[i] = not torch.equal(model_n, base_n) if rule.weights else bool(model_n.any())
         seen.equal = {(a, b): same and torch.equal(models[a], models[b]) for (a, b), same in seen.equal.items()}

@@ -20,7 +20,18 @@ from torch import Tensor
 from brickyard.core.errors import Refused, UnsafeFile
 from brickyard.core.files import TensorInfo
 
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # what is merged
+_READ = {  # what a head may hold besides
+    **FLOATS,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_COUNTER = "num_batches_tracked"  # of a batch norm: how long it trained, which no output depends on
 PIECE = 2**18  # elements that are worked on at once: a megabyte of float32, which stays in a core's cache
 _TABLE = 10  # lines of a refusal
 
@@ -216,7 +227,7 @@ def misfits(base: Places, model: Places, label: str, names: Names, *, whole: boo
     vocabulary = max((info.shape for _, info in base.values() if len(info.shape) == 2), default=None)
     for name, (_, info) in base.items():
         if name not in names.own:
-            if whole and info.dtype in FLOATS:
+            if whole and (info.dtype in FLOATS or info.dtype.startswith("F")):
                 rows.append([label, name, say(info), "missing"])
             continue
         found = model[names.own[name]][1]
@@ -233,15 +244,51 @@ def misfits(base: Places, model: Places, label: str, names: Names, *, whole: boo
     return rows
 
 
+def unmergeable(base: Places, model: Places, label: str, names: Names) -> list[list[str]]:
+    """Return rows, as `misfits` does, of tensors of other types than are merged whose bytes are not the base's.
+
+    The merge holds the base's bytes there: quantised weights, float64 or masks that were changed would be lost in
+    silence. Counters of batch norms are the base's.
+    """
+    rows, files = [], Files()
+    try:
+        for name, own in sorted(names.own.items()):
+            (path, info), (other, found) = base[name], model[own]
+            fits = found.dtype == info.dtype and found.shape == info.shape  # else `misfits` has a row of it
+            if info.dtype in FLOATS or not fits or name.endswith(_COUNTER):
+                continue
+            if not _same_bytes(files, (path, info), (other, found)):
+                say = f"{info.dtype} {list(info.shape)}"
+                rows.append([label, name, say, f"{say}, other values"])
+    finally:
+        files.close()
+    return rows
+
+
+def _same_bytes(files: Files, one: tuple[Path, TensorInfo], other: tuple[Path, TensorInfo]) -> bool:
+    """Compare two tensors of one size on disk, piece by piece."""
+    size = one[1].end - one[1].start
+    pieces = [torch.empty(min(8 * PIECE, size), dtype=torch.uint8) for _ in range(2)]
+    for at in range(0, size, 8 * PIECE):
+        count = min(8 * PIECE, size - at)
+        for (path, info), piece in zip((one, other), pieces, strict=True):
+            files.read(path, info.start + at, piece[:count])
+        if not torch.equal(pieces[0][:count], pieces[1][:count]):
+            return False
+    return True
+
+
 def tensors_at(places: Places, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read some small tensors whole, in the dtype in which they are stored."""
+    """Read some small tensors whole, in the dtype in which they are stored; Refused for one that torch has not."""
     files, out = Files(), {}
     try:
         for name in names:
             path, info = places[name]
+            if info.dtype not in _READ:
+                raise Refused(f"{path}: tensor {name} is of type {info.dtype}; store it in a type of torch's own.")
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
             files.read(path, info.start, raw)
-            out[name] = raw.view(FLOATS[info.dtype]).reshape(info.shape)
+            out[name] = raw.view(_READ[info.dtype]).reshape(info.shape)
     finally:
         files.close()
     return out
@@ -291,5 +338,6 @@ def refuse(rows: Sequence[Sequence[str]]) -> None:
         f"{len(rows)} tensors do not fit the base, and none is cropped, cast or left out:\n"
         + "\n".join(lines)
         + more
-        + "\nGive models fine-tuned from this base with its vocabulary, depth and dtype (--dtype lets dtypes differ)."
+        + "\nGive models fine-tuned from this base with its vocabulary, depth and dtype (--dtype lets dtypes differ).\n"
+        "Only float16, bfloat16 and float32 are merged: dequantise quantised weights, and store float64 as float32."
     )

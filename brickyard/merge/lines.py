@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from brickyard.core.errors import NoEffect, Refused, UsageError
+from brickyard.core.errors import NoEffect, NotFinite, Refused, UsageError
 from brickyard.core.method import Claim, Record
 
 if TYPE_CHECKING:
@@ -132,8 +132,13 @@ def scale_by_depth(
 
 
 def closed_alpha(models: int, summed: float, merged: float) -> float:
-    """Return alpha = (1/T) |sum_t tau_t|_1 / |tau|_1 from the two norms; 1/T where tau is the plain sum."""
-    if not merged > 0:
+    """Return alpha = (1/T) |sum_t tau_t|_1 / |tau|_1 from the two norms; 1/T where tau is the plain sum.
+
+    Raises NoEffect where tau is zero, NotFinite where a norm is no number.
+    """
+    if not (math.isfinite(summed) and math.isfinite(merged)):
+        raise NotFinite(f"lines: the changes' L1 norms are {summed} and {merged}; a model holds NaN or infinity.")
+    if merged == 0:
         raise NoEffect("lines: the merged change is zero everywhere; there is nothing to scale.")
     return summed / merged / models
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from brickyard.core import noise
 from brickyard.core.errors import NotFinite, Refused, UnknownName, UsageError
+from brickyard.core.forwards import refuse_unlike_forwards
 from brickyard.optim._zo_step import (
     ESTIMATORS,
     GAUSSIAN,
@@ -247,17 +247,6 @@ class ZerothOrder(torch.optim.Optimizer):
             p = every[int(place)]
             self.state[p] = {k: v.to(p.device if k != "step" else "cpu") for k, v in given.items()}
         self.counts = {k: int(v) for k, v in state_dict["counts"].items()}
-
-
-def refuse_unlike_forwards(model: nn.Module) -> None:
-    """Raise Refused where two forwards of the same input would differ, or change what no step decided."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise Refused(f"{name} is a batch norm whose statistics every forward would move; call model.eval() first.")
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise Refused(f"{name} drops out other numbers in every forward; call model.eval() first.")
 
 
 def _warn_of_rounding(parameters: Parameters, eps: float) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -39,6 +40,7 @@ from brickyard.private._per_sample import clip_factors
 Keep = Literal["last", "best"]
 _VIEW = "view "  # before the names of its tensors in a checkpoint
 _COVERS = "the weights, towards one row of train more or less; not the learning curve, the receipt or the scores"
+_ADJACENCY = "add-or-remove"  # of one row: what Poisson sampling is accounted for
 
 
 class Poisson:
@@ -147,8 +149,8 @@ class PrivateStep(Backprop):
         self.model, self.task, self.rows = attached.model, task, rows
         self.clip, self.delta, self.microbatch, self.order = clip, delta, microbatch, order
         rate = sample_rate(training, rows)
-        noise = noise_for(rate, training.total_steps(rows))
-        self.mechanism = Mechanism(noise, rate, 0)
+        self.whole = Mechanism(noise_for(rate, training.total_steps(rows)), rate, training.total_steps(rows))
+        self.mechanism = replace(self.whole, steps=0)
         self.earlier: list[Mechanism] = []  # of a run that was resumed under other settings
         self.view = view(self.named)
         self.engine: Engine | None = None
@@ -190,8 +192,7 @@ class PrivateStep(Backprop):
         self.optimiser.step()
         state.hooks("after_step", state)
         self.optimiser.zero_grad(set_to_none=True)
-        m = self.mechanism
-        self.mechanism = Mechanism(m.noise_multiplier, m.sample_rate, m.steps + 1)
+        self.mechanism = replace(self.mechanism, steps=self.mechanism.steps + 1)
         if losses:
             self.loss = float(torch.cat(losses).mean())
         return self.loss
@@ -232,6 +233,7 @@ class PrivateStep(Backprop):
             "epsilon": epsilon_of(taken, self.delta),
             "delta": self.delta,
             "kind": "certified",
+            "adjacency": _ADJACENCY,
             "estimate": self._estimate(taken),
             "noise_multiplier": self.mechanism.noise_multiplier,
             "sample_rate": self.mechanism.sample_rate,
@@ -243,6 +245,15 @@ class PrivateStep(Backprop):
             "mechanisms": listed(taken),
         }
         return {"privacy": found}
+
+    def planned(self) -> dict[str, Any]:
+        """Return what all steps of the run will have cost, to be composed with other runs."""
+        return {
+            "delta": self.delta,
+            "kind": "certified",
+            "adjacency": _ADJACENCY,
+            "mechanisms": listed([self.whole]),
+        }
 
     def _estimate(self, taken: list[Mechanism]) -> dict[str, Any]:
         how = {"kind": "estimate", "accountant": f"Edgeworth, order {self.order}"}

@@ -20,7 +20,8 @@ Source: Koskela and Romijnders, "Convex Approximation of Two-Layer ReLU Networks
 arXiv 2407.04884; the reformulation: Pilanci and Ergen, arXiv 2002.10553. Headline: on MNIST and Fashion-MNIST as good
 at equal epsilon as DP-SGD on the ReLU network, and better than logistic regression trained in the same way. Left out:
 the cone constraints of the reformulation (as in the paper), convolutions, and a defence against attacks on
-floating-point noise. What is evaluated on the way, or printed of the training rows, is not covered: only V is.
+floating-point noise. What is evaluated on the way, or printed of the training rows, is not covered: only V is. While
+a run lasts its checkpoints hold an earlier V; they are deleted once the brick stands.
 """
 
 from __future__ import annotations
@@ -99,7 +100,11 @@ RECORD = Record(
 
 Pool = Literal["mean", "cls"]
 Adjacency = Literal["zero-out", "replace-one"]
-_COVERS = "the last iterate's weights, towards one row of train; not the learning curve, the receipt or the scores"
+_COVERS = (
+    "the last iterate's weights, towards one row of train; not the learning curve, the receipt, the scores, or the "
+    "checkpoints of a run that did not finish"
+)
+_PLANNED = ("epsilon", "delta", "kind", "adjacency", "mechanisms")
 _LARGEST = 2**30  # bytes of V: beyond it, gates are a mistake
 
 
@@ -279,6 +284,7 @@ class NoisyCGD:
 
     backward = False
     optimiser = None
+    only_last = True
 
     def __init__(self, config: Config, attached: Attached, training: Training, *, rows: int, classes: int) -> None:
         module = getattr(attached.model, "head", None)
@@ -355,6 +361,11 @@ class NoisyCGD:
             "accountant": asdict(accountant),
         }
         return {"privacy": found}
+
+    def planned(self) -> dict[str, Any]:
+        """Return what the run will have cost, to be composed with other runs."""
+        found = self.report()["privacy"]
+        return {key: found[key] for key in _PLANNED}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the accountant and the steps taken; no noise, for that is drawn and forgotten."""
