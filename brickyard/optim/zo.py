@@ -240,6 +240,11 @@ class Config:
         if self.rule == "conservative" and self.order == "joint":
             raise UsageError("zo-conservative judges each block by the loss: it takes them with order=coordinate.")
 
+    @property
+    def backward(self) -> bool:
+        """Whether a part of the model trains by backpropagation."""
+        return self.first > 0
+
 
 class ZerothOrderStep:
     """The loop's step: sets learning rates, evaluates the loss of the batch without gradient, updates; see `step`."""
