@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,9 @@ def test_a_closed_gate_says_set_up_invalid(monkeypatch: pytest.MonkeyPatch, tmp_
     assert {path: path.stat().st_mtime_ns for path in old} == old
     check(monkeypatch, tmp_path, text_base, claim)
     assert len(old) == 2 and all(path.stat().st_mtime_ns > before for path, before in old.items())
+
+
+def test_the_fine_tuning_of_halo_takes_as_many_steps_as_its_card_in_full() -> None:
+    claim = registry.find("halo").record.claims[1]
+    steps = [round(one.epochs * one.train_rows / one.batch) for one in (claim, replace(claim, **claim.full))]
+    assert steps == [120, 300]

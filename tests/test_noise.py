@@ -52,6 +52,17 @@ def test_a_position_has_its_value_wherever_a_draw_begins(
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_what_a_kernel_writes_counts_as_a_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unseen(theta: torch.Tensor, *_: object) -> None:
+        theta.numpy()[:] += 1
+
+    monkeypatch.setattr(noise, "_kernel", lambda kind: unseen)
+    weight = torch.nn.Parameter(torch.zeros(8))
+    before = weight._version
+    noise.add_(weight.detach(), [(noise.key(1), 0.5)], parameter=0)
+    assert weight._version > before and torch.equal(weight.detach(), torch.ones(8))
+
+
 def test_chunks_pages_and_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     start, count = noise.PAGE - 300_001, 600_000
     whole = noise.normal(9, 1, start, count)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import documents, text_data
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from brickyard.checks._decoder import Decoder, next_token_loss
 from brickyard.core import brick as bricks
 from brickyard.core import measure, noise, trial
-from brickyard.core.errors import Refused
+from brickyard.core.build import build, step_of
+from brickyard.core.errors import NotFinite, Refused, RunFailed
 from brickyard.optim._lockstep import Lockstep
-from brickyard.optim._streaming import Chain
+from brickyard.optim._streaming import Chain, Streamed
 from brickyard.optim.zo2 import Config
 
 
@@ -159,6 +161,57 @@ def test_both_forwards_are_made_with_both_signs_of_one_noise() -> None:
     z = noise.normal(noise.key(7, 0, 0, 0), number, 0, a.numel())
     assert streamed.pending is not None
     assert streamed.pending.slope == pytest.approx(float((a.flatten() * z).sum()), rel=1e-2)
+
+
+def test_a_run_of_losses_that_are_no_numbers_is_given_up_and_the_weights_stay() -> None:
+    model = decoder()
+    start, streamed = values(model), from_host(model)
+    broken = lambda: next_token_loss(model, TOKENS) * float("nan")  # noqa: E731
+    for _ in range(19):
+        streamed.step(broken, LR)
+    train(model, streamed, 1)  # one that is a number begins the count anew
+    assert streamed.in_a_row == 0
+    for _ in range(19):
+        streamed.step(broken, LR)
+    with pytest.raises(NotFinite, match="in 20 zeroth-order updates in a row, up to step 40"):
+        streamed.step(broken, LR)
+    streamed.close()
+    assert all((values(model)[n] - p).abs().max() < 0.5 for n, p in start.items())
+
+
+class Stopped(BaseException):
+    pass
+
+
+def interrupted(model: Decoder, streamed: Streamed, *, block: int = 1) -> None:
+    """Take a step that breaks off in one of the blocks, in the second forward."""
+    calls = []
+
+    def stop(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            raise Stopped
+
+    hook = model.blocks[block].register_forward_hook(stop)
+    with pytest.raises(Stopped):
+        train(model, streamed, 1)
+    hook.remove()
+
+
+def test_an_interrupted_run_neither_flushes_nor_computes_nor_takes_other_weights() -> None:
+    model = decoder()
+    streamed = from_host(model)
+    train(model, streamed, 1)
+    interrupted(model, streamed)
+    ends = [tensor.clone() for unit in streamed.chain.ends for tensor in unit.tensors]
+    for act in (streamed.flush, streamed.forget, lambda: model(TOKENS), lambda: train(model, streamed, 1)):
+        for _ in range(2):
+            with pytest.raises(RunFailed, match="interrupted"), torch.no_grad():
+                act()
+    streamed.close()
+    now = [tensor for unit in streamed.chain.ends for tensor in unit.tensors]
+    assert all(torch.equal(a, b) for a, b in zip(ends, now, strict=True)), "no second update of the ends"
+    assert not streamed.chain.blocks[0].module._forward_pre_hooks
 
 
 def twice(model: Decoder) -> Tensor:
@@ -302,6 +355,53 @@ def test_a_checkpoint_on_the_loop_resumes_exactly(text_base: Path, tmp_path: Pat
     assert same(bricks.load(tmp_path / "a" / "brick").tensors(), bricks.load(tmp_path / "b" / "brick").tensors())
     assert result["step"]["blocks"] == 2 and result["step"]["updates_skipped"] == 0
     assert result["receipt"]["moved"] and asdict(asked)["arm"] == result["arm"]
+
+
+def test_a_checkpoint_of_an_interrupted_step_is_refused(text_base: Path) -> None:
+    made, step, state, batch = ready_to_step("full + zo2", text_base)
+    step(state, [(1.0, batch)])
+    hook = made.model.register_forward_hook(lambda *_: (_ for _ in ()).throw(Stopped()))
+    with pytest.raises(Stopped):
+        step(state, [(1.0, batch)])
+    hook.remove()
+    with pytest.raises(RunFailed, match="interrupted"):
+        made.tensors()
+
+
+def ready_to_step(arm: str, base: Path) -> tuple[Any, Any, Any, dict[str, Any]]:
+    asked = trial.Setting(
+        arm=arm, base=str(base), data=text_data(48, 20), training={"steps": 6, "batch": 8}, cache=False, device="cpu"
+    )
+    ready = trial.prepare(asked, ("train",))
+    made = build(ready.plan, ready.base, ready.task, seed=0)
+    step = step_of(ready.plan, 48, ready.task)(made, ready.training)
+    state = trial._bare_state(made, ready, torch.device("cpu"))
+    return made, step, state, ready.encoded["train"].collate(np.arange(8))
+
+
+def test_the_count_of_skipped_steps_travels_with_a_checkpoint(text_base: Path) -> None:
+    broken = {"extra_loss": lambda: torch.tensor(float("nan"))}
+    made, step, state, batch = ready_to_step("full + zo2", text_base)
+    step(state, [(1.0, batch)])
+    step.attached = replace(made, **broken)
+    for _ in range(12):
+        step(state, [(1.0, batch)])
+    made, again, state, batch = ready_to_step("full + zo2", text_base)
+    again.load_state_dict(step.state_dict())
+    assert again.report()["updates_skipped"] == 12
+    again.attached = replace(made, **broken)
+    for _ in range(7):
+        again(state, [(1.0, batch)])
+    with pytest.raises(NotFinite, match="20 zeroth-order updates in a row"):
+        again(state, [(1.0, batch)])
+
+
+@pytest.mark.parametrize(("arm", "message"), [("ce-ssl", "draws anew"), ("adalora:tinit=0.1", "works on gradients")])
+def test_tuners_that_fit_no_zeroth_order_step_are_refused(
+    arm: str, message: str, text_base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=message):
+        run(f"{arm} + zo2", text_base, tmp_path)
 
 
 def test_accumulated_batches_are_refused(text_base: Path, tmp_path: Path) -> None:

@@ -137,6 +137,46 @@ def test_a_full_disk_in_the_middle_of_a_step_leaves_the_last_one(
     assert same(load_file(streamed.weights), in_memory(model, 2))
 
 
+@pytest.mark.parametrize("act", ["flush", "close"])
+@pytest.mark.parametrize("fatal", range(3))
+def test_what_is_stored_outlives_a_flush_and_a_close_after_an_interrupted_step(
+    tmp_path: Path, act: str, fatal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder(layers=2)
+    empty, streamed = from_file(model, tmp_path)
+    train(empty, streamed, 2)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(os, "pwrite", dying_at(fatal, os.pwrite))
+        train(empty, streamed, 1)
+    if act == "flush":
+        with pytest.raises(RunFailed, match="interrupted"):
+            streamed.flush()
+    streamed.close()
+    again, streamed = from_file(model, tmp_path)  # the folder is free again
+    assert streamed.steps == 2 and streamed.pending is not None
+    train(again, streamed, 1)
+    streamed.close()
+    assert same(load_file(streamed.weights), in_memory(model, 3))
+
+
+@pytest.mark.parametrize("fatal", range(3))
+def test_a_flush_that_failed_is_not_carried_out_twice(
+    tmp_path: Path, fatal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder(layers=2)
+    empty, streamed = from_file(model, tmp_path)
+    train(empty, streamed, 2)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(os, "pwrite", dying_at(fatal, os.pwrite))
+        streamed.flush()
+    with pytest.raises(RunFailed, match="interrupted"):
+        streamed.flush()
+    streamed.close()
+    _, streamed = from_file(model, tmp_path)
+    streamed.close()
+    assert same(load_file(streamed.weights), in_memory(model, 2))
+
+
 def test_half_precision_in_the_slow_tier_halves_the_bytes_and_still_trains(tmp_path: Path) -> None:
     model = decoder()
     moved, found = {}, {}

@@ -142,7 +142,7 @@ def test_clouds_of_points_are_refused(request: pytest.FixtureRequest) -> None:
         trial.prepare(setting(f"{METHODS['p2p']} + zo-sgd", task, folder), ("train",))
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"p2p"}))
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"p2p", "s2a"}))
 def test_every_tuner_takes_a_step_or_says_why_not(name: str, request: pytest.FixtureRequest) -> None:
     task, folder = home(name, request)
     ready = trial.prepare(setting(f"{METHODS[name]} + zo-sgd", task, folder, training={"lr": 1e-2}), ("train",))
@@ -387,6 +387,27 @@ def test_the_cost_of_an_arm_is_counted_by_its_own_step(text_base: Path) -> None:
     assert costs["zo-adam"]["saved_for_backward_bytes"] == costs["zo-adam"]["gradient_bytes"] == 0
     assert 8 * numbers <= costs["zo-adam"]["optimiser_bytes"] < 8 * numbers + 1000
     assert costs["zo-sgd:first=1"]["saved_for_backward_bytes"] > 0
+
+
+@pytest.mark.parametrize("memory", ["halo", "s2a"])
+def test_ways_to_run_the_layers_in_training_have_no_place_where_nothing_runs_backward(
+    memory: str, text_base: Path
+) -> None:
+    for step in (*STEPS, "zo2"):
+        with pytest.raises(Refused, match=f"{step} runs no backward pass.* Leave out {memory}"):
+            resolve(parse(f"full + {memory} + {step}"), TASK)
+    # The last block trains by backpropagation, and there they count.
+    rows, found = {}, {}
+    for arm in ("full + zo-sgd:first=1", f"full + {memory} + zo-sgd:first=1"):
+        ready = trial.prepare(setting(arm, "text-classification", text_base, training={"lr": 1e-4}), ("train",))
+        made = build(ready.plan, ready.base, ready.task, seed=0)
+        rows[arm] = ready.encoded["train"]
+        make = step_of(ready.plan, 96, ready.task)
+        train(made, rows[arm], None, ready.task, replace(ready.training, steps=2), make_step=make, device="cpu")
+        found[arm] = made.tensors()
+    plain, coded = found.values()
+    late_ones = [name for name in plain if ".layer.1." in name]
+    assert late_ones and any(not torch.equal(plain[name], coded[name]) for name in late_ones)
 
 
 def test_arms_with_two_steps_or_none_to_train_are_refused() -> None:

@@ -87,6 +87,11 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
         raise Refused(f"{arm} trains nothing; {other} stands beside a tuner or a head: 'full + {other}'.")
     if "memory" in slots and "tuner" not in slots:
         raise Refused(f"{arm}: a head alone trains no layers below it; {slots['memory']} stands beside a tuner.")
+    if {"memory", "step"} <= slots.keys() and not getattr(configs[slots["step"]], "backward", True):
+        raise Refused(
+            f"{arm}: {slots['step']} runs no backward pass, for which {slots['memory']} changes how layers train; it "
+            f"would have no effect. Leave out {slots['memory']}, or train by backpropagation."
+        )
     if "start" in slots and "tuner" not in slots:
         raise Refused(f"{arm}: a head alone has nothing to begin with; {slots['start']} stands beside a tuner.")
     if "tuner" in slots and getattr(configs.get(slots.get("head", "")), "plus", False):

@@ -69,6 +69,8 @@ def add_(theta: Tensor, terms: Sequence[tuple[int, float]], *, parameter: int, s
         for first, last in _pages(start, len(flat)):
             keys = [_subkeys(k, parameter, first // PAGE) for k, _ in terms]
             kernel(flat[first - start : last - start], first % PAGE, keys, [s for _, s in terms], table(theta.device))
+        # Torch does not see a kernel of one's own write, and who keeps something made of a weight asks for its version.
+        torch.autograd.graph.increment_version(theta)
         return theta
     one_thread = len(flat) <= FEW or torch.get_num_threads() == 1
     draw = _by_numpy if theta.device.type == "cpu" and one_thread else _Chunk(min(CHUNK, len(flat) + 2), theta.device)

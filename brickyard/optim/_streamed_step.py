@@ -16,12 +16,14 @@ from brickyard.core.loop import State, Training, autocast, batch_loss
 from brickyard.core.task import Task
 from brickyard.optim._slow_tier import HostTier
 from brickyard.optim._streaming import Chain, Streamed, Trained
+from brickyard.optim._zo_guards import refuse_readers, refuse_tuner
 
 
 class StreamedStep:
     """Plain zeroth-order steps with the blocks in host memory; whoever asks the arm for its tensors gets them flushed.
 
-    Raises Refused for accumulated batches and for a model that is no chain, UsageError where nothing trains.
+    Raises Refused for accumulated batches, for a model that is no chain and for tuners with which no two losses can be
+    compared; UsageError where nothing trains.
     """
 
     backward = False
@@ -40,6 +42,7 @@ class StreamedStep:
     ) -> None:
         if training.accumulation != 1:
             raise Refused(f"zo2 runs a whole batch through each block; accumulation={training.accumulation}, not 1.")
+        refuse_tuner(attached.model)
         self.attached, self.training, self.task = attached, training, task
         self._last = math.nan
         model = attached.model
@@ -66,6 +69,8 @@ class StreamedStep:
     def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float:
         """Return the batch's mean loss over both sides of the estimate; of a skipped step, the last one."""
         [(_, inputs)] = batches
+        assert state.hooks is not None
+        refuse_readers(state.hooks.callbacks)
         self.attached.model.eval()  # dropout would make the two losses incomparable
 
         def loss() -> Tensor:
@@ -73,7 +78,6 @@ class StreamedStep:
                 found = batch_loss(self.attached, self.task, inputs)
             return found if self.attached.extra_loss is None else found + self.attached.extra_loss()
 
-        assert state.hooks is not None
         state.hooks("before_step", state)
         found = self.streamed.step(loss, self.training.lr * self.training.factor(state.step, state.total))
         if state.step + 1 == state.total:
@@ -87,12 +91,12 @@ class StreamedStep:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return how far it is; the weights are flushed by whoever stores them."""
-        counts = [self.streamed.steps, self.streamed.skipped]
+        counts = [self.streamed.steps, self.streamed.skipped, self.streamed.in_a_row]
         return {"counts": torch.tensor(counts), "last": torch.tensor(self._last).double()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take `state_dict` back."""
-        self.streamed.steps, self.streamed.skipped = tensors["counts"].tolist()
+        self.streamed.steps, self.streamed.skipped, self.streamed.in_a_row = tensors["counts"].tolist()
         self._last = float(tensors["last"])
 
     def report(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from brickyard.core import noise
 from brickyard.core.errors import Refused, RunFailed, UsageError
 from brickyard.optim._lockstep import Lockstep
 from brickyard.optim._slow_tier import Block, FileTier, Tier
+from brickyard.optim._zo_guards import refuse_to_go_on
 from brickyard.optim._zo_step import Estimate, Query, Rate, descend_, move_
 
 
@@ -171,7 +172,7 @@ class Streamed:
         check_eps(eps)
         self.chain, self.tier, self.trained, self.seed, self.eps = chain, tier, dict(trained), seed, eps
         self.steps, self.pending = done, pending
-        self.skipped = 0
+        self.skipped = self.in_a_row = 0
         self._slots = [torch.empty(max(b.bytes for b in tier.blocks), dtype=torch.uint8, device=device)]
         self._slots += [torch.empty_like(self._slots[0]) for _ in range(slots - 1)]
         self._place_ends(ends)
@@ -186,7 +187,7 @@ class Streamed:
         self._visited: list[Unit] = []
         self._unit: Unit | None = None
         self._plus: list[Tensor] = []
-        self._whole = True
+        self._whole = True  # the weights in memory and in the slow tier belong to one step
         self._hooks = [
             handle
             for unit in (*chain.blocks, *chain.ends)
@@ -216,14 +217,14 @@ class Streamed:
         `loss` runs the model forward once and returns a scalar; it is called twice, on the same batch. The update
         itself happens when the blocks come by next: in the next step, in `flush`, or before any other forward. Where a
         loss is no number, the weights stay what they were, and `skipped` counts it. Raises Refused where the model is
-        no chain, RunFailed after a step that was interrupted.
+        no chain, NotFinite where too many losses in a row were no numbers, RunFailed after a step or a flush that was
+        interrupted: from then on nothing is updated, stored or computed; `close` is all that is left to do.
         """
-        if not self._whole:
-            raise RunFailed("a step was interrupted, so the weights in memory are none; open the run again.")
+        self._refuse_broken()
         self._whole = False
         key = noise.key(self.seed, self.steps, 0, 0)
-        self._begin(key)
         try:
+            self._begin(key)
             plus, minus = self._baton.run(partial(self._pass, loss))
             self._end(key)
         except RuntimeError as error:
@@ -232,15 +233,22 @@ class Streamed:
         finally:
             self._key = self._unit = None
         slope = (plus - minus) / (2 * self.eps)
-        if not math.isfinite(slope):
-            self.skipped += 1
-        self._commit(Pending(key, slope if math.isfinite(slope) else None, lr), 1)
+        known = math.isfinite(slope)
+        self._commit(Pending(key, slope if known else None, lr), 1)
+        self.skipped, self.in_a_row = self.skipped + (not known), 0 if known else self.in_a_row + 1
+        refuse_to_go_on(self.in_a_row, self.steps)
         return (plus + minus) / 2
 
     def flush(self) -> None:
-        """Carry out the update of the last step, so that every weight is what it should be. Twice is once."""
+        """Carry out the update of the last step, so that every weight is what it should be. Twice is once.
+
+        Raises RunFailed after a step or a flush that was interrupted: the weights in memory are then part old, part new
+        and part on their way, and storing them would overwrite the last whole ones.
+        """
+        self._refuse_broken()
         if self.pending is None:
             return
+        self._whole = False  # a second try would update once more what the first has updated
         self._drain()
         for unit in self.chain.blocks:
             self._bring(unit)
@@ -254,15 +262,30 @@ class Streamed:
         self._commit(None, 0)
 
     def forget(self) -> None:
-        """Drop the update that is pending: somebody has put other weights in the place of those it was meant for."""
+        """Drop the update that is pending: other weights are about to take the place of those it was meant for."""
+        self._refuse_broken()
         self.pending = None
 
     def close(self) -> None:
-        """Flush, take the hooks off, and let go of the slow tier: weights in host memory stay, files are closed."""
-        self.flush()
-        for handle in self._hooks:
-            handle.remove()
-        self.tier.close()
+        """Flush, take the hooks off, and let go of the slow tier: weights in host memory stay, files are closed.
+
+        A run that was interrupted is closed without the flush; its files hold the last whole step.
+        """
+        try:
+            if self._whole:
+                self.flush()
+        finally:
+            wait([*self._coming.values(), *self._leaving])  # no copy may find its file closed
+            for handle in self._hooks:
+                handle.remove()
+            self.tier.close()
+
+    def _refuse_broken(self) -> None:
+        if not self._whole:
+            raise RunFailed(
+                "a step or a flush was interrupted, so the weights in memory are none; open the run again, from its "
+                "files or its last checkpoint."
+            )
 
     def _place_ends(self, packed: Tensor | None) -> None:
         self._ends = torch.empty(0, dtype=torch.uint8) if packed is None else packed
@@ -446,6 +469,7 @@ class Streamed:
         """Wait for every copy under way; an error of a write is raised here."""
         waiting, self._leaving = self._leaving, []
         coming, self._coming = list(self._coming.values()), {}
+        wait([*coming, *waiting])
         for copy in (*coming, *waiting):
             copy.result()
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.core import noise
-from brickyard.core.errors import NotFinite, Refused, UnknownName, UsageError
+from brickyard.core.errors import Refused, UnknownName, UsageError
 from brickyard.core.forwards import refuse_unlike_forwards
+from brickyard.optim._zo_guards import refuse_to_go_on
 from brickyard.optim._zo_step import (
     ESTIMATORS,
     GAUSSIAN,
@@ -35,7 +36,6 @@ from brickyard.optim._zo_step import (
 RULES = ("sgd", "momentum", "sign", "conservative", "adam")
 SIGNS = ("elementwise", "scalar")
 SLOTS = {"momentum": ("m",), "adam": ("m", "v")}  # float32 numbers kept for every parameter
-IN_A_ROW = 20  # updates skipped one after another before a run is given up: such weights do not recover
 MASK = 1  # tells a mask's key from those of directions, which are made of four numbers
 
 
@@ -199,11 +199,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _skipped(self) -> None:
         self.counts["skipped"] += 1
         self.counts["in_a_row"] += 1
-        if self.counts["in_a_row"] >= IN_A_ROW:
-            raise NotFinite(
-                f"the loss was not finite in {IN_A_ROW} zeroth-order updates in a row, up to step "
-                f"{self.counts['steps'] + 1}; lower lr or check the data."
-            )
+        refuse_to_go_on(self.counts["in_a_row"], self.counts["steps"] + 1)
 
     def _update(
         self, loss: Callable[[], Tensor], part: Parameters, found: Estimate, rates: Any, direction: Any

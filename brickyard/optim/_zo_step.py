@@ -217,18 +217,27 @@ def two_point(
     eps: float,
     direction: Direction = GAUSSIAN,
 ) -> Estimate:
-    """Evaluate at +eps z and -eps z for each key: 2 Q losses and 2 Q passes, and the parameters stay at -eps z_Q."""
-    queries, back, total = [], [], 0.0
-    for key in keys:
-        radius = direction.radius(parameters, key)
-        reach = eps * radius
-        move_(parameters, merged(back, [(key, reach)]), direction)
-        plus = float(loss())
-        move_(parameters, [(key, -2 * reach)], direction)
-        minus = float(loss())
-        back = [(key, reach)]
-        queries.append(Query(key, radius, (plus - minus) / (2 * eps)))
-        total += (plus + minus) / 2
+    """Evaluate at +eps z and -eps z for each key: 2 Q losses and 2 Q passes, and the parameters stay at -eps z_Q.
+
+    Where a loss raises, they go home first.
+    """
+    queries, total = [], 0.0
+    back: Terms = []
+    try:
+        for key in keys:
+            radius = direction.radius(parameters, key)
+            reach = eps * radius
+            move_(parameters, merged(back, [(key, reach)]), direction)
+            back = [(key, -reach)]
+            plus = float(loss())
+            move_(parameters, [(key, -2 * reach)], direction)
+            back = [(key, reach)]
+            minus = float(loss())
+            queries.append(Query(key, radius, (plus - minus) / (2 * eps)))
+            total += (plus + minus) / 2
+    except BaseException:
+        move_(parameters, back, direction)
+        raise
     return Estimate(tuple(queries), total / len(keys), back)
 
 
@@ -239,15 +248,23 @@ def one_point(
     eps: float,
     direction: Direction = GAUSSIAN,
 ) -> Estimate:
-    """Evaluate at home and at +eps z for each key: Q + 1 losses and Q passes, and the parameters stay at +eps z_Q."""
+    """Evaluate at home and at +eps z for each key: Q + 1 losses and Q passes, and the parameters stay at +eps z_Q.
+
+    Where a loss raises, they go home first.
+    """
     home = float(loss())
-    queries, back = [], []
-    for key in keys:
-        radius = direction.radius(parameters, key)
-        reach = eps * radius
-        move_(parameters, merged(back, [(key, reach)]), direction)
-        back = [(key, -reach)]
-        queries.append(Query(key, radius, (float(loss()) - home) / eps))
+    queries = []
+    back: Terms = []
+    try:
+        for key in keys:
+            radius = direction.radius(parameters, key)
+            reach = eps * radius
+            move_(parameters, merged(back, [(key, reach)]), direction)
+            back = [(key, -reach)]
+            queries.append(Query(key, radius, (float(loss()) - home) / eps))
+    except BaseException:
+        move_(parameters, back, direction)
+        raise
     return Estimate(tuple(queries), home, back)
 
 
@@ -322,14 +339,18 @@ def conservative_(
 ) -> float:
     """Go to the best of theta, theta - lr g and theta + lr g on the same batch: three losses more. Return the best one.
 
-    Of equals the earlier of the list; a loss that is no number is the worst.
+    Of equals the earlier of the list; a loss that is no number is the worst. Where a loss raises, to theta.
     """
     plain = {parameter: Rate(rate.lr) for parameter, rate in rates.items()}
     home = replace(found, back=())
     losses = {}
     for place, (at, way) in {0: (found, 0.0), 1: (home, 1.0), -1: (home, -2.0)}.items():
         descend_(parameters, at, plain, direction, factor=way)
-        losses[place] = float(loss())
+        try:
+            losses[place] = float(loss())
+        except BaseException:
+            descend_(parameters, home, plain, direction, factor=-float(place))
+            raise
     best = min(losses, key=lambda place: losses[place] if math.isfinite(losses[place]) else math.inf)
     if best != -1:
         descend_(parameters, home, plain, direction, factor=best + 1.0)

@@ -75,7 +75,7 @@ RECORD = Record(
             base="embedded:pylm",
             data="embedded:python-tests",
             epochs=1,
-            train_rows=200,
+            train_rows=480,
             batch=4,
             max_length=128,
             full={"train_rows": 2400, "batch": 8, "max_length": 256, "seeds": 5},
@@ -277,7 +277,8 @@ def gathered(values_RM: Tensor, scale: Tensor, rows: int) -> Codes:
 class HaloForward:
     """Stands in for the forward of one linear layer while it trains; at rest, without gradient, it is the layer's own.
 
-    Training mode counts too: checkpointed blocks run first without gradient, and steps without backward always.
+    Training mode counts too, for checkpointed blocks run first without gradient. Steps that never run a backward pass
+    evaluate the model at rest, and so in its own arithmetic: an arm refuses the two together.
     """
 
     module: Any

@@ -91,6 +91,11 @@ class Config:
         check_eps(self.eps)
         check_slots(self.slots, self.overlap)
 
+    @property
+    def backward(self) -> bool:
+        """Nothing trains by backpropagation."""
+        return False
+
 
 def chain_of(model: nn.Module) -> Chain:
     """Cut a model into its repeated blocks and what stands around them; Refused where it has no such blocks."""
