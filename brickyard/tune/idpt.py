@@ -34,6 +34,7 @@ from brickyard.core.method import Claim, Record
 from brickyard.core.prefix import Prefix, keep_at_rest
 from brickyard.core.side import backbone_of, stack
 from brickyard.core.task import Task
+from brickyard.tune._batch_norm import BatchNorm
 
 RECORD = Record(
     name="idpt",
@@ -128,7 +129,7 @@ class Normed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = BatchNorm(width)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x [..., d], valid [...]."""
@@ -196,7 +197,7 @@ class Head(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inside in (3 * width, _WIDE):
-            layers += [nn.Linear(inside, _WIDE), nn.BatchNorm1d(_WIDE), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(inside, _WIDE), BatchNorm(_WIDE), nn.ReLU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(_WIDE, classes))
         self.prompt: Tensor | None = None
 
