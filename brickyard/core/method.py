@@ -46,7 +46,7 @@ class Claim:
     # {"what": why it must destroy the gain, "arm": ..., "inequality": ...}
     control: dict[str, str] = field(default_factory=dict)
     gate: str = ""  # inequality that must hold for the set-up to be valid
-    data: str = "embedded:stdlib-topics"
+    data: str = "embedded:stdlib-topics"  # or several, "trec|embedded:stdlib-topics": the first at hand
     base: str = "embedded:minilm"
     measure: str = ""
     part: str = ""  # key of this claim in what `measure` returns, where claims share one measurement
