@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import text_data
+from conftest import text_data, write_data
 
+from brickyard.checks import _data
 from brickyard.checks import run as checks
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import registry
-from brickyard.core.errors import UsageError
+from brickyard.core.errors import BadData, UsageError
 from brickyard.core.method import Claim, Record
 
 
@@ -59,7 +60,8 @@ def test_every_claim_in_the_records_is_well_formed() -> None:
             for text in filter(None, [claim.inequality, claim.gate, claim.control.get("inequality", "")]):
                 found = Inequality.read(text)
                 assert {found.left, found.right} <= names, (entry.record.name, text)
-            assert claim.data.startswith("embedded:") and claim.base.startswith("embedded:")
+            # Whatever else is named, a check runs anywhere.
+            assert claim.data.split("|")[-1].startswith("embedded:") and claim.base.startswith("embedded:")
             assert not any("lr=0" in arm.replace("lr=0.", "") for arm in claim.arms.values()), (
                 "a run without effect fails"
             )
@@ -117,6 +119,44 @@ def test_a_claim_is_measured_with_its_gate_and_control(
         "kind",
         "control",
     }
+
+
+def test_a_claim_names_public_data_and_what_stands_in_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_data, "SHARED", Path("public"))
+    assert _data.at_hand("words|embedded:stdlib-topics") == "embedded:stdlib-topics"
+    with pytest.raises(BadData, match=r"no folder public/words or public/topics is here; put it there"):
+        _data.at_hand("words|topics")
+    write_data(tmp_path / "public" / "words", text_data(48, 60))
+    assert _data.at_hand("words|embedded:stdlib-topics") == str(Path("public") / "words")
+    assert _data.at_hand("embedded:digits") == "embedded:digits" and _data.at_hand("./here") == "./here"
+    pairs, images = text_data(8, 8, pair=True), {"train": {"image": [b""], "label": ["a"]}}
+    assert _data.same_input("public/words", text_data(8, 8))
+    assert not any(_data.same_input(other, "public/words") for other in (pairs, images))
+
+
+def test_data_replace_those_of_claims_that_read_their_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path
+) -> None:
+    monkeypatch.setattr(_data, "SHARED", tmp_path / "public")
+    write_data(tmp_path / "public" / "words", text_data(48, 60))
+    write_data(tmp_path / "public" / "couples", text_data(48, 60, pair=True))
+    common: dict[str, Any] = {
+        "inequality": "lora > majority - 90.0", "arms": {"lora": "lora:r=2,batch=16"}, "epochs": 1, "seeds": 1,
+        "base": str(text_base),
+    }  # fmt: skip
+    claims = [Claim(text=name, data=f"{name}|embedded:stdlib-topics", **common) for name in ("words", "couples")]
+    claims.append(Claim(text="nowhere", data="absent", **common))
+    entry = registry.find("lora")
+    faked = registry.Entry(Record(name="lora", family="tune", title="t", claims=tuple(claims)), entry.path, {})
+    monkeypatch.setattr(checks.registry, "find", lambda name, family=None: faked if name == "claims" else entry)
+    monkeypatch.chdir(tmp_path)
+    found = checks.check("claims", data=text_data(32, 40), out=tmp_path / "results")["claims"]
+    assert [claim.get("rows", {}).get("test") for claim in found] == [40, 60, None]  # pairs stay what they were
+    assert found[1]["data"] == "couples" and found[1]["holds"] is True
+    assert found[2]["holds"] == "skipped" and "absent is here" in found[2]["detail"] and found[2]["measured"] is None
+    with pytest.raises(UsageError, match="another kind of input"):
+        checks.check("claims", data={"train": {"image": [b""], "label": ["a"]}}, out=tmp_path / "results")
 
 
 def test_a_closed_gate_says_set_up_invalid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path) -> None:

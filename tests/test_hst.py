@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from transformers import ViTConfig, ViTModel
 
 import brickyard
 from brickyard.checks.hst import textured
@@ -124,6 +125,33 @@ def test_detached_nothing_flows_back_and_states_are_kept(image_base: Path, tmp_p
         again = brickyard.evaluate(brick=brick.folder, data=data, device="cpu")
         assert again["score"]["mean"] == pytest.approx(result["score"]["mean"], abs=1e-6 if not kept else 0.05)
         assert any(name.endswith("running_mean") for name in brick.tensors())
+
+
+def test_a_last_batch_of_one_row_trains(image_base: Path, tmp_path: Path) -> None:
+    data = {"train": textured(33, 1), "validation": textured(20, 2), "test": textured(10, 3)}
+    _, result = brickyard.tune(
+        f"hst:{SMALL},detach=true",
+        base=str(image_base),
+        data=data,
+        training={"epochs": 2, "batch": 8},
+        device="cpu",
+        out=tmp_path / "run",
+    )
+    assert [point["step"] for point in result["history"]] == [5, 10]
+
+
+def test_a_token_begins_alike_in_shallow_and_deep_networks() -> None:
+    for count in (2, 32):
+        config = ViTConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=count, num_attention_heads=2, image_size=16,
+            patch_size=4,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        side = hst.Pyramid(ViTModel(config), hst.Config(widths=(8, 12), heads=(2, 3), tokens=3))
+        assert side.tokens is not None
+        bound = (6 / (3 * 64 + 64)) ** 0.5  # of Xavier for each e_l [1, 3, 64]: fan in 3 * 64, fan out 64
+        largest = side.tokens.detach().abs().amax((1, 2))
+        assert (largest <= bound).all() and (largest > 0.9 * bound).all()
 
 
 def test_detach_gives_the_model_back(image_base: Path) -> None:

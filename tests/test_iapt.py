@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,19 @@ def test_two_levels_learn_in_turn_on_rows_of_their_own(text_base: Path, tmp_path
     assert [e["learns"] for e in result["curriculum"]["epochs"]][:2] == ["generators", "activations"]
     with pytest.raises(Refused, match="which rows an epoch holds"):
         trial.tune(prepare(replace(asked, arm=f"{asked.arm} + curriculum:by=length")), tmp_path / "no")
+
+
+def test_too_few_rows_for_two_levels_learn_jointly_and_say_so(text_base: Path) -> None:
+    for rows, said in ((15, True), (16, False)):
+        asked = Setting(
+            arm="iapt:bottleneck=8,training=bilevel", base=str(text_base), data=text_data(train=rows), device="cpu",
+            training={"epochs": 1, "batch": 8},
+        )  # fmt: skip
+        ready = prepare(asked)
+        attached = build(ready.plan, ready.base, ready.task, seed=0)
+        with pytest.warns(UserWarning, match="half of 15 training rows") if said else nullcontext():
+            plan = trial.curriculum_of(ready, ready.encoded, attached)
+        assert (plan is None) == said
 
 
 def test_images_are_prompted_too(image_base: Path) -> None:

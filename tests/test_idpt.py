@@ -16,12 +16,14 @@ from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.errors import Refused, UsageError
-from brickyard.core.loop import train_mode
+from brickyard.core.loop import train, train_mode
 from brickyard.core.prefix import ENTERING
 from brickyard.core.roles import blocks
 from brickyard.core.side import backbone_of
 from brickyard.core.task import Task
+from brickyard.core.trial import Setting, prepare
 from brickyard.tune import idpt
+from brickyard.tune._batch_norm import BatchNorm
 
 TOPICS = Task("text-classification", "accuracy", ("a", "b", "c"), 3, "text")
 GENERATORS = pytest.mark.parametrize("generator", ["edgeconv", "mlp", "mean", "static"])
@@ -150,6 +152,43 @@ def test_a_run_learns_and_its_brick_answers(text_base: Path, image_base: Path, t
     train_mode(attached.model)
     attached.model(pixel_values=torch.randn(3, 3, size, size)).logits.sum().backward()
     assert all(p.grad is not None for p in attached.parameters())
+
+
+def test_a_last_batch_of_one_row_trains_by_the_running_statistics(text_base: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"base": str(text_base), "data": text_data(train=17), "device": "cpu"}
+    training = {"epochs": 2, "batch": 8, "evaluate_every": 3}
+    found = []
+    for stop in (False, True):  # it also resumes there to the same bits
+        ready = prepare(Setting(arm="idpt:k=3", training={**training, "checkpoint_every": 3}, **given))
+        attached = build(ready.plan, ready.base, ready.task, seed=0)
+        folder, asked = tmp_path / str(stop), ready.training
+
+        class Interrupt:
+            def after_step(self, state: Any) -> None:
+                if state.step == 4:
+                    raise KeyboardInterrupt
+
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                train(attached, ready.encoded["train"], None, ready.task, asked, folder=folder, callbacks=[Interrupt()])
+            attached = build(ready.plan, ready.base, ready.task, seed=0)
+        done = train(attached, ready.encoded["train"], None, ready.task, asked, folder=folder, device="cpu")
+        assert done.steps == 6
+        found.append(attached.tensors())
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+def test_a_norm_of_one_row_is_that_of_evaluation() -> None:
+    torch.manual_seed(0)
+    norm, plain = BatchNorm(4), nn.BatchNorm1d(4)
+    many, one = torch.randn(8, 4) * 3 + 1, torch.randn(1, 4, requires_grad=True)
+    torch.testing.assert_close(norm(many), plain(many))
+    kept = {n: t.clone() for n, t in norm.state_dict().items()}
+    out = norm(one)
+    torch.testing.assert_close(out, plain.eval()(one))
+    assert all(torch.equal(t, kept[n]) for n, t in norm.state_dict().items())
+    out.square().sum().backward()
+    assert norm.weight.grad is not None and one.grad is not None and bool(one.grad.any())
 
 
 def test_detached_the_model_is_as_it_was(text_base: Path) -> None:

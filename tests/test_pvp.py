@@ -11,7 +11,7 @@ import torch
 from conftest import make_text_base, text_data
 
 import brickyard
-from brickyard.checks.pvp import SHOTS, TUNERS, halves, judged
+from brickyard.checks.pvp import SHOTS, TUNERS, halves, judged, shrinks
 from brickyard.checks.run import Answers
 from brickyard.core import trial
 from brickyard.core.arm import parse
@@ -122,6 +122,26 @@ def test_the_claim_is_judged_on_common_draws() -> None:
     assert flat["lora"]["holds"] is False
     nothing = judged({**found, ("lora", 16): made(0.4)})
     assert nothing["prompts"]["holds"] == "set-up invalid"
+
+
+def test_the_gain_shrinks_only_if_it_does_so_from_one_draw_of_examples_to_the_next() -> None:
+    labels = np.zeros(1000, dtype=int)
+
+    def right(shares: list[float]) -> Answers:
+        return Answers(labels, np.stack([(np.arange(1000) >= 1000 * share).astype(int) for share in shares]))
+
+    def told(gains: list[float]) -> tuple[float, float, float]:
+        found = {("prompts", k): right([0.3] * 5) for k in (1, 16)}
+        found |= {("prompts pvp", 1): right([0.3 + g for g in gains]), ("prompts pvp", 16): right([0.3] * 5)}
+        return shrinks(found, 1, 16)
+
+    low, mean, high = told([0.5, -0.2, 0.6, -0.25, 0.1])  # 15 points on average, from draws that say this and that
+    gains = 100 * np.array([0.5, -0.2, 0.6, -0.25, 0.1])
+    reach = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t with 4 degrees of freedom
+    assert mean == pytest.approx(15) and (low, high) == (pytest.approx(15 - reach), pytest.approx(15 + reach))
+    assert low < 0 < told([0.14, 0.15, 0.16, 0.15, 0.15])[0]
+    single = {(name, k): right([0.3]) for name in ("prompts", "prompts pvp") for k in (1, 16)}
+    assert shrinks(single, 1, 16) == (-200, 0, 200)  # one draw tells nothing
 
 
 def test_classes_are_dealt_to_two_sides() -> None:

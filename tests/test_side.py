@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,61 @@ def test_a_language_model_generates_with_a_second_cache(causal_base: Path) -> No
         past_key_values=first.past_key_values,
     )
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [{}, {"use_cache": True}])
+def test_a_pass_goes_on_from_the_cache_of_another(asked: dict[str, Any], causal_base: Path) -> None:
+    attached, _ = made("lst:r=2,init=magnitude", causal_base, CAUSAL)
+    model: Any = attached.model.eval()
+    model.config.use_cache = True  # as a checkpoint's configuration has it by default
+    ids = batch(rows=3, tokens=7)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[:, 4:]
+        begun = model(input_ids=ids[:, :4], **asked).past_key_values
+        copied = copy.deepcopy(begun)
+        for cache, more in ((begun, {}), (copied, {"use_cache": False})):
+            found = model(input_ids=ids[:, 4:], past_key_values=cache, **more).logits
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+            assert cache.get_seq_length() == cache.side.get_seq_length() == 7
+        # What is done to the copy happens to its own second cache, and not to that of the first.
+        copied.reorder_cache(torch.tensor([2, 0, 1]))
+        copied.crop(-1)
+        assert copied.side.get_seq_length() == 6 and begun.side.get_seq_length() == 7
+        torch.testing.assert_close(copied.side.layers[0].keys, begun.side.layers[0].keys[[2, 0, 1], :, :6])
+        again = model(input_ids=ids[[2, 0, 1], 6:], past_key_values=copied).logits
+        torch.testing.assert_close(again, whole[[2, 0, 1], 2:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_without_the_side_blocks_is_refused(causal_base: Path) -> None:
+    attached, base = made("lst:r=2,init=magnitude", causal_base, CAUSAL)
+    ids = batch(rows=2, tokens=5)["input_ids"]
+    plain: Any = base.model(CAUSAL, seed=0).eval()
+    with torch.no_grad():
+        cache = plain(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(UsageError, match="5 tokens of the backbone and 0 of its side blocks"):
+            attached.model.eval()(input_ids=ids, past_key_values=cache)
+
+
+def test_without_the_ladder_side_blocks_read_what_enters_alone(text_base: Path) -> None:
+    attached, _ = made("lst:r=4,init=random,ladder=false", text_base)
+    side: Any = attached.model.get_submodule(SIDE)
+    assert len(blocks(side.small)) == 2 and len(side.rungs) == 0  # unlike layers=[0], which has one side block
+    assert attached.prefix is not None and attached.prefix.layers == (0,)  # type: ignore[attr-defined]
+    model = attached.model.eval()
+    given = batch()
+    with torch.no_grad():
+        before = model(**given).logits
+        for name, p in backbone_of(model).named_parameters():
+            if "embeddings" not in name:
+                p.mul_(0.5)
+        assert torch.equal(model(**given).logits, before)
+    train_mode(model)
+    model(**given).logits.square().sum().backward()
+    assert all(p.grad is not None for p in attached.parameters())
+    # The ladder is what reads the blocks.
+    whole, _ = made("lst:r=4,init=random", text_base)
+    given_up = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in attached.parameters())
+    assert given_up == 2 * (32 * 8 + 8 + 1)
 
 
 def test_a_language_model_learns_through_its_frozen_output_layer(causal_base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,12 +15,14 @@ from brickyard.core import measure
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base
+from brickyard.core.batches import EncodedText, Order
 from brickyard.core.build import build, resolve
 from brickyard.core.loop import train_mode
-from brickyard.core.prefix import ENTERING
+from brickyard.core.states import States
 from brickyard.core.task import Task
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
+_BATCHES = 4  # of the rows that steps are taken from
 
 
 def attached(base: Base, arm: str, attention: str = "sdpa") -> Attached:
@@ -36,17 +39,39 @@ def random_batch(base: Base, batch: int, tokens: int) -> tuple[dict[str, Tensor]
     return inputs, lambda logits: TASK.loss(logits, labels)
 
 
+def random_rows(base: Base, rows: int, tokens: int) -> EncodedText:
+    """Return rows of so many random tokens with random labels, as `encode` would."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(int(base.config.vocab_size), (rows * tokens,), generator=generator)
+    return EncodedText(
+        ids.to(torch.int32).numpy(),
+        None,
+        np.full(rows, tokens, dtype=np.int64),
+        torch.randint(TASK.width, (rows,), generator=generator),
+        labelled=True,
+        pad=0,
+        multiple=1,
+        report={"rows": rows, "truncated": 0},
+    )
+
+
 def one_step(made: Attached, base: Base, batch: int, tokens: int) -> Callable[[], None]:
-    """Return one step of training as the loop makes it: forward, backward, AdamW."""
-    inputs, loss = random_batch(base, batch, tokens)
-    if made.prefix is not None:
-        with torch.no_grad():
-            inputs[ENTERING] = made.prefix(**inputs).last_hidden_state
+    """Return one step of training as the loop makes it: the rows of a batch put together, forward, backward, AdamW.
+
+    Where the arm's states are kept they lie in the cache folder, and a step reads those of its rows from there.
+    """
+    rows = random_rows(base, _BATCHES * batch, tokens)
+    if (prefix := made.prefix) is not None:
+        of = f"{base.fingerprint}, {prefix.label}"
+        rows = rows.keeping(States.of(prefix, rows, base=of, dtype=prefix.store))  # type: ignore[arg-type]
+    order = itertools.cycle(Order(rows.lengths, batch, seed=0, bucket=False).epoch(0))
     optimiser = torch.optim.AdamW(made.parameters(), lr=1e-5, fused=True)
     train_mode(made.model)
 
     def step() -> None:
-        loss(made.model(**inputs).logits).backward()
+        inputs = rows.collate(next(order))
+        labels = inputs.pop("labels")
+        TASK.loss(made.model(**inputs).logits, labels).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 

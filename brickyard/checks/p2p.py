@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from brickyard.checks._data import at_hand
 from brickyard.checks._runs import majority, with_training
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import readers
@@ -31,7 +32,7 @@ from brickyard.core.trial import Prepared, Setting, prepare
 from brickyard.embedded import shapes
 from brickyard.tune import p2p
 
-MNIST = Path("..") / "shared" / "data" / "mnist"  # beside a checkout, where the public sets for benchmarks lie
+IMAGES = "mnist|embedded:digits"  # what the image models are trained on
 SIDE = 28  # of a picture; an object fills 24
 POINTS = 256
 RATES = (2e-3, 1e-2)  # tried on validation with seed 0 by arms whose painter has nothing to learn
@@ -74,7 +75,7 @@ def clouds(train: int, validation: int, test: int) -> dict[str, dict[str, list]]
 
 def digits(rows: int) -> tuple[str, dict[str, dict[str, list]]]:
     """Return the name of the pictures that image models are trained on, and their first `rows` (1,000 to validate)."""
-    name = str(MNIST) if MNIST.is_dir() else "embedded:digits"
+    name = at_hand(IMAGES)
     most = {"train": rows, "validation": 1000}
     splits = readers.read(name).splits
     return name, {s: {k: v[:count] for k, v in splits[s].items()} for s, count in most.items()}

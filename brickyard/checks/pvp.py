@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from brickyard.checks._runs import answers, trained
 from brickyard.checks.run import Answers, Inequality, judge
@@ -80,7 +81,8 @@ def judged(found: dict[tuple[str, int], Answers]) -> dict[str, Any]:
     def compare(a: tuple[str, int], b: tuple[str, int], margin: float) -> dict[str, Any]:
         names = {"a": found[a], "b": found[b]}
         what = {"a": f"{a[0]}@{a[1]}", "b": f"{b[0]}@{b[1]}", "margin": margin}
-        return {**what, **judge(Inequality("a", "b", margin), names, "accuracy")}
+        # With as many examples a seed draws the same ones for both arms; with one and with sixteen it draws others.
+        return {**what, **judge(Inequality("a", "b", margin), names, "accuracy", together=a[1] == b[1])}
 
     means = {f"{name}@{k}": 100 * float(np.mean(a.predictions == a.labels)) for (name, k), a in found.items()}
     gate = compare(("lora", 16), ("lora", 1), 5.0)
@@ -119,11 +121,7 @@ def judged(found: dict[tuple[str, int], Answers]) -> dict[str, Any]:
         )
         for name, margin in (("prompts", 5.0), ("lora", 1.0))
     }
-    # Of the same test rows: correct with pvp less correct afresh, with one example and with sixteen.
-    gains = {k: _correct(found["prompts pvp", k]) - _correct(found["prompts", k]) for k in (few[0], most)}
-    more = 100 * (gains[few[0]] - gains[most])
-    error = float(more.std(ddof=1) / np.sqrt(len(more)))
-    low, mean, high = float(more.mean() - 1.96 * error), float(more.mean()), float(more.mean() + 1.96 * error)
+    low, mean, high = shrinks(found, few[0], most)
     out["shape"] = {
         "inequality": f"gain@{few[0]} > gain@{most}",
         "holds": (True if low > 0 else False if high < 0 else "undecided") if valid else "set-up invalid",
@@ -136,6 +134,20 @@ def judged(found: dict[tuple[str, int], Answers]) -> dict[str, Any]:
     return out
 
 
-def _correct(of: Answers) -> np.ndarray:
-    """Return the share of seeds that answer each example rightly: [N]."""
-    return (of.predictions == of.labels).mean(axis=0)
+def shrinks(found: dict[tuple[str, int], Answers], few: int, most: int) -> tuple[float, float, float]:
+    """Return (low, mean, high) of the gain of prompts with `few` examples a class over that with `most`, in points.
+
+    A seed draws the examples of all arms, so each gives one difference of gains; the 95 % interval is Student's over
+    seeds, and of a single one all that is possible. The test rows are the same throughout.
+    """
+
+    def right_S(arm: str, shots: int) -> np.ndarray:
+        of = found[arm, shots]
+        return 100 * (of.predictions == of.labels).mean(axis=1)
+
+    gain_S = {k: right_S("prompts pvp", k) - right_S("prompts", k) for k in (few, most)}
+    more_S = gain_S[few] - gain_S[most]
+    mean, reach = float(more_S.mean()), np.inf
+    if len(more_S) > 1:
+        reach = student.ppf(0.975, len(more_S) - 1) * more_S.std(ddof=1) / np.sqrt(len(more_S))
+    return float(max(mean - reach, -200.0)), mean, float(min(mean + reach, 200.0))

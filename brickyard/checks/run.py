@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from brickyard.checks._data import at_hand, same_input
 from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
 from brickyard.core.arm import parse
-from brickyard.core.errors import RunFailed, UsageError
+from brickyard.core.errors import BadData, RunFailed, UsageError
 from brickyard.core.files import write_json
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.method import Claim
@@ -106,7 +107,8 @@ def check(
     """Re-measure every claim of a method and write `NAME.json`; return what was written.
 
     An interrupted check goes on where it stopped, as long as the code is the same; a finished one is measured anew.
-    RunFailed names an arm that did not finish.
+    `data` replaces that of the claims whose kind of input it has. A claim whose own data are not here is skipped, and
+    says why. RunFailed names an arm that did not finish.
     """
     entry, started = registry.find(name), time.monotonic()
     if not entry.record.claims and entry.record.part_of:
@@ -119,7 +121,12 @@ def check(
     # Claims with one set-up share their runs: an arm that stands in several is trained once.
     groups: dict[str, list[int]] = {}
     shared: dict[str, dict[str, Any]] = {}
-    for i, claim in enumerate(claims):
+    for i, named in enumerate(claims):
+        try:
+            claim = claims[i] = replace(named, data=at_hand(named.data))
+        except BadData as absent:
+            measured[i] = _skipped(named, str(absent))
+            continue
         setup = str([getattr(claim, name) for name in SETUP])
         if claim.measure:
             key = f"{claim.measure} {setup}"
@@ -127,12 +134,17 @@ def check(
                 checks = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
                 shared[key] = getattr(checks, claim.measure)(claim)
             found = shared[key][claim.part] if claim.part else shared[key]
-            measured[i] = {"text": claim.text, "kind": claim.kind, **found}
+            used = {"data": Path(claim.data).name} if claim.data != named.data else {}
+            measured[i] = {"text": claim.text, "kind": claim.kind, **used, **found}
         else:
             groups.setdefault(setup, []).append(i)
+    fits = {i: data is not None and same_input(data, claims[i].data) for (i, *_) in groups.values()}
+    if data is not None and fits and not any(fits.values()):
+        raise UsageError(f"--data holds another kind of input than what {name} is measured on; see brickyard show {name}.")
     folders = []
     for members in groups.values():
-        run = _Run.of(name, [claims[i] for i in members], base, data, listen)
+        given = data if fits[members[0]] else None
+        run = _Run.of(name, [claims[i] for i in members], base, given, listen)
         folders.append(run.folder)
         for i in members:
             measured[i] = run.judge(claims[i])
@@ -255,6 +267,17 @@ class _Run:
         needed = f"; {out['needed']['sentence']}" if out.get("needed") else ""
         out["detail"] = f"measured {out['measured']:+.2f} points ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
         return out
+
+
+def _skipped(claim: Claim, why: str) -> dict[str, Any]:
+    return {
+        "text": claim.text,
+        "inequality": claim.inequality or claim.measure,
+        "kind": claim.kind,
+        "holds": "skipped",
+        **dict.fromkeys(("measured", "low", "high", "gate", "control")),
+        "detail": why,
+    }
 
 
 def _control(claim: Claim) -> str:

@@ -157,6 +157,7 @@ class _Run:
             "trials": trials,
             "search": self.request.search,
             "seeds": self.request.seeds,
+            "shots": self.request.shots,
             "threads": self.request.threads,
             "workers": self.workers,
             "sentence": sentence,

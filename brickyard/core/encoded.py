@@ -61,7 +61,8 @@ class Encoded(ABC):
             x_NTD = self.entering.collate(rows)["states"][0]
             # The states end with the longest row, the inputs at a multiple.
             width = inputs["input_ids"].shape[1] if "input_ids" in inputs else x_NTD.shape[1]
-            inputs["entering"] = nn.functional.pad(x_NTD, (0, 0, 0, width - x_NTD.shape[1]))
+            short = width - x_NTD.shape[1]
+            inputs["entering"] = nn.functional.pad(x_NTD, (0, 0, 0, short)) if short else x_NTD  # pad always copies
         return inputs
 
     def shuffle(self, seed: int) -> None:

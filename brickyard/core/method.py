@@ -47,7 +47,7 @@ class Claim:
     control: dict[str, str] = field(default_factory=dict)
     control_seeds: int = 0  # of its arm, where one that fails by a wide margin needs few; 0: as many as the others
     gate: str = ""  # inequality that must hold for the set-up to be valid
-    data: str = "embedded:stdlib-topics"
+    data: str = "embedded:stdlib-topics"  # or several, "trec|embedded:stdlib-topics": the first at hand
     base: str = "embedded:minilm"
     measure: str = ""
     part: str = ""  # key of this claim in what `measure` returns, where claims share one measurement

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from brickyard.core.base import Base
 from brickyard.core.errors import Refused, UsageError
+from brickyard.core.headed import HeadedModel
 from brickyard.core.roles import own_head
 
 _POINTS = 101
@@ -51,7 +52,13 @@ def scaled(model: nn.Module, base: Base, brick: Any, s: float) -> Iterator[None]
         raise Refused(
             "this brick trains only a head; there is no change of the backbone whose strength could be swept."
         )
-    original: dict[str, Tensor] = base.model(brick.task, seed=0).state_dict()
+    original = _untouched(model, base, brick)
+    if added := [name for name in changed if name not in original]:
+        raise Refused(
+            f"this brick adds modules of its own to the base ({added[0]}, {len(added)} tensors in all), and what was "
+            "not there before has no strength to sweep. --scale works on adapters of weights, such as lora, and on "
+            "bricks that change the base's own weights, such as full or bitfit."
+        )
     live = model.state_dict()
     held = {name: live[name].clone() for name in changed}
     with torch.no_grad():
@@ -64,6 +71,13 @@ def scaled(model: nn.Module, base: Base, brick: Any, s: float) -> Iterator[None]
         with torch.no_grad():
             for name in changed:
                 live[name].copy_(held[name])
+
+
+def _untouched(model: nn.Module, base: Base, brick: Any) -> dict[str, Tensor]:
+    """Return the base's own tensors under the names that they have in `model`."""
+    if isinstance(model, HeadedModel):
+        return {f"backbone.{name}": tensor for name, tensor in base.backbone().state_dict().items()}
+    return base.model(brick.task, seed=0).state_dict()
 
 
 def _mix(s: float) -> Any:

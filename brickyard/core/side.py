@@ -122,8 +122,9 @@ class Reader(nn.Module):
         given = dict(kwargs)
         if args and "input_ids" not in given:
             given["input_ids" if args[0].dtype == torch.int64 else "pixel_values"] = args[0]
-        if given.get("past_key_values") is None and given.get("use_cache"):
-            given["past_key_values"] = getattr(out, "past_key_values", None)  # a cache that the backbone just began
+        if given.get("past_key_values") is None and given.get("use_cache") is not False:
+            # A cache that the backbone just began: language models begin one unless they are told not to.
+            given["past_key_values"] = getattr(out, "past_key_values", None)
         out.last_hidden_state = self._side[0](states, given)
         return out
 

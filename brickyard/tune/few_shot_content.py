@@ -55,6 +55,7 @@ RECORD = Record(
                 "inequality": "cloze > control + 5.0",
             },
             gate="mean > majority + 10.0",
+            data="trec|embedded:stdlib-topics",
             epochs=10,
             seeds=5,
             shots=16,

@@ -34,6 +34,7 @@ from brickyard.core.method import Claim, Record
 from brickyard.core.roles import roles
 from brickyard.core.side import SIDE, attach_side, backbone_of, stack
 from brickyard.core.task import Task
+from brickyard.tune._batch_norm import BatchNorm
 
 RECORD = Record(
     name="hst",
@@ -186,7 +187,8 @@ class Pyramid(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if self.tokens is not None:
-            nn.init.xavier_uniform_(self.tokens)
+            for l in range(count):  # each e_l [1, M, D] by itself: a block's token knows nothing of how many blocks
+                nn.init.xavier_uniform_(self.tokens.detach()[l : l + 1])
 
     def features(self, states: list[Tensor], pixels: Tensor, tokens: list[Tensor] | None = None) -> list[Tensor]:
         """Return the maps of all stages [B, m_j, H_j, W_j], finest first. states: [B, prefix + N, D] of every block."""
@@ -215,7 +217,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
-        self.norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
+        self.norm, self.output = BatchNorm(width), nn.Linear(width, classes)
         nn.init.trunc_normal_(self.output.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
 

@@ -34,6 +34,7 @@ from brickyard.core.method import Claim, Record
 from brickyard.core.prefix import Prefix, keep_at_rest
 from brickyard.core.side import backbone_of, stack
 from brickyard.core.task import Task
+from brickyard.tune._batch_norm import BatchNorm
 
 RECORD = Record(
     name="idpt",
@@ -59,10 +60,11 @@ RECORD = Record(
                 "inequality": "idpt > control + 10.0",
             },
             gate="static > majority + 10.0",
+            data="trec|embedded:stdlib-topics",
             epochs=6,
             train_rows=1000,
             batch=16,
-            full={"train_rows": 0, "max_length": 0, "epochs": 10},
+            full={"train_rows": 2000, "max_length": 0, "epochs": 10},
         ),
         Claim(
             text="IDPT beats a linear probe by 2 points.",
@@ -75,10 +77,11 @@ RECORD = Record(
                 "inequality": "idpt > control + 10.0",
             },
             gate="probe > majority + 10.0",
+            data="trec|embedded:stdlib-topics",
             epochs=6,
             train_rows=1000,
             batch=16,
-            full={"train_rows": 0, "max_length": 0, "epochs": 10},
+            full={"train_rows": 2000, "max_length": 0, "epochs": 10},
         ),
     ),
 )
@@ -128,7 +131,7 @@ class Normed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = BatchNorm(width)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x [..., d], valid [...]."""
@@ -196,7 +199,7 @@ class Head(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inside in (3 * width, _WIDE):
-            layers += [nn.Linear(inside, _WIDE), nn.BatchNorm1d(_WIDE), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(inside, _WIDE), BatchNorm(_WIDE), nn.ReLU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(_WIDE, classes))
         self.prompt: Tensor | None = None
 

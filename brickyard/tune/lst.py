@@ -22,6 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -56,15 +57,16 @@ RECORD = Record(
             inequality="lst >= lora - 2.0",
             arms={"lst": "lst:r=8,init=random", "lora": "lora:lr=1e-3", "probe": "linear-probe:lr=1e-2"},
             control={
-                "what": "the side network reads the first layer only: the ladder is gone",
-                "arm": "lst:r=8,init=random,layers=[0]",
+                "what": "the ladder is cut: all side blocks are there, and read what enters the first block alone",
+                "arm": "lst:r=8,init=random,ladder=false",
                 "inequality": "lst > control + 3.0",
             },
             gate="lora > probe + 1.0",
+            data="trec|embedded:stdlib-topics",
             epochs=8,
             train_rows=1000,
             batch=16,
-            full={"train_rows": 0, "max_length": 0, "lrs": (1e-3, 3e-3)},
+            full={"train_rows": 2000, "max_length": 0, "lrs": (1e-3, 3e-3)},
         ),
         Claim(
             text="LST r=8 beats a linear probe on the last layer by 3 points.",
@@ -77,10 +79,11 @@ RECORD = Record(
                 "inequality": "lst > control + 10.0",
             },
             gate="probe > majority + 10.0",
+            data="trec|embedded:stdlib-topics",
             epochs=8,
             train_rows=1000,
             batch=16,
-            full={"train_rows": 0, "max_length": 0},
+            full={"train_rows": 2000, "max_length": 0},
         ),
         Claim(
             text="After one epoch side blocks cut out by Fisher importance are at least as good as random ones.",
@@ -97,10 +100,11 @@ RECORD = Record(
                 "inequality": "fisher > control + 5.0",
             },
             gate="random > majority + 10.0",
+            data="trec|embedded:stdlib-topics",
             epochs=1,
             train_rows=2000,
             batch=16,
-            full={"train_rows": 0, "max_length": 0},
+            full={"train_rows": 2000, "max_length": 0},
         ),
         Claim(
             text="LST r=8 keeps at most 0.4 times the bytes for backward that LoRA keeps.",
@@ -111,6 +115,15 @@ RECORD = Record(
     ),
 )
 _PROBE_EPOCHS = 3  # of the head that is trained before gradients are squared
+# What changes rows or length of a cache.
+_SHARED = (
+    "reorder_cache",
+    "crop",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "reset",
+    "activate_past_recording",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +144,8 @@ class Config:
     """compute the states once, not in every epoch"""
     store: Literal["float16", "float32"] = "float16"
     """type in which they are kept"""
+    ladder: bool = True
+    """false: side blocks see no state beyond what enters the first block; the negative control"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -146,7 +161,8 @@ class Config:
 class Ladder(nn.Module):
     """The side network; `small` is a narrow network of the backbone's class whose blocks are the side blocks.
 
-    Called with the states [H_0, H_i+1 for the side layers] and the batch, it returns [B, T, d].
+    Called with the states [H_0, H_i+1 for the side layers] and the batch, it returns [B, T, d]. Without the ladder it
+    has neither rungs nor gates, and H_0 is all that it reads.
     """
 
     def __init__(self, backbone: Any, config: Config) -> None:
@@ -158,8 +174,8 @@ class Ladder(nn.Module):
         self.small: Any = narrow(backbone, config.r, self.layers)
         wide, k = int(backbone.config.hidden_size), int(self.small.config.hidden_size)
         self.enter = nn.Linear(wide, k)
-        self.rungs = nn.ModuleList(nn.Linear(wide, k) for _ in self.layers)
-        self.alpha = nn.Parameter(torch.zeros(len(self.layers)))
+        self.rungs = nn.ModuleList(nn.Linear(wide, k) for _ in (self.layers if config.ladder else ()))
+        self.alpha = nn.Parameter(torch.zeros(len(self.layers))) if config.ladder else None
         self.norm = nn.Identity() if has_last_norm(self.small) else nn.LayerNorm(k)
         self.leave = nn.Linear(k, wide)
         self.temperature = config.temperature
@@ -177,14 +193,17 @@ class Ladder(nn.Module):
 
     @property
     def gates(self) -> Tensor:
-        """g_i of every side layer."""
+        """g_i of every side layer, where there is a ladder."""
+        assert self.alpha is not None
         return torch.sigmoid(self.alpha / self.temperature)
 
     def _rung(self, j: int) -> Callable[..., Any]:
         def mix(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             below = self.enter(self._states[0]) if j == 0 else args[0] if args else kwargs["hidden_states"]
-            g = self.gates[j]
-            mixed = g * below + (1 - g) * self.rungs[j](self._states[j + 1])
+            mixed = below
+            if self.rungs:
+                g = self.gates[j]
+                mixed = g * below + (1 - g) * self.rungs[j](self._states[j + 1])
             return ((mixed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mixed})
 
         return mix
@@ -199,9 +218,10 @@ class Ladder(nn.Module):
                 found = self.small(pixel_values=batch["pixel_values"])
             else:
                 given = {n: batch[n] for n in ("attention_mask", "position_ids") if batch.get(n) is not None}
-                if (cache := batch.get("past_key_values")) is not None and batch.get("use_cache") is not False:
-                    given |= {"past_key_values": second_cache(cache, self.small.config), "use_cache": True}
                 b, t = states[0].shape[:2]
+                # A cache that is given is read and grows, whatever use_cache says of one that would be begun.
+                if (cache := batch.get("past_key_values")) is not None:
+                    given |= {"past_key_values": second_cache(cache, self.small.config, t), "use_cache": True}
                 # What the embedding is given does not matter: the first rung takes its place.
                 found = self.small(inputs_embeds=states[0].new_zeros(b, t, self.enter.out_features), **given)
             return self.leave(self.norm(found.last_hidden_state))
@@ -209,22 +229,34 @@ class Ladder(nn.Module):
             self._states = []
 
 
-def second_cache(first: Any, config: Any) -> DynamicCache:
-    """Return the side blocks' cache that goes with the backbone's; what reorders or cuts that one does so with both."""
-    if (found := getattr(first, "side", None)) is None:
-        found = first.side = DynamicCache(config=config)
-        for name in ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset"):
-            if (own := getattr(first, name, None)) is not None:
-                setattr(first, name, _with_second(own, getattr(found, name)))
-    return found
+def second_cache(first: Any, config: Any, read: int) -> DynamicCache:
+    """Return the side blocks' cache that goes with the backbone's, which has just read `read` tokens.
+
+    What reorders or cuts that one does so with both, also in a copy of it. UsageError where the two differ in length.
+    """
+    if not hasattr(first, SIDE):
+        first.__class__, first.side = _with_second(type(first)), DynamicCache(config=config)
+    held, wanted = int(first.side.get_seq_length()), int(first.get_seq_length()) - read
+    if held != wanted:
+        raise UsageError(
+            f"lst: the cache holds {wanted} tokens of the backbone and {held} of its side blocks; begin it with this "
+            "model, in a pass that keeps its cache (use_cache not false)."
+        )
+    return first.side
 
 
-def _with_second(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        other(*args, **kwargs)
-        return own(*args, **kwargs)
+@lru_cache(maxsize=8)  # one for each class of caches
+def _with_second(kind: type) -> type:
+    """Return a class of caches like `kind` with a second one, `side`, which shares its fate."""
 
-    return both
+    def both(name: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            getattr(self.side, name)(*args, **kwargs)
+            return getattr(kind, name)(self, *args, **kwargs)
+
+        return call
+
+    return type(kind.__name__, (kind,), {name: both(name) for name in _SHARED if hasattr(kind, name)})
 
 
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
@@ -232,7 +264,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     made = Ladder(backbone_of(model), config)
     if config.init == "magnitude":
         _set(made, backbone_of(model), {n: p.detach().abs() for n, p in backbone_of(model).named_parameters()})
-    layers = [0, *(i + 1 for i in made.layers)]
+    layers = [0, *(i + 1 for i in made.layers)] if config.ladder else [0]
     return attach_side(model, made, layers, trainable=made.trainable(), cache=config.cache, store=config.store)
 
 
