@@ -115,16 +115,15 @@ def check(
     groups: dict[str, list[int]] = {}
     shared: dict[str, dict[str, Any]] = {}
     for i, claim in enumerate(claims):
-        setup = str([getattr(claim, name) for name in SETUP])
         if claim.measure:
-            key = f"{claim.measure} {setup}"
+            key = f"{claim.measure} {setup_of(claim)}"
             if key not in shared:
                 checks = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
                 shared[key] = getattr(checks, claim.measure)(claim)
             found = shared[key][claim.part] if claim.part else shared[key]
             measured[i] = {"text": claim.text, "kind": claim.kind, **found}
         else:
-            groups.setdefault(setup, []).append(i)
+            groups.setdefault(setup_of(claim), []).append(i)
     folders = []
     for members in groups.values():
         run = _Run.of(name, [claims[i] for i in members], base, data, listen)
@@ -145,6 +144,11 @@ def check(
     for done in folders:
         (done / FINISHED).touch()
     return result
+
+
+def setup_of(claim: Claim) -> str:
+    """Return what two claims must have in common to share their runs."""
+    return str([getattr(claim, name) for name in SETUP])
 
 
 @dataclass(frozen=True)
