@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -59,6 +60,41 @@ def test_at_a_rank_it_is_the_lora_of_that_rank(rank: int, tmp_path: Path) -> Non
     assert plain.peft_config["default"].r == rank  # type: ignore[attr-defined]
     torch.testing.assert_close(logits(plain), found, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits(made.merge_and_unload()), found, rtol=1e-5, atol=1e-5)
+
+
+def in_training(made: PeftModel) -> PeftModel:
+    """In the midst of training, after a step that drew a rank other than the largest."""
+    made.train()
+    for _ in range(20):
+        made(**words())
+        if layers(made)[0].drawn["default"] not in (2, R):
+            return made
+    raise AssertionError("a rank below the largest was never drawn")
+
+
+@pytest.mark.parametrize("chosen", [None, 2])
+@pytest.mark.parametrize("handed_over", ["merged", "adapter", "lora"])
+def test_what_a_step_drew_is_neither_merged_nor_exported(chosen: int | None, handed_over: str, tmp_path: Path) -> None:
+    made = model()
+    if chosen:
+        at(made, chosen)
+    wanted = logits(made)
+    in_training(made)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if handed_over == "merged":
+            plain = made.merge_and_unload()
+        elif handed_over == "adapter":
+            made.merge_adapter()
+            plain = made
+        else:
+            to_lora(made, "default", tmp_path / "lora")
+            plain = PeftModel.from_pretrained(bert(), str(tmp_path / "lora"))
+            assert plain.peft_config["default"].r == (chosen or R)  # type: ignore[attr-defined]
+    torch.testing.assert_close(logits(plain.eval()), wanted, rtol=1e-5, atol=1e-5)
+    notices = [str(w.message) for w in said if "no rank was chosen" in str(w.message)]
+    assert len(notices) == (0 if chosen else 1)
+    assert chosen or "taken at its largest, 4" in notices[0]
 
 
 def test_a_new_adapter_changes_nothing_at_any_rank() -> None:
