@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from brickyard.tune._outliers import positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 TASK = Task("text-classification", "accuracy", ("a", "b", "c"), 3, "text")
-HALVES = {"heads": 0.5, "neurons": 0.4}
+HALVES: dict[str, Any] = {"heads": 0.5, "neurons": 0.4}
 
 
 def attached(stirred: bool = True, model: nn.Module | None = None, **options: object) -> Attached:
