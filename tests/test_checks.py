@@ -14,9 +14,20 @@ from conftest import text_data, write_data
 from brickyard.checks import _data
 from brickyard.checks import run as checks
 from brickyard.checks.run import Answers, Inequality, judge
+from brickyard.compare.plan import Contestant, Request
 from brickyard.core import registry
-from brickyard.core.errors import BadData, UsageError
+from brickyard.core.arm import parse
+from brickyard.core.build import resolve
+from brickyard.core.errors import BadData, RunFailed, UsageError
 from brickyard.core.method import Claim, Record
+from brickyard.core.task import Task
+
+# What the embedded sets that claims name pose, in as few classes as a task can have.
+TASKS = {
+    "embedded:stdlib-topics": Task("text-classification", "accuracy", ("a", "b"), 2, "text"),
+    "embedded:digits": Task("image-classification", "accuracy", ("0", "1"), 2, "image"),
+    "embedded:docstring-pairs": Task("preference", "accuracy", None, 1, "text"),
+}
 
 
 def answers(rates: list[float], n: int = 4000, seed: int = 0) -> Answers:
@@ -65,6 +76,29 @@ def test_every_claim_in_the_records_is_well_formed() -> None:
             assert not any("lr=0" in arm.replace("lr=0.", "") for arm in claim.arms.values()), (
                 "a run without effect fails"
             )
+
+
+def test_every_check_names_arms_that_can_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A check meets its controls hours after it began: all it names must be arms of the task, each by one name."""
+    ran: list[str] = []
+
+    def stop(request: Request, folder: Path, *, arms: list[Contestant], **_: Any) -> None:
+        for arm in arms:
+            resolve(parse(arm.arm), TASKS[request.data])  # type: ignore[index]
+        ran.append(request.data)  # type: ignore[arg-type]
+        raise RunFailed("nothing is trained here")
+
+    monkeypatch.setattr(checks, "compare", stop)
+    monkeypatch.chdir(tmp_path)
+    for entry in registry.records():
+        for full in (False, True):
+            groups: dict[str, list[Claim]] = {}
+            for claim in (replace(c, **c.full) if full else c for c in entry.record.claims if not c.measure):
+                groups.setdefault(checks.setup_of(claim), []).append(claim)
+            for claims in groups.values():
+                with pytest.raises(RunFailed, match="nothing is trained here"):
+                    checks._Run.of(entry.record.name, claims, None, None, lambda event: None)
+    assert set(ran) == TASKS.keys()
 
 
 def test_learning_rates_are_searched_on_each_arms_own_scale() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from brickyard.tune._outliers import positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 TASK = Task("text-classification", "accuracy", ("a", "b", "c"), 3, "text")
-HALVES = {"heads": 0.5, "neurons": 0.4}
+HALVES: dict[str, Any] = {"heads": 0.5, "neurons": 0.4}
 
 
 def attached(stirred: bool = True, model: nn.Module | None = None, **options: object) -> Attached:
@@ -53,6 +54,18 @@ def attached(stirred: bool = True, model: nn.Module | None = None, **options: ob
 
 def pruner(made: Attached) -> dsee.Pruner:
     return made.callbacks[-1]
+
+
+class Watch:
+    """Notes the smallest |c| of every block before each step, as long as there are coefficients to judge."""
+
+    def __init__(self, of: dsee.Pruner, found: dict[str, float]) -> None:
+        self.of, self.found = of, found
+
+    def before_step(self, state: State) -> None:
+        if not self.of.pruned:
+            at = {u.gate: self.of.layers[u.gate].get_parameter("brick_scale.default") for u in self.of.parts}
+            self.found.update({gate: float(c.detach().abs().min()) for gate, c in at.items()})
 
 
 @pytest.mark.parametrize("options", [{}, HALVES, {"unstructured": 0.5}, {"n_sparse": 0}], ids=str)
@@ -118,6 +131,40 @@ def test_only_the_entries_of_the_support_train(text_base: Path) -> None:
         allowed[part["rows"].long(), part["cols"].long()] = True
         assert int(allowed.sum()) == 5 and part["values"].all()
         assert sparse[~allowed].abs().max() < 1e-6
+
+
+def test_every_coefficient_feels_the_whole_penalty() -> None:
+    made = attached(stirred=False, l1=0.25, **HALVES)
+    made.extra_loss().backward()  # type: ignore[misc]
+    held = pruner(made).coefficients()
+    assert sum(len(c) for c in held) > 40  # a mean over them would leave each a fortieth, or less
+    for c in held:
+        torch.testing.assert_close(c.grad, torch.full_like(c, 0.25), rtol=0, atol=0)
+
+
+def test_the_penalty_shrinks_what_the_task_does_not_hold_and_decides_what_stays(text_base: Path) -> None:
+    """At its default weight, beside a training without it: |c| falls in every block, and other neurons are kept."""
+    smallest: dict[float, dict[str, float]] = {}
+    kept: dict[float, list[int]] = {}
+    for l1 in (0.0, dsee.Config().l1):
+        prepared = trial.prepare(
+            setting(f"dsee:r=2,n_sparse=4,heads=0.5,neurons=0.5,at=0.9,l1={l1}", text_base), ("train",)
+        )
+        made = build(prepared.plan, prepared.base, prepared.task, seed=0)
+        found = smallest[l1] = {}
+        train(
+            made,
+            prepared.encoded["train"],
+            None,
+            prepared.task,
+            replace(prepared.training, steps=30, lr=5e-3),
+            callbacks=[Watch(pruner(made), found)],
+        )
+        down = next(u.gate for u in pruner(made).parts if u.kind == "neurons")
+        kept[l1] = pruner(made).layers[down].brick_fixed_kept["default"].tolist()  # type: ignore[index]
+    without, with_it = smallest.values()
+    assert all(with_it[gate] < without[gate] - 0.01 for gate in without)
+    assert len(kept[0.0]) == len(kept[dsee.Config().l1]) and kept[0.0] != kept[dsee.Config().l1]
 
 
 def test_removed_heads_and_neurons_answer_as_if_they_were_masked() -> None:

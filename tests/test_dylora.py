@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from peft import PeftModel, get_peft_model
 from scipy.stats import chisquare
 
 import brickyard
+from brickyard.checks import dylora as checks
+from brickyard.checks.run import Answers
 from brickyard.core.base import open_base
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.export import export
@@ -59,6 +62,41 @@ def test_at_a_rank_it_is_the_lora_of_that_rank(rank: int, tmp_path: Path) -> Non
     assert plain.peft_config["default"].r == rank  # type: ignore[attr-defined]
     torch.testing.assert_close(logits(plain), found, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits(made.merge_and_unload()), found, rtol=1e-5, atol=1e-5)
+
+
+def in_training(made: PeftModel) -> PeftModel:
+    """In the midst of training, after a step that drew a rank other than the largest."""
+    made.train()
+    for _ in range(20):
+        made(**words())
+        if layers(made)[0].drawn["default"] not in (2, R):
+            return made
+    raise AssertionError("a rank below the largest was never drawn")
+
+
+@pytest.mark.parametrize("chosen", [None, 2])
+@pytest.mark.parametrize("handed_over", ["merged", "adapter", "lora"])
+def test_what_a_step_drew_is_neither_merged_nor_exported(chosen: int | None, handed_over: str, tmp_path: Path) -> None:
+    made = model()
+    if chosen:
+        at(made, chosen)
+    wanted = logits(made)
+    in_training(made)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if handed_over == "merged":
+            plain = made.merge_and_unload()
+        elif handed_over == "adapter":
+            made.merge_adapter()
+            plain = made
+        else:
+            to_lora(made, "default", tmp_path / "lora")
+            plain = PeftModel.from_pretrained(bert(), str(tmp_path / "lora"))
+            assert plain.peft_config["default"].r == (chosen or R)  # type: ignore[attr-defined]
+    torch.testing.assert_close(logits(plain.eval()), wanted, rtol=1e-5, atol=1e-5)
+    notices = [str(w.message) for w in said if "no rank was chosen" in str(w.message)]
+    assert len(notices) == (0 if chosen else 1)
+    assert chosen or "taken at its largest, 4" in notices[0]
 
 
 def test_a_new_adapter_changes_nothing_at_any_rank() -> None:
@@ -179,3 +217,54 @@ def test_bad_options_are_refused(options: dict) -> None:
         dylora.Config(**options)
     with pytest.raises(Refused, match="exceeds layer"):
         model(r=17)
+
+
+def answers_of(rates: dict[str, float], seeds: int = 3, n: int = 4000) -> dict[str, Answers]:
+    """Answers of which such a share is right, the easiest examples first; seeds differ by a twentieth of a point."""
+    hard_N = np.random.Generator(np.random.PCG64(3)).permutation(n) / n
+    wobble = lambda seed: 0.0005 * (seed - 1)  # noqa: E731
+    return {
+        name: Answers(np.ones(n, dtype=int), np.stack([hard_N < rate + wobble(s) for s in range(seeds)]).astype(int))
+        for name, rate in rates.items()
+    }
+
+
+RATES = {"majority": 0.4, "lora8": 0.9, **{f"lora{r}": 0.88 for r in (1, 2, 4)}}
+RATES |= {f"dylora@{r}": rate for r, rate in zip(checks.RANKS, (0.86, 0.88, 0.89, 0.90), strict=True)}
+RATES |= {f"cut@{r} {checks.SCALINGS[0]}": rate for r, rate in zip(checks.RANKS, (0.50, 0.70, 0.80, 0.90), strict=True)}
+RATES |= {f"cut@{r} {checks.SCALINGS[1]}": rate for r, rate in zip(checks.RANKS, (0.60, 0.65, 0.85, 0.90), strict=True)}
+RATES |= {f"cut@{r} {checks.SVD}": 0.90 for r in checks.RANKS}
+
+
+def test_the_better_scaling_of_a_cut_counts_and_singular_values_stand_beside_it() -> None:
+    found = checks.judged(answers_of(RATES), "accuracy")
+    part = found["against_cutting"]
+    assert part["holds"] is True  # although singular values keep more than DyLoRA at every rank
+    assert [p["b"] for p in part["comparisons"]] == [
+        f"cut@1 {checks.SCALINGS[1]}",
+        f"cut@2 {checks.SCALINGS[0]}",
+        f"cut@4 {checks.SCALINGS[1]}",
+    ]
+    beside = part["figures"]["against_singular_values"]
+    assert all(p["b"].endswith(checks.SVD) and p["measured"] < 0 for p in beside) and checks.SVD in part["detail"]
+    near = {**RATES, f"cut@4 {checks.SCALINGS[0]}": 0.889}  # less than a point below DyLoRA
+    assert checks.judged(answers_of(near), "accuracy")["against_cutting"]["holds"] is False
+
+
+def test_the_spread_over_ranks_is_judged_against_half_of_a_cut_loras() -> None:
+    part = checks.judged(answers_of(RATES), "accuracy")["spread"]
+    assert part["figures"]["spread"] == pytest.approx({"dylora": 4.0, "cut": 30.0}, abs=0.05)
+    assert (
+        part["holds"] is True
+        and part["measured"] == pytest.approx(4 - 15, abs=0.05)
+        and part["low"] < part["measured"] < 0
+    )
+    steep = {**RATES, "dylora@1": 0.70}
+    assert checks.judged(answers_of(steep), "accuracy")["spread"]["holds"] is False
+    nearly = {**RATES, "dylora@1": 0.755}  # 14.5 points, where 15 are allowed
+    assert checks.judged(answers_of(nearly), "accuracy")["spread"]["holds"] == "undecided"
+    spoilt = {**RATES, "lora8": 0.45}
+    assert {p["holds"] for p in checks.judged(answers_of(spoilt), "accuracy").values()} == {"set-up invalid"}
+    assert {c.part for c in dylora.RECORD.claims if c.measure == "by_rank"} == {
+        *checks.judged(answers_of(RATES), "accuracy")
+    }

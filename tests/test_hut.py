@@ -11,7 +11,7 @@ from bridged import stir as stir_adapter
 from peft import HiraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-from brickyard.checks.hut import flops
+from brickyard.checks.hut import RANK, WIDTH, flops
 from brickyard.core import registry
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.inject import BrickyardConfig, BrickyardLinear, register, to_lora
@@ -142,6 +142,23 @@ def test_the_flops_are_counted_both_ways() -> None:
     assert ahead[4096] < 1 < ahead[16]  # the forward pass alone does get cheap
     assert whole[4096] > 1 and found["holds"] is False  # but the gradient of the weight is dense
     assert found["control"]["destroyed"] and found["figures"]["hira"][4096] > whole[4096]
+    # By hand, for m = n = d and T tokens. LoRA: x W^T and g W, then 2 r d T for each of A x, B u and their 4 gradients.
+    d, r, t = WIDTH, RANK, 512
+    lora, rank_1 = 4 * d * d * t + 12 * r * d * t, 4 * d * d * t
+    one_plus = 6 * d * d * t + 8 * r * d * d  # g^T x besides; B A twice, and the gradients of A and B
+    assert {name: found["figures"]["flops"][name][t][1] for name in ("lora", "hut", "rank-1")} == {
+        "lora": lora,
+        "hut": one_plus,
+        "rank-1": rank_1,
+    }
+    assert whole[t] == pytest.approx(1.44, abs=5e-3) and found["figures"]["rank-1"][t] == pytest.approx(0.94, abs=5e-3)
+
+
+def test_the_detail_says_where_it_is_cheaper_and_where_not() -> None:
+    detail = flops(registry.find("hut").record.claims[1])["detail"]
+    step, ahead, rank_1 = detail.split("; ")
+    assert step.endswith("(cheaper nowhere)") and rank_1.endswith("(cheaper everywhere)")
+    assert ahead.endswith("(cheaper at 256, 512, 1024, 4096)")
 
 
 @pytest.mark.parametrize("options", [{"variant": "other"}, {"r": 0}, {"scale": 0.0}], ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,10 @@ from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
 
 import brickyard
+from brickyard.checks import sora as checks
+from brickyard.checks._runs import asked_by, to_the_end
+from brickyard.checks.sora import ranks_left
+from brickyard.core import brick as bricks
 from brickyard.core import trial
 from brickyard.core.base import open_base
 from brickyard.core.build import build
@@ -45,7 +49,7 @@ def ranks(peft_model: PeftModel) -> Ranks:
 
 
 def gates(peft_model: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: layer.brick_gate["default"] for name, layer in ranks(peft_model).layers().items()}
+    return {name: layer.brick_gate["default"] for name, layer in ranks(peft_model).layers().items()}  # type: ignore[index]
 
 
 def kill(peft_model: PeftModel, seed: int = 0, share: float = 0.5) -> dict[str, torch.Tensor]:
@@ -263,3 +267,34 @@ def test_the_budget_is_kept_by_count_and_by_cost(scores: list[list[int]], budget
     assert spent <= budget
     with pytest.raises(UsageError):
         keep_best(vectors, budget, [0.0] * len(vectors))
+
+
+def test_the_checks_arms_keep_the_weights_of_their_last_step(text_base: Path, tmp_path: Path) -> None:
+    """The share of ranks that a claim names is that at the end, whichever step validated best."""
+    claim = next(c for c in sora.RECORD.claims if c.measure == "by_sparsity")
+    asked = {**asked_by(claim), "base": str(text_base), "data": text_data(), "device": "cpu"}
+    arm = "sora:r=4,k=0.02,lr=5e-3"
+    runs = {}
+    for name, given_ in (("selected", asked), ("last", to_the_end(asked))):
+        made = asdict(trial.Setting(arm=arm, **given_))
+        runs[name] = trial.run({"setting": made, "folder": str(tmp_path / name), "role": "search"})
+    last = runs["last"]
+    assert last["best_step"] == last["steps"] == runs["selected"]["steps"]
+    assert [point["step"] for point in last["history"]] == [last["steps"]]
+    assert len(runs["selected"]["history"]) == claim.epochs  # without it every epoch competes
+    left = bricks.load(tmp_path / "last" / "brick").apply(open_base(str(text_base))).model
+    assert sum(ranks(left).now().values()) == ranks_left(last) == runs["selected"]["history"][-1]["ranks"]  # type: ignore[arg-type]
+
+
+def test_the_check_asks_for_the_last_steps_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = next(c for c in sora.RECORD.claims if c.measure == "by_sparsity")
+    seen: list[dict] = []
+
+    def stop(claim: object, arms: object, asked: dict, folder: Path, workers: int) -> None:
+        seen.append(asked)
+        raise InterruptedError("nothing is trained here")
+
+    monkeypatch.setattr(checks, "tuned", stop)
+    with pytest.raises(InterruptedError):
+        checks.by_sparsity(claim)
+    assert seen == [to_the_end(asked_by(claim))] and seen[0]["training"]["epochs"] == claim.epochs

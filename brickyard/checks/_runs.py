@@ -22,6 +22,8 @@ from brickyard.core.method import Claim
 from brickyard.core.trial import Prepared, Setting
 from brickyard.core.wrap import ADAPTER
 
+_NEVER = 2**31 - 1  # steps; no run is as long
+
 
 def asked_by(claim: Claim) -> dict[str, Any]:
     """Return the keywords of `Setting` that a claim fixes for all of its arms."""
@@ -34,6 +36,11 @@ def asked_by(claim: Claim) -> dict[str, Any]:
         "shots": claim.shots,
         "training": training,
     }
+
+
+def to_the_end(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `asked` for runs that are evaluated after their last step alone, whose weights are therefore kept."""
+    return {**asked, "training": {**asked.get("training", {}), "evaluate_every": _NEVER}}
 
 
 def with_training(text: str, **training: Any) -> str:

@@ -127,9 +127,8 @@ def check(
         except BadData as absent:
             measured[i] = _skipped(named, str(absent))
             continue
-        setup = str([getattr(claim, name) for name in SETUP])
         if claim.measure:
-            key = f"{claim.measure} {setup}"
+            key = f"{claim.measure} {setup_of(claim)}"
             if key not in shared:
                 checks = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
                 shared[key] = getattr(checks, claim.measure)(claim)
@@ -137,7 +136,7 @@ def check(
             used = {"data": Path(claim.data).name} if claim.data != named.data else {}
             measured[i] = {"text": claim.text, "kind": claim.kind, **used, **found}
         else:
-            groups.setdefault(setup, []).append(i)
+            groups.setdefault(setup_of(claim), []).append(i)
     fits = {i: data is not None and same_input(data, claims[i].data) for (i, *_) in groups.values()}
     if data is not None and fits and not any(fits.values()):
         raise UsageError(f"--data holds another kind of input than what {name} is measured on; see brickyard show {name}.")
@@ -162,6 +161,11 @@ def check(
     for done in folders:
         (done / FINISHED).touch()
     return result
+
+
+def setup_of(claim: Claim) -> str:
+    """Return what two claims must have in common to share their runs."""
+    return str([getattr(claim, name) for name in SETUP])
 
 
 @dataclass(frozen=True)

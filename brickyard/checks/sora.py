@@ -20,6 +20,7 @@ from brickyard.checks._runs import (
     lora_factors,
     majority,
     opened_answers,
+    to_the_end,
     trained,
     tuned,
     with_training,
@@ -40,9 +41,11 @@ TARGET = "target=blocks"
 def by_sparsity(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
     """Find the thresholds that leave 70 and 40 % of the ranks, without a look at any score, and train with them.
 
-    Control: the same training on shuffled labels. Gate: the whole LoRA beats the majority class by 10 points.
+    The shares are meant at the end of the training, so every arm keeps its last step's weights: the step that validates
+    best may lie before it, where more ranks are alive. Control: the same training on shuffled labels. Gate: the whole
+    LoRA beats the majority class by 10 points.
     """
-    asked = {**asked_by(claim), **more}
+    asked = to_the_end({**asked_by(claim), **more})
     with tempfile.TemporaryDirectory(prefix="brickyard-sora-") as place:
         folder = Path(place)
         arms = tuned(claim, {"lora": f"lora:r={RANK},alpha=16,{TARGET}", "dense": sora(0.0)}, asked, folder, workers)
@@ -123,7 +126,7 @@ def thresholds(steps: float) -> list[float]:
 
 
 def ranks_left(run: dict[str, Any]) -> int:
-    """Return the ranks of the weights that a run kept."""
+    """Return the ranks of the weights that a run kept, its last step's."""
     best = next(point for point in run["history"] if point["step"] == run["best_step"])
     return int(best["ranks"])
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.errors import Refused, UnknownName, UsageError
 from brickyard.core.files import complete_folder, write_json, write_tensors
-from brickyard.core.inject_layer import PREFIX, BrickyardLinear, sides
+from brickyard.core.inject_layer import PREFIX, BrickyardLinear, sides, warn_of_rank
 
 _ROOT = "base_model.model."
 
@@ -43,8 +43,9 @@ def to_lora(peft_model: nn.Module, adapter: str, folder: str | Path, *, max_rank
 
     A low-rank method's factors are written as they are. Other changes of the weight, and factors above `max_rank`, go
     through a singular value decomposition, at full numerical rank unless `max_rank` limits it. A layer whose change is
-    zero by rank is left out. Raises UnknownName, Refused where a method is no change of the weight or trains biases,
-    UsageError for max_rank < 1.
+    zero by rank is left out. A method of many ranks is written at the one chosen with `at_rank`, else with a warning at
+    its largest, whether or not the model is in training. Raises UnknownName, Refused where a method is no change of the
+    weight or trains biases, UsageError for max_rank < 1.
     """
     if max_rank is not None and max_rank < 1:
         raise UsageError(f"max_rank={max_rank}: expected at least 1.")
@@ -62,6 +63,7 @@ def to_lora(peft_model: nn.Module, adapter: str, folder: str | Path, *, max_rank
         if isinstance(module, BrickyardLinear) and adapter in module.bound
     }
     check_whole(layers)
+    warn_of_rank(layers.values(), adapter)
     lows, exact, lost, whole = {}, True, 0.0, 0.0
     for name, layer in layers.items():
         lows[name], layer_exact, error, norm = _lower(layer, adapter, max_rank)
@@ -96,7 +98,7 @@ def _lower(layer: BrickyardLinear, adapter: str, max_rank: int | None) -> tuple[
     """Return a layer's factors, whether they are exact, the norm of what they miss and the norm of the change."""
     bound = layer.bound[adapter]
     if bound.has("factors"):
-        a_rn, b_mr, scaling = layer.factors(adapter)
+        a_rn, b_mr, scaling = layer.factors(adapter, layer.part(adapter, training=False))
         if max_rank is None or len(a_rn) <= max_rank:
             return _Low(a_rn.float().contiguous(), b_mr.float().contiguous(), scaling), True, 0.0, 0.0
     change_mn = layer.change(adapter).double()

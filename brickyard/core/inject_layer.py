@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, cast
@@ -217,12 +217,13 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.bound)
 
-    def part(self, adapter: str) -> Part:
-        """Return what the adapter's method sees of this layer."""
+    def part(self, adapter: str, *, training: bool | None = None) -> Part:
+        """Return what the adapter's method sees of this layer, in its present mode or the one given."""
+        training = self.training if training is None else training
         bound, shared = self.bound[adapter], self.shared[adapter]
         tensors = {n: getattr(self, at)[adapter] if at else shared[n] for n, at in bound.tensors}
-        drawn = (self.drawn if self.training else self.chosen).get(adapter)
-        return Part(bound.leaf, tensors, drawn, self.training, self)
+        drawn = (self.drawn if training else self.chosen).get(adapter)
+        return Part(bound.leaf, tensors, drawn, training, self)
 
     def base_weight(self) -> Tensor:
         """Return W_mn without gradient; Refused when the base is quantised."""
@@ -254,14 +255,17 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
         return made
 
     def change(self, adapter: str) -> Tensor:
-        """Return dW_mn, what merging the adapter adds to the base weight, in float32 or wider; Refused if it cannot."""
-        bound = self.bound[adapter]
+        """Return dW_mn, what merging the adapter adds to the base weight, in float32 or wider; Refused if it cannot.
+
+        What a training step happened to draw has no part in it, in whatever mode the model is.
+        """
+        bound, part = self.bound[adapter], self.part(adapter, training=False)
         with torch.no_grad():
             if bound.has("factors"):
-                a_rn, b_mr, scaling = self.factors(adapter)
+                a_rn, b_mr, scaling = self.factors(adapter, part)
                 return (b_mr @ a_rn) * scaling
             if bound.has("weight"):
-                return bound.module.weight(bound.config, self.part(adapter))
+                return bound.module.weight(bound.config, part)
         raise Refused(
             f"{bound.name} on {bound.leaf.name} is no change of the weight, so it cannot be merged or exported."
         )
@@ -393,6 +397,19 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
                 held[adapter_name] = tensor if tensor.is_meta else tensor.to(device)
         if adapter_name in self.shared:
             self.shared[adapter_name].move(device)
+
+
+def warn_of_rank(layers: Iterable[BrickyardLinear], adapter: str) -> None:
+    """Say which rank is handed over where a method has many and nobody chose one."""
+    layer = next((layer for layer in layers if adapter in layer.bound), None)
+    if layer is None or not layer.bound[adapter].has("at_rank") or layer.chosen.get(adapter) is not None:
+        return
+    a_rn, _, _ = layer.factors(adapter, layer.part(adapter, training=False))
+    warnings.warn(
+        f"{layer.bound[adapter].name}: no rank was chosen for adapter {adapter!r}, so it is taken at its largest, "
+        f"{len(a_rn)}; choose one with at_rank({adapter!r}, b) or brickyard export --rank b.",
+        stacklevel=4,
+    )
 
 
 def _same(held: Sequence[tuple[Tensor, int, int, Tensor]], now: list[tuple[Tensor, int, int]]) -> bool:

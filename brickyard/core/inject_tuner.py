@@ -33,6 +33,7 @@ from brickyard.core.inject_layer import (
     Plan,
     Shared,
     sides,
+    warn_of_rank,
     why_not,
 )
 
@@ -324,7 +325,7 @@ class BrickyardTuner(BaseTuner):
         self.choose(adapter, bounds[0].module.at_rank(bounds[0].config, leaves, rank))
 
     def _check_merge(self, adapters: Sequence[str] | None, safe: bool) -> None:
-        """Refuse before the first layer is touched, so that a model is merged wholly or not at all."""
+        """Refuse before the first layer is touched, so that a model is merged wholly or not at all; warn of ranks."""
         for adapter in adapters or ():
             if adapter not in self.peft_config:
                 raise UnknownName.among("adapter", adapter, self.peft_config)
@@ -336,6 +337,8 @@ class BrickyardTuner(BaseTuner):
                 )
             wanted = layer.active_adapters if adapters is None else adapters
             layer.check_merge([a for a in wanted if a in layer.bound and a not in layer.merged_adapters], finite=safe)
+        for adapter in self.active_adapters if adapters is None else adapters:
+            warn_of_rank((m for _, m in self.layers() if adapter not in m.merged_adapters), adapter)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)

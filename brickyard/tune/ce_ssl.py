@@ -64,7 +64,7 @@ RECORD = Record(
             },
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
-                "arm": "ce-ssl",
+                "arm": "ce-ssl:r=16,p=0.2,compress=0.6",
                 "labels": "shuffled",
                 "inequality": "ce-ssl > control + 5.0",
             },
@@ -85,7 +85,7 @@ RECORD = Record(
             },
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
-                "arm": "informed",
+                "arm": "ce-ssl:r=4,p=0,compress=0.8",
                 "labels": "shuffled",
                 "inequality": "informed > control + 5.0",
             },
