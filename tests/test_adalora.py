@@ -14,7 +14,6 @@ from conftest import text_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
-from transformers import TrainingArguments
 
 from brickyard.core import brick as bricks
 from brickyard.core import trial
@@ -23,7 +22,6 @@ from brickyard.core.build import build
 from brickyard.core.errors import NoEffect, Refused, UsageError
 from brickyard.core.loop import train
 from brickyard.core.ranks import keep_best
-from brickyard.core.trainer import ArmTrainer
 from brickyard.core.wrap import ADAPTER
 from brickyard.tune.adalora import Config, residual
 
@@ -231,44 +229,3 @@ def test_a_rank_above_the_layers_is_refused(text_base: Path) -> None:
     with pytest.raises(Refused, match="rank 64 exceeds"):
         known = ready(text_base, "adalora:init_r=64")
         build(known.plan, known.base, known.task, seed=0)
-
-
-@pytest.mark.parametrize("arm", ["lora:r=4,dropout=0.1", "full", ARM])
-def test_the_trainer_of_transformers_gives_the_same_numbers(arm: str, text_base: Path, tmp_path: Path) -> None:
-    """The same batches, schedule and seed: the same weights after training, bit for bit or to rounding."""
-    known = ready(text_base, arm, epochs=2, clip=1.0)
-    ours = build(known.plan, known.base, known.task, seed=0)
-    from brickyard.core.batches import Order
-
-    order = Order(known.encoded["train"].lengths, 16, seed=0, bucket=False)
-    batches = [known.encoded["train"].collate(rows) for k in range(2) for rows in order.epoch(k)]
-    train(ours, known.encoded["train"], None, known.task, known.training, device="cpu")
-
-    theirs = build(known.plan, known.base, known.task, seed=0)
-
-    class Ready(ArmTrainer):
-        def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-            return torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False, generator=torch.Generator())  # type: ignore[arg-type]
-
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=len(batches),
-        learning_rate=known.training.lr,
-        weight_decay=known.training.wd,
-        max_grad_norm=1.0,
-        lr_scheduler_type="linear",
-        warmup_steps=int(np.ceil(known.training.warmup * len(batches))),
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-    )
-    trainer = Ready(theirs, known.task, args=arguments, train_dataset=batches)  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    trainer.train()
-    a, b = ours.tensors(), theirs.tensors()
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6, msg=name)
