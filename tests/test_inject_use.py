@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bridged import MOS, Options, bert, config, logits, made_up_methods, same, stir, stirred, words, wrapped
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +20,7 @@ from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBrick, BadMix, NotFinite, Refused, UnknownName, UsageError
-from brickyard.core.inject import BrickyardLinear
+from brickyard.core.inject import BrickyardConfig, BrickyardLinear
 from brickyard.core.task import Task
 from brickyard.tune import mos
 
@@ -333,6 +333,42 @@ def test_a_model_may_be_trained_on_its_biases_too_but_says_what_that_costs(tmp_p
     assert same(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model))
     with pytest.raises(Refused, match="biases"):
         inject.to_lora(model, "default", tmp_path / "lora")
+
+
+@pytest.mark.parametrize("method", ["mos", "sora", "dylora"])
+def test_what_is_kept_does_not_grow_with_the_adapters_on_a_base(method):
+    options = MOS if method == "mos" else {"r": 4}
+    model = get_peft_model(bert(), BrickyardConfig(method=method, options=options, seed=0), adapter_name="a0").eval()
+    names = [f"a{i}" for i in range(4)]
+    for i, name in enumerate(names):
+        if i:
+            model.add_adapter(name, BrickyardConfig(method=method, options=options, seed=i))
+        stir(model, name, seed=i)
+    layers = [m for m in model.modules() if isinstance(m, BrickyardLinear)]
+    own = {}
+    for name in names:
+        model.set_adapter(name)
+        own[name] = logits(model)
+        assert all(set(layer._factors) <= {name} for layer in layers)
+    kept = extra_bytes(model)
+    mixed = logits(model, adapter_names=names)
+    assert extra_bytes(model) <= kept
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], own[name][row], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for layer in layers:
+            layer.change("a1")
+    assert extra_bytes(model) <= kept, "neither do merges and exports keep what they made"
+    if method != "mos":
+        assert not kept, "sora's gate and dylora's slices need no copy"
+
+
+def extra_bytes(model):
+    """Bytes of kept factors that are no storage of a parameter."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = [t for m in model.modules() if isinstance(m, BrickyardLinear) for _, f in m._factors.values() for t in f[:2]]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for place, size in sizes.items() if place not in known)
 
 
 def test_noise_in_place_of_zeros_is_there_for_tests_only():

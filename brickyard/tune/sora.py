@@ -75,6 +75,7 @@ RECORD = Record(
     ),
 )
 RANK_AXES = {"a": 0, "b": 1, "gate": 0}
+KEEP_FACTORS = False  # the gate on the rank-r activation costs less than a kept copy of A
 MOSTLY_DEAD = 0.25  # share of the ranks at zero from which cutting them out in training pays
 
 
