@@ -14,6 +14,7 @@ from conftest import text_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
+from safetensors.torch import load_file
 
 from brickyard.core import brick as bricks
 from brickyard.core import trial
@@ -23,7 +24,7 @@ from brickyard.core.errors import NoEffect, Refused, UsageError
 from brickyard.core.loop import train
 from brickyard.core.ranks import keep_best
 from brickyard.core.wrap import ADAPTER
-from brickyard.tune.adalora import Config, residual
+from brickyard.tune.adalora import Allocation, Config, residual
 
 ARM = "adalora:init_r=4,target_r=2,every=2,target=[query,key,value,out,up,down]"
 LAYERS = 12  # two blocks of six linear layers
@@ -81,6 +82,94 @@ def test_exactly_the_target_stays_and_the_file_holds_no_dead_rank(text_base: Pat
     again = bricks.load(tmp_path / "b").apply().model
     np.testing.assert_allclose(predict(again, known.encoded["test"]), before, atol=1e-5)
     np.testing.assert_allclose(predict(again.merge_and_unload(), known.encoded["test"]), before, atol=1e-5)
+
+
+class Watch:
+    """Notes the ranks of all layers after every step, the moments' shapes, and what the model computes around a cut."""
+
+    def __init__(self) -> None:
+        self.ranks: list[int] = []
+
+    def after_step(self, state: object) -> None:
+        found = layers(state.attached.model)  # type: ignore[attr-defined]
+        self.ranks.append(sum(layer.lora_A[ADAPTER].shape[0] for layer in found))
+        for layer in found:
+            for p in (layer.lora_A[ADAPTER], layer.lora_E[ADAPTER], layer.lora_B[ADAPTER]):
+                held = state.optimiser.state[p]  # type: ignore[attr-defined]
+                assert held["exp_avg"].shape == held["exp_avg_sq"].shape == p.shape == p.grad.shape
+
+
+def test_ranks_are_cut_as_soon_as_they_are_final_and_the_result_is_unchanged(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without regulariser and clipping, which see the dead ranks, the weights are those of a run that drags them along."""
+    from brickyard.core.export import export
+
+    arm = ARM.replace("every=2", "every=2,orth=0,tfinal=0.4")
+    ends = []
+    for cut in (True, False):
+        known = ready(text_base, arm, clip=0.0)
+        made = build(known.plan, known.base, known.task, seed=0)
+        watch = Watch()
+        with monkeypatch.context() as patch:
+            if not cut:
+                masks: dict[str, list[bool]] = {}
+
+                def step(self: Allocation, step: int, optimiser: object = None, masks: dict = masks) -> None:
+                    """PEFT's own course: masks to the end; the layers are cut when training is over."""
+                    config = self.model.peft_config[ADAPTER]
+                    self.model.base_model.update_and_allocate(step)
+                    self.allocated = step >= config.total_step - config.tfinal
+                    masks.update(config.rank_pattern or {})
+
+                patch.setattr(Allocation, "step", step)
+                patch.setattr(Allocation, "end", lambda self, state: self.cut(None))
+            train(made, known.encoded["train"], None, known.task, known.training, callbacks=[watch], device="cpu")
+        total = len(watch.ranks)
+        final = total - int(0.4 * total)
+        assert watch.ranks[final - 2] == 4 * LAYERS
+        assert set(watch.ranks[final - 1 :]) == {2 * LAYERS if cut else 4 * LAYERS}
+        bricks.save(tmp_path / f"{cut}", made, known.plan, known.base, known.task, seed=0, about={})
+        export(tmp_path / f"{cut}", "peft", tmp_path / f"lora-{cut}")
+        exported = load_file(tmp_path / f"lora-{cut}" / "adapter_model.safetensors")
+        ends.append((made.tensors(), exported))
+    for ours, theirs in zip(*ends, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_run_that_stops_after_the_cut_resumes_bit_for_bit(text_base: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    class At:
+        def after_step(self, state: object) -> None:
+            if state.step == 21:  # type: ignore[attr-defined]
+                raise Stop
+
+    ends = []
+    for folder, callbacks in ((None, [[]]), (tmp_path, [[At()], []])):
+        for these in callbacks:
+            known = ready(text_base)
+            made = build(known.plan, known.base, known.task, seed=0)
+            training = replace(known.training, checkpoint_every=5)
+            try:
+                train(
+                    made,
+                    known.encoded["train"],
+                    known.encoded["validation"],
+                    known.task,
+                    training,
+                    folder=folder,
+                    callbacks=these,
+                    device="cpu",
+                )
+            except Stop:
+                assert sum(layer.lora_A[ADAPTER].shape[0] for layer in layers(made.model)) == 2 * LAYERS
+        ends.append(made.tensors())
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_the_export_is_a_plain_lora(text_base: Path, tmp_path: Path) -> None:
