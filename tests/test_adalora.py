@@ -102,7 +102,7 @@ class Watch:
 def test_ranks_are_cut_as_soon_as_they_are_final_and_the_result_is_unchanged(
     text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without regulariser and clipping, which see the dead ranks, the weights are those of a run that drags them along."""
+    """Without regulariser and clipping, which see the dead ranks, the weights of a run that drags them along."""
     from brickyard.core.export import export
 
     arm = ARM.replace("every=2", "every=2,orth=0,tfinal=0.4")
