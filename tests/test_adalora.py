@@ -20,7 +20,7 @@ from brickyard.core import brick as bricks
 from brickyard.core import trial
 from brickyard.core.answers import predict
 from brickyard.core.build import build
-from brickyard.core.errors import NoEffect, Refused, UsageError
+from brickyard.core.errors import BadMix, NoEffect, Refused, UsageError
 from brickyard.core.loop import train
 from brickyard.core.ranks import keep_best
 from brickyard.core.wrap import ADAPTER
@@ -170,6 +170,45 @@ def test_a_run_that_stops_after_the_cut_resumes_bit_for_bit(text_base: Path, tmp
         ends.append(made.tensors())
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_each_row_of_a_batch_is_served_by_its_own_adapter(text_base: Path) -> None:
+    known = ready(text_base)
+    model = build(known.plan, known.base, known.task, seed=0).model.eval()
+    config = replace(model.peft_config[ADAPTER], inference_mode=True, init_r=3, target_r=2)
+    model.add_adapter("other", config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.copy_(torch.randn(p.shape, generator=generator))
+    batch = known.encoded["test"].collate(np.arange(4))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+
+    def logits(**more: object) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs, **more).logits
+
+    own = {}
+    for name in (ADAPTER, "other"):
+        model.set_adapter(name)
+        own[name] = logits()
+    with model.disable_adapter():
+        own["__base__"] = logits()
+    names = ["other", "__base__", ADAPTER, "other"]
+    mixed = logits(adapter_names=names)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], own[name][i], rtol=1e-5, atol=1e-5)
+    assert (own["other"] - own[ADAPTER]).abs().max() > 0.1
+    torch.testing.assert_close(logits(), own["other"], rtol=0, atol=0)
+    with pytest.raises(BadMix, match="do not exist"):
+        logits(adapter_names=["typo"] * 4)
+    with pytest.raises(BadMix, match="2 adapter_names were given for a batch of 4"):
+        logits(adapter_names=["other"] * 2)
+    torch.testing.assert_close(logits(), own["other"], rtol=0, atol=0)
+    model.merge_adapter()
+    with pytest.raises(BadMix, match="merged"):
+        logits(adapter_names=names)
 
 
 def test_the_export_is_a_plain_lora(text_base: Path, tmp_path: Path) -> None:

@@ -377,7 +377,23 @@ def test_noise_in_place_of_zeros_is_there_for_tests_only():
     assert Options().rank == 2 and config(init_weights=False).init_weights is False
 
 
-@pytest.mark.parametrize("arm", ["ia3", "adalora:init_r=4,target_r=2", "fourierft:n_frequency=20"])
+@pytest.mark.parametrize("arm", ["mos:r=3", "sora:r=4", "lora"])
+def test_an_arm_serves_a_mixed_batch(arm: str, text_base: Path) -> None:
+    task = Task(kind="text-classification", metric="accuracy", labels=("a", "b"), width=2, input="text")
+    model = build(resolve(parse(arm), task), open_base(str(text_base)), task, seed=0).model.eval()
+    inputs = {"input_ids": torch.arange(8).view(2, 4) + 1}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        for name, p in model.named_parameters():
+            if "brick_" in name or "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator))
+        own, mixed = model(**inputs).logits, model(**inputs, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(mixed, torch.stack([own[0], base[1]]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(own, base, atol=1e-3)
+
+
+@pytest.mark.parametrize("arm", ["ia3", "fourierft:n_frequency=20"])
 def test_pefts_own_types_refuse_a_mixed_batch_that_they_would_ignore(arm: str, text_base: Path) -> None:
     task = Task(kind="text-classification", metric="accuracy", labels=("a", "b"), width=2, input="text")
     attached = build(resolve(parse(arm), task), open_base(str(text_base)), task, seed=0)

@@ -9,6 +9,7 @@ import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.errors import BadMix, NotFinite, Refused
+from brickyard.core.rows import served
 
 PREFIX = "brick_"
 FIXED = "brick_fixed_"
-BASE = "__base__"
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -362,13 +363,8 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             raise BadMix(f"adapter_names were given while {self.merged_adapters} are merged; unmerge them first.")
-        if len(adapter_names) != len(x):
-            raise BadMix(f"{len(adapter_names)} adapter_names were given for a batch of {len(x)}; give one per row.")
-        y = self.base_layer(x, *args, **kwargs).clone()
-        for adapter in sorted(set(adapter_names) & set(self.bound)):
-            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-            y[rows] = self._adapted(adapter, x[rows], y[rows], keep=False)
-        return y
+        y = self.base_layer(x, *args, **kwargs)
+        return served(x, y, adapter_names, self.bound, partial(self._adapted, keep=False))
 
     def _adapted(self, adapter: str, x: Tensor, y: Tensor, *, keep: bool = True) -> Tensor:
         """Return the layer's output y with one adapter's effect; x is the layer's input.
@@ -390,7 +386,8 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
         if bound.has("delta") and not plain:
             return (y + module.delta(config, part, x)).to(y.dtype)
         if bound.has("factors"):
-            return low_rank(x, y, *(self.factors(adapter, part) if keep else module.factors(config, part)))
+            a_rn, b_mr, scaling = self.factors(adapter, part) if keep else module.factors(config, part)
+            return low_rank(x, y, a_rn, b_mr, scaling)
         return (y + F.linear(x, module.weight(config, part))).to(y.dtype)
 
     def _where(self) -> str:

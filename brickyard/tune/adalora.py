@@ -14,14 +14,16 @@ are from then on those of the ranks that are left, where PEFT's go on counting t
 Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv 2303.10512.
 Headline claim: at equal parameters above LoRA, the more so the smaller the budget.
 What PEFT lacks and this file adds: the allocation at the right hook point, the regulariser where the loss is computed
-outside the model, `init_r == target_r`, exact counts under ties, and a brick that holds only the ranks that are alive.
+outside the model, `init_r == target_r`, exact counts under ties, batches whose rows belong to different adapters, and a
+brick that holds only the ranks that are alive.
 """
 
 from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +33,10 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from brickyard.core.attached import Attached, copy_into
-from brickyard.core.errors import NoEffect, UsageError
+from brickyard.core.errors import BadMix, NoEffect, UsageError
 from brickyard.core.method import Claim, Record
 from brickyard.core.ranks import keep_best, resize, take
+from brickyard.core.rows import check_names, named_rows, served
 from brickyard.core.task import Task
 from brickyard.core.wrap import ADAPTER, attach_peft, check_rank, targets
 
@@ -166,6 +169,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     )
     wrapped = made.model
     allocation.model = wrapped
+    wrapped.base_model._enable_peft_forward_hooks = types.MethodType(_mixed, wrapped.base_model)  # type: ignore[union-attr]
 
     def live() -> dict[str, Tensor]:
         # PEFT would cut the tensors by its rank pattern here; the layers themselves are cut once it is final.
@@ -204,6 +208,39 @@ def _resize(wrapped: Any, tensors: dict[str, Tensor]) -> None:
             for part, axis in _sides(layer):
                 resize(part, axis, len(tensor))
             layer.r[ADAPTER] = len(tensor)
+
+
+@contextmanager
+def _mixed(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Serve each row of a batch by its own adapter where `adapter_names` are given, which PEFT's layers do not know."""
+    given = kwargs.get("adapter_names")
+    if given is None:
+        yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, AdaLoraLayer)]
+    check_names(given, {adapter for layer in layers for adapter in layer.lora_A}, model.training)
+    if merged := {adapter for layer in layers for adapter in layer.merged_adapters}:
+        raise BadMix(f"adapter_names were given while {sorted(merged)} are merged; unmerge them first.")
+    try:
+        for layer in layers:
+            layer.forward = types.MethodType(_forward_rows, layer)
+        with named_rows(model, model.modules(), given, kwargs.get("num_beams") or 1, AdaLoraLayer):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward_rows(layer: AdaLoraLayer, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+    y = layer.base_layer(x, *args, **kwargs)
+
+    def adapted(adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        a_rn, e_r1, b_mr = layer.lora_A[adapter], layer.lora_E[adapter], layer.lora_B[adapter]
+        x = layer._cast_input_dtype(x, a_rn.dtype)
+        scaling = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5)
+        return (y + x @ (a_rn * e_r1).T @ b_mr.T * scaling).to(y.dtype)
+
+    return y if layer.disable_adapters else served(x, y, adapter_names, set(layer.lora_A), adapted)
 
 
 def _sides(layer: AdaLoraLayer) -> list[tuple[Tensor, int]]:
