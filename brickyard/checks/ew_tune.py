@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from brickyard.checks._runs import answers, arm_row, asked_by, majority, trained, with_training
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
 from brickyard.core.errors import Refused
 from brickyard.core.method import Claim
@@ -68,6 +69,7 @@ def noise(claim: Claim) -> dict[str, Any]:
     }
 
 
+@takes("base", "data")
 def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[str, Any]:
     """Judge rank-1 views against whole gradients, by accuracy, and count the numbers that noise falls on."""
     common = f"epsilon={epsilon},accountant=pld,clip=1.0"

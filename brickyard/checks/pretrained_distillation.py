@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from brickyard.checks._takes import takes
 from brickyard.checks.run import FINISHED, Answers, Inequality, judge
 from brickyard.compare.plan import code_digest, key_of
 from brickyard.core import brick, registry, trial
@@ -33,6 +34,7 @@ GATE = "teacher > majority + 20.0"
 CONTROL = "PD > control + 5.0"
 
 
+@takes("base", "data")
 def compound(
     claim: Claim,
     *,
@@ -110,6 +112,7 @@ def compound(
     return out
 
 
+@takes("base", "data")
 def language_model(
     claim: Claim,
     *,

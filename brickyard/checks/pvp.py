@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from brickyard.checks._runs import answers, trained
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import readers
 from brickyard.core.method import Claim
@@ -32,6 +33,7 @@ def halves(name: str) -> tuple[Rows, Rows]:
     return out
 
 
+@takes("base", "data")
 def by_shots(claim: Claim, *, workers: int = 2, upstream_rows: int = 1500, **_: Any) -> dict[str, Any]:
     """Train both tuners on half of the classes; then start them there, and afresh, on the others.
 

@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from brickyard.checks._takes import left_alone, refuse, taken
 from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
@@ -100,8 +102,9 @@ def check(
 ) -> dict[str, Any]:
     """Re-measure every claim of a method and write `NAME.json`; return what was written.
 
+    `base` and `data` stand in place of the claims' own; a claim that takes one of them not says so in its `detail`.
     An interrupted check goes on where it stopped, as long as the code is the same; a finished one is measured anew.
-    RunFailed names an arm that did not finish.
+    RunFailed names an arm that did not finish; UsageError an option that no claim of the method takes.
     """
     entry, started = registry.find(name), time.monotonic()
     if not entry.record.claims and entry.record.part_of:
@@ -110,18 +113,25 @@ def check(
     if not entry.record.claims:
         raise UsageError(f"{name} makes no claim that could be checked.")
     claims = [replace(c, **c.full) if full else c for c in entry.record.claims]
+    given: dict[str, Any] = {k: v for k, v in {"base": base, "data": data}.items() if v is not None}
+    measures = {c.measure: _measure(entry.path.stem, c.measure) for c in claims if c.measure}
+    used = [taken(measures[c.measure]) if c.measure else frozenset(("base", "data")) for c in claims]
+    refuse(name, set(given), set().union(*used))
     measured: list[dict[str, Any] | None] = [None] * len(claims)
     # Claims with one set-up share their runs: an arm that stands in several is trained once.
     groups: dict[str, list[int]] = {}
     shared: dict[str, dict[str, Any]] = {}
     for i, claim in enumerate(claims):
+        if claim.measure:
+            claim = replace(claim, **{k: v for k, v in given.items() if k in used[i]})
         setup = str([getattr(claim, name) for name in SETUP])
         if claim.measure:
             key = f"{claim.measure} {setup}"
             if key not in shared:
-                checks = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
-                shared[key] = getattr(checks, claim.measure)(claim)
-            found = shared[key][claim.part] if claim.part else shared[key]
+                shared[key] = measures[claim.measure](claim)
+            found = dict(shared[key][claim.part] if claim.part else shared[key])
+            if given.keys() - used[i]:
+                found["detail"] = f"{found['detail']} ({left_alone(given.keys() - used[i])})"
             measured[i] = {"text": claim.text, "kind": claim.kind, **found}
         else:
             groups.setdefault(setup, []).append(i)
@@ -145,6 +155,10 @@ def check(
     for done in folders:
         (done / FINISHED).touch()
     return result
+
+
+def _measure(module: str, name: str) -> Callable[[Claim], dict[str, Any]]:
+    return getattr(importlib.import_module(f"brickyard.checks.{module}"), name)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brickyard.checks import _steps
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import measure, noise, roles, trial
 from brickyard.core.answers import answer
@@ -300,6 +301,7 @@ def _validated(theta: Tensor, split: Split) -> float:
     return float((out_NK.argmax(1) == split.y_N).double().mean()) - 1e-6 * float(F.cross_entropy(out_NK, split.y_N))
 
 
+@takes("base", "data")
 def alignment(claim: Claim, *, steps: int = 150, fitting: int = 60) -> dict[str, Any]:
     """Take the same zeroth-order steps on LoRA and head from a head fitted beforehand, and from a random one.
 
@@ -399,6 +401,7 @@ def _head(made: Attached) -> Attached:
     return replace(made, parameter_groups=[{"params": [p for p in made.parameters() if id(p) in own]}])
 
 
+@takes("base")
 def memory(claim: Claim, *, batch: int = 16, tokens: int = 32) -> dict[str, Any]:
     """Count the peak of a forward without gradient, of a ZO-SGD and a ZO-Adam step and, as control, of backpropagation.
 
