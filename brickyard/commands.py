@@ -108,8 +108,11 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> int:
     )
 
 
+_PRINTED = ("step", "examples", "train_loss", "validation_score", "validation_loss")
+
+
 class _Curve:
-    """Prints one line an evaluation."""
+    """Prints one line an evaluation, with what the arm notes in its learning curve (SoRA's k and ranks, say)."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -117,9 +120,10 @@ class _Curve:
     def evaluated(self, state: Any) -> None:
         """Show the last point of the learning curve."""
         point = state.history[-1]
+        noted = "".join(f"  {name} {value:g}" for name, value in point.items() if name not in _PRINTED)
         self.console.print(
             f"  step {point['step']:>6}/{state.total}  train loss {point['train_loss']:.4f}  "
-            f"validation {state.task.metric} {point['validation_score']:.4f}",
+            f"validation {state.task.metric} {point['validation_score']:.4f}{noted}",
             highlight=False,
         )
 

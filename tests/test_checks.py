@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from conftest import text_data, write_data
 
 from brickyard.checks import _data
 from brickyard.checks import run as checks
+from brickyard.checks._takes import taken, takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.compare.plan import Contestant, Request
 from brickyard.core import registry
@@ -97,7 +102,7 @@ def test_every_check_names_arms_that_can_be_built(monkeypatch: pytest.MonkeyPatc
                 groups.setdefault(checks.setup_of(claim), []).append(claim)
             for claims in groups.values():
                 with pytest.raises(RunFailed, match="nothing is trained here"):
-                    checks._Run.of(entry.record.name, claims, None, None, lambda event: None)
+                    checks._Run.of(entry.record.name, claims, lambda event: None)
     assert set(ran) == TASKS.keys()
 
 
@@ -217,3 +222,73 @@ def test_the_fine_tuning_of_halo_takes_as_many_steps_as_its_card_in_full() -> No
     claim = registry.find("halo").record.claims[1]
     steps = [round(one.epochs * one.train_rows / one.batch) for one in (claim, replace(claim, **claim.full))]
     assert steps == [120, 300]
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, **measures: Any) -> list[Claim]:
+    """A method whose claims are measured by functions that note what they were given."""
+    seen: list[Claim] = []
+
+    def measure(names: tuple[str, ...]) -> Any:
+        @takes(*names)
+        def measured(claim: Claim) -> dict[str, Any]:
+            seen.append(claim)
+            return {"holds": True, "inequality": "a > b", "detail": "as it should"}
+
+        return measured
+
+    module = ModuleType("brickyard.checks.lora")
+    for name, names in measures.items():
+        setattr(module, name, measure(names))
+    monkeypatch.setitem(sys.modules, "brickyard.checks.lora", module)
+    entry = registry.find("lora")
+    claims = tuple(Claim(text=name, measure=name) for name in measures)
+    record = Record(name="lora", family="tune", title="t", claims=claims)
+    monkeypatch.setattr(
+        checks.registry, "find", lambda name, family=None: registry.Entry(record, entry.path, entry.options)
+    )
+    return seen
+
+
+def test_a_measurement_takes_the_base_and_data_it_was_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = faked(monkeypatch, both=("base", "data"), steps=("base",), own=())
+    result = checks.check("any", base="mine", data="rows", out=tmp_path)
+    assert [(c.base, c.data) for c in seen] == [
+        ("mine", "rows"),
+        ("mine", Claim(text="").data),
+        (Claim(text="").base, Claim(text="").data),
+    ]
+    details = [claim["detail"] for claim in result["claims"]]
+    assert details[0] == "as it should" and "--data does not change" in details[1] and "--base" not in details[1]
+    assert "--base does not change" in details[2] and "--data does not change" in details[2]
+    stored = json.loads((tmp_path / "any.json").read_text())["claims"]
+    assert [claim["detail"] for claim in stored] == details
+
+
+def test_an_option_that_changes_no_claim_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = faked(monkeypatch, steps=("base",), own=())
+    with pytest.raises(UsageError, match="was given --data, but every claim of it is measured on material of its own"):
+        checks.check("any", base="mine", data="rows", out=tmp_path)
+    assert not seen and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "option"), [("lightning-attention", "base"), ("one-byte", "data"), ("zo2", "data")])
+def test_methods_whose_claims_have_no_base_or_data_say_so(name: str, option: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {option: "mine"}
+    with pytest.raises(UsageError, match=f"check {name} was given --{option}"):
+        checks.check(name, **given, out=tmp_path)
+
+
+def test_every_measurement_that_reads_its_claims_base_or_data_says_so() -> None:
+    """By its source: nothing else that a measurement calls would tell before it has been running for minutes."""
+    for entry in registry.records():
+        for claim in entry.record.claims:
+            if not claim.measure:
+                continue
+            module = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
+            function = getattr(module, claim.measure)
+            source = inspect.getsource(function)
+            for name in ("base", "data"):
+                if f"claim.{name}" in source or "asked_by(claim" in source:
+                    assert name in taken(function), (entry.record.name, claim.measure, name)

@@ -24,7 +24,7 @@ from brickyard.core.answers import answer
 from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build
-from brickyard.core.errors import BadBrick, Refused, UsageError
+from brickyard.core.errors import BadBrick, BadMix, Refused, UsageError
 from brickyard.core.export import export
 from brickyard.core.loop import State, train
 from brickyard.core.roles import roles
@@ -219,6 +219,18 @@ def test_taking_it_off_gives_the_base_back_bit_for_bit() -> None:
     plain = made.detach()
     assert {n for n, _ in plain.named_parameters()} == set(before)
     assert all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
+
+
+def test_a_slimmed_base_serves_no_rows_of_others() -> None:
+    made = attached(heads=0.5, neurons=0.5)
+    model: Any = made.model.eval()
+    names = ["default", "__base__", "default", "__base__"]
+    whole = logits(model, adapter_names=names)  # nothing is removed yet
+    torch.testing.assert_close(whole[0], logits(model)[0], rtol=1e-4, atol=1e-5)
+    pruner(made).prune(None, torch.Generator().manual_seed(0))
+    with pytest.raises(BadMix, match=r"removed heads or neurons.*'__base__'"):
+        logits(model, adapter_names=names)
+    torch.testing.assert_close(logits(model, adapter_names=["default"] * 4), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_the_share_of_zeros_is_exact_in_each_group() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bridged import MOS, Options, bert, config, logits, made_up_methods, same, stir, stirred, words, wrapped
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +20,7 @@ from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBrick, BadMix, NotFinite, Refused, UnknownName, UsageError
-from brickyard.core.inject import BrickyardLinear
+from brickyard.core.inject import BrickyardConfig, BrickyardLinear
 from brickyard.core.task import Task
 from brickyard.tune import mos
 
@@ -335,13 +335,65 @@ def test_a_model_may_be_trained_on_its_biases_too_but_says_what_that_costs(tmp_p
         inject.to_lora(model, "default", tmp_path / "lora")
 
 
+@pytest.mark.parametrize("method", ["mos", "sora", "dylora"])
+def test_what_is_kept_does_not_grow_with_the_adapters_on_a_base(method):
+    options = MOS if method == "mos" else {"r": 4}
+    model = get_peft_model(bert(), BrickyardConfig(method=method, options=options, seed=0), adapter_name="a0").eval()
+    names = [f"a{i}" for i in range(4)]
+    for i, name in enumerate(names):
+        if i:
+            model.add_adapter(name, BrickyardConfig(method=method, options=options, seed=i))
+        stir(model, name, seed=i)
+    layers = [m for m in model.modules() if isinstance(m, BrickyardLinear)]
+    own = {}
+    for name in names:
+        model.set_adapter(name)
+        own[name] = logits(model)
+        assert all(set(layer._factors) <= {name} for layer in layers)
+    kept = extra_bytes(model)
+    mixed = logits(model, adapter_names=names)
+    assert extra_bytes(model) <= kept
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], own[name][row], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for layer in layers:
+            layer.change("a1")
+    assert extra_bytes(model) <= kept, "neither do merges and exports keep what they made"
+    if method != "mos":
+        assert not kept, "sora's gate and dylora's slices need no copy"
+
+
+def extra_bytes(model):
+    """Bytes of kept factors that are no storage of a parameter."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = [t for m in model.modules() if isinstance(m, BrickyardLinear) for _, f in m._factors.values() for t in f[:2]]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for place, size in sizes.items() if place not in known)
+
+
 def test_noise_in_place_of_zeros_is_there_for_tests_only():
     noisy = wrapped(init_weights=False)
     assert not torch.allclose(logits(noisy), logits(bert()), atol=1e-4)
     assert Options().rank == 2 and config(init_weights=False).init_weights is False
 
 
-@pytest.mark.parametrize("arm", ["ia3", "adalora:init_r=4,target_r=2", "fourierft:n_frequency=20"])
+@pytest.mark.parametrize("arm", ["mos:r=3", "sora:r=4", "lora"])
+def test_an_arm_serves_a_mixed_batch(arm: str, text_base: Path) -> None:
+    task = Task(kind="text-classification", metric="accuracy", labels=("a", "b"), width=2, input="text")
+    model = build(resolve(parse(arm), task), open_base(str(text_base)), task, seed=0).model.eval()
+    inputs = {"input_ids": torch.arange(8).view(2, 4) + 1}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        for name, p in model.named_parameters():
+            if "brick_" in name or "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator))
+        own, mixed = model(**inputs).logits, model(**inputs, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(mixed, torch.stack([own[0], base[1]]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(own, base, atol=1e-3)
+
+
+@pytest.mark.parametrize("arm", ["ia3", "fourierft:n_frequency=20"])
 def test_pefts_own_types_refuse_a_mixed_batch_that_they_would_ignore(arm: str, text_base: Path) -> None:
     task = Task(kind="text-classification", metric="accuracy", labels=("a", "b"), width=2, input="text")
     attached = build(resolve(parse(arm), task), open_base(str(text_base)), task, seed=0)

@@ -216,6 +216,68 @@ def test_ranks_fall_with_the_threshold_and_the_brick_holds_what_is_left(text_bas
     assert totals[0] == 4 * len(left) > totals[1] > totals[2]
 
 
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 7))
+def test_stages_share_out_all_steps(total: int, stages: int) -> None:
+    stages = min(stages, total)
+    found = [sora.stage_of(step, total, stages) for step in range(total)]
+    assert [stage for stage, _, _ in found] == sorted(stage for stage, _, _ in found)
+    assert {stage for stage, _, _ in found} == set(range(stages))
+    assert all(first <= step < first + steps for step, (_, first, steps) in enumerate(found))
+    lengths = {steps for _, _, steps in found}
+    assert max(lengths) - min(lengths) <= 1
+
+
+class Watch:
+    """Notes the learning rate and the threshold of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.thresholds: list[float] = []
+
+    def after_step(self, state: State) -> None:
+        assert state.optimiser is not None
+        self.rates.append(state.optimiser.param_groups[0]["lr"])
+        sparsifier = next(c for c in state.attached.callbacks if isinstance(c, sora.Sparsifier))
+        self.thresholds.append(sparsifier.threshold(state))
+
+
+def test_every_stage_is_trained_to_its_end_under_a_rising_threshold(text_base: Path) -> None:
+    """k = eta lambda with eta's own course in each stage: the last stage presses hardest, and each one is recorded."""
+    ks, watch = (0.01, 0.02, 0.04), Watch()
+    _, result = brickyard.tune(
+        f"sora:r=4,schedule=[{','.join(map(str, ks))}]",
+        base=str(text_base),
+        data=text_data(),
+        training={"batch": 8, "steps": 50, "lr": 5e-3, "warmup": 0.1, "evaluate_every": 20, "patience": 1},
+        callbacks=(watch,),
+        device="cpu",
+    )
+    assert len(watch.rates) == 50, "patience does not end a run before its last stage"
+    shares = np.array_split(np.arange(50), 3)
+    ends = [17, 34, 50]
+    for share, k, end in zip(shares, ks, ends, strict=True):
+        rates, thresholds = np.array(watch.rates)[share], np.array(watch.thresholds)[share]
+        assert rates.max() == pytest.approx(5e-3) and rates[-1] < 0.1 * rates.max()
+        np.testing.assert_allclose(thresholds, k * rates / 5e-3, rtol=1e-6)
+        point = next(p for p in result["history"] if p["step"] == end)
+        assert point["k"] == k and point["ranks"] > 0 and 0 <= point["validation_score"] <= 1
+    curve = [p for p in result["history"] if "k" in p]
+    assert [p["stage"] for p in curve] == [1, 2, 3]
+    assert curve[0]["ranks"] > curve[1]["ranks"] > curve[2]["ranks"]
+
+
+def test_more_stages_than_steps_are_refused(text_base: Path) -> None:
+    with pytest.raises(UsageError, match="2 steps are too few for 3 stages"):
+        brickyard.tune(
+            "sora:r=4,schedule=[1e-3,2e-3,3e-3]",
+            base=str(text_base),
+            data=text_data(),
+            training={"steps": 2},
+            device="cpu",
+        )
+
+
 class Stop:
     def __init__(self, at: int) -> None:
         self.at = at
@@ -298,3 +360,18 @@ def test_the_check_asks_for_the_last_steps_weights(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InterruptedError):
         checks.by_sparsity(claim)
     assert seen == [to_the_end(asked_by(claim))] and seen[0]["training"]["epochs"] == claim.epochs
+
+
+def test_tune_prints_the_curve_of_quality_against_ranks() -> None:
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from brickyard.commands import _Curve
+
+    console = Console(record=True, width=200)
+    point = {"step": 9, "train_loss": 0.5, "validation_score": 0.75, "validation_loss": 0.6, "examples": 72}
+    task = SimpleNamespace(metric="accuracy")
+    noted = SimpleNamespace(history=[{**point, "ranks": 31, "stage": 2, "k": 7e-4}], total=9, task=task)
+    _Curve(console).evaluated(noted)
+    assert console.export_text().rstrip().endswith("validation accuracy 0.7500  ranks 31  stage 2  k 0.0007")

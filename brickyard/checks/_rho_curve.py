@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from brickyard.checks._takes import takes
 from brickyard.core import trial
 from brickyard.core.answers import answer
 from brickyard.core.build import build
@@ -20,6 +21,7 @@ ARM = "full + linear-probe"
 _ROWS = 1000  # test rows by which rho is measured
 
 
+@takes("base", "data")
 def rho_curve(claim: Claim) -> dict[str, Any]:
     """Tune the whole base with several seeds; compare it with itself, before and after, at every layer.
 

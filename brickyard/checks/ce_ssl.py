@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from brickyard.checks._steps import attached, in_turn, mean_ratio, one_step
+from brickyard.checks._takes import takes
 from brickyard.core.base import open_base
 from brickyard.core.method import Claim
 
 P = 0.5  # a fifth saves too little of a step for a clock on a shared machine to see
 
 
+@takes("base")
 def step_time(claim: Claim, *, batch: int = 32, tokens: int = 32, rounds: int = 30) -> dict[str, Any]:
     """Time steps with half of the adapters left out, with a fifth, and with all, in turn; the interval is over rounds.
 

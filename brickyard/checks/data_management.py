@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from torch.nn import functional as F
 
 from brickyard import embedded
+from brickyard.checks._takes import takes
 from brickyard.core.method import Claim
 from brickyard.core.pool import Pool
 from brickyard.core.readers import read
@@ -141,6 +142,7 @@ def plain(found: dict[str, float]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in found.items()}
 
 
+@takes("base", "data")
 def near_duplicates(claim: Claim) -> dict[str, Any]:
     """Recall of the planted copies, and precision of all that is dropped.
 
@@ -195,6 +197,7 @@ def control(what: str, inequality: str, values: list[float], destroyed: bool) ->
     }
 
 
+@takes("base", "data")
 def label_noise(claim: Claim) -> dict[str, Any]:
     """AUC of finding the changed labels among the rows of the data's own domain."""
     figures: dict[str, list[float]] = {"loss": [], "confidence": [], "variability": [], "forgetting": []}
@@ -222,6 +225,7 @@ def label_noise(claim: Claim) -> dict[str, Any]:
     }
 
 
+@takes("base", "data")
 def off_domain(claim: Claim) -> dict[str, Any]:
     """AUC of finding the rows of the other domain, the validation split being the picture of the right one."""
     figures: dict[str, list[float]] = {"classifier": [], "dsir": [], "n-gram perplexity": [], "nearest": []}
@@ -255,6 +259,7 @@ def off_domain(claim: Claim) -> dict[str, Any]:
     }
 
 
+@takes("base", "data")
 def selection(claim: Claim) -> dict[str, Any]:
     """Accuracy on test of a linear head on frozen states, trained for equal steps on what each arm selected."""
     answers: dict[str, list[np.ndarray]] = {name: [] for name in (*ARMS, "full", "shuffled loss")}

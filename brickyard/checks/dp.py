@@ -8,6 +8,7 @@ import numpy as np
 
 from brickyard.checks._private_steps import step_of
 from brickyard.checks._steps import in_turn, mean_ratio
+from brickyard.checks._takes import takes
 from brickyard.core import measure
 from brickyard.core.base import open_base
 from brickyard.core.method import Claim
@@ -16,6 +17,7 @@ TIME, MEMORY = 1.15, 0.6
 MICROBATCH = 64
 
 
+@takes("base")
 def cost(
     claim: Claim, *, arm: str = "lora", tokens: int = 32, rounds: int = 5, microbatch: int = MICROBATCH
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core.batches import Order
 from brickyard.core.data import read_data
@@ -163,18 +164,20 @@ def _multiplier(epsilon: float, rows: int, batch: int, epochs: int) -> float:
     )
 
 
+@takes("data")
 def beside_dp_sgd(
     claim: Claim, *, rows: int | None = None, test_rows: int = 0, epochs: int = 60, batch: int = 512, width: int = 64
 ) -> dict[str, Any]:
     """Train the convex model, logistic regression and a ReLU network, with and without a budget; compare on test rows.
 
     Each arm's setting is the best on validation with seed 0, of as many for every arm; what that search spends of the
-    budget is not counted, for any arm. Where `claim.data` is no folder, digits stand in, which are known not to show
+    budget is not counted, for any arm. Where `claim.data` is not there, digits stand in, which are known not to show
     the claim. With no limit of rows in the claim, accuracies at the epsilons of `CURVE` are measured too. Control:
     labels shuffled. Gate: without privacy the ReLU network beats logistic regression by a point.
     """
-    found = Path(claim.data).is_dir()
-    splits = read_data(claim.data if found else SMALL).splits
+    found = not isinstance(claim.data, str) or claim.data.startswith("embedded:") or Path(claim.data).exists()
+    read = read_data(claim.data if found else SMALL, task="image-classification")
+    splits = read.splits
     limit = claim.train_rows if rows is None else rows
     images = {
         name: Pixels.of(splits[name]["image"], splits[name]["label"], count)
@@ -210,7 +213,7 @@ def beside_dp_sgd(
     gate = {"inequality": GATE, **judge(Inequality.read(GATE), answers, "accuracy")}
     gone = judge(Inequality.read(CONTROL), answers, "accuracy")
     said = ", ".join(f"{name} {100 * row['mean']:.1f}" for name, row in table.items())
-    where = f"{'MNIST' if found else 'digits'}, {len(trainer.train.y_N):,} training rows, {claim.seeds} seeds"
+    where = f"{read.name}, {len(trainer.train.y_N):,} training rows, {claim.seeds} seeds"
     shared = {
         "gate": gate,
         "control": {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from brickyard.checks._steps import attached, in_turn, mean_ratio, random_batch
+from brickyard.checks._takes import takes
 from brickyard.core import measure
 from brickyard.core.base import Base, open_base
 from brickyard.core.method import Claim
@@ -18,6 +19,7 @@ MASKED = "r=4,n_sparse=64,unstructured=0.5"
 FLOPS, TIME = 0.8, 0.9  # of the whole model's that may be left
 
 
+@takes("base")
 def saved_work(claim: Claim, *, batch: int = 32, tokens: int = 64, rounds: int = 15) -> dict[str, Any]:
     """Count and time a forward pass of the whole model, of the one without parts, and of one with zeros in its weights.
 

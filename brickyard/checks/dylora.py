@@ -13,6 +13,7 @@ from torch import nn
 
 from brickyard.checks._runs import answers, arm_row, asked_by, lora_factors, majority, opened_answers, trained, tuned
 from brickyard.checks._steps import attached, in_turn, mean_ratio, one_step
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core.base import open_base
 from brickyard.core.export import at_rank
@@ -29,6 +30,7 @@ DEAR = 1.3  # times a LoRA that a DyLoRA may cost
 ROUNDS = 12
 
 
+@takes("base", "data")
 def by_rank(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
     """Train one DyLoRA and a LoRA of every rank, and hold them against each other at every rank.
 
@@ -163,6 +165,7 @@ def cut(model: nn.Module, rank: int, how: str) -> None:
         a_rn[rank:], b_mr[:, rank:] = 0.0, 0.0
 
 
+@takes("base")
 def search_cost(claim: Claim, *, batch: int = 32, tokens: int = 32, rounds: int = ROUNDS) -> dict[str, Any]:
     """Time steps of DyLoRA and of LoRA of the same largest rank in turn; the interval is over rounds.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.checks._runs import answers, arm_row, asked_by, majority, trained, with_training
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
 from brickyard.core import measure
 from brickyard.core.errors import Refused
@@ -82,6 +83,7 @@ def noise(claim: Claim) -> dict[str, Any]:
     }
 
 
+@takes("base", "data")
 def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[str, Any]:
     """Judge rank-1 views against whole gradients, by accuracy, and count the bytes that rows' gradients take."""
     common = f"epsilon={epsilon},accountant=pld,clip=1.0"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.checks._steps import mean_ratio
+from brickyard.checks._takes import takes
 from brickyard.core.answers import answer
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
@@ -133,6 +134,7 @@ def _line(ratios: dict[str, tuple[float, float, float]]) -> str:
     return ", ".join(f"{what} {mean:.2f} ({low:.2f} to {high:.2f})" for what, (mean, low, high) in ratios.items())
 
 
+@takes("base", "data")
 def fine_tuning(claim: Claim, *, held_out: int = HELD_OUT) -> dict[str, Any]:
     """Tune a language model that has outliers on text it has not seen, in float32 and in INT8 with and without HALO.
 

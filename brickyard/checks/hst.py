@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from brickyard.checks._runs import answers, arm_row, majority, trained
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
@@ -43,6 +44,7 @@ def textured(count: int, seed: int) -> dict[str, list]:
     return {"image": files, "label": [FACTORS[FACTOR][i] for i in made.labels[FACTOR]]}
 
 
+@takes("base")
 def beside_the_pyramid(
     claim: Claim, *, rows: int = 1000, test_rows: int = 2000, workers: int = 2, epochs: int = EPOCHS, **_: Any
 ) -> dict[str, Any]:

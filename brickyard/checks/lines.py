@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from brickyard.checks._takes import takes
 from brickyard.core import readers
 from brickyard.core.errors import BadData
 from brickyard.core.fitted_head import FittedHead, fit_on
@@ -246,6 +247,7 @@ def merging(world: World, errors: Errors) -> None:
     errors.add("base", world.score(torch.zeros_like(world.base_P)).error(views))
 
 
+@takes("data")
 def by_views(claim: Claim, *, base_epochs: int = 3, epochs: int = 6, **_: Any) -> dict[str, Any]:
     """Measure both claims; see the module's docstring for the set-up."""
     data = splits_of(claim.data)

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import ttest_1samp
 from torch import Tensor
 
+from brickyard.checks._takes import takes
 from brickyard.core import trial
 from brickyard.core.answers import answer
 from brickyard.core.attached import Attached
@@ -51,6 +52,7 @@ class Runs:
     moved_S: np.ndarray
 
 
+@takes("base", "data")
 def location(claim: Claim, *, options: str = OPTIONS) -> dict[str, Any]:
     """Train LoCA with learned, with fixed and, as control, with shuffled positions, from the same start and data order.
 
@@ -102,6 +104,7 @@ def judged(runs: dict[str, Runs], majority: float, arms: dict[str, str]) -> dict
     }
 
 
+@takes("base", "data")
 def reconstruction(claim: Claim, *, side: int = SIDE, ranks: tuple[int, ...] = RANKS) -> dict[str, Any]:
     """Compare, at equal numbers stored, the energy that best cosines, singular vectors and random cosines keep.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from brickyard.audit.membership import Found, attack
 from brickyard.checks._runs import asked_by, trained, with_training
+from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
 from brickyard.core.method import Claim
@@ -19,6 +20,7 @@ from brickyard.core.trial import Setting, prepare
 LEAKY, PRIVATE = "full", "lora + dp:epsilon=1"
 
 
+@takes("base", "data")
 def leaks(claim: Claim, *, lr: float = 5e-4, workers: int = 2) -> dict[str, Any]:
     """Return {"leaky": the attack on full tuning, "private": on a private run of the same rows}, over all seeds."""
     batch = claim.batch or 16

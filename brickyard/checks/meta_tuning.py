@@ -14,6 +14,7 @@ import torch
 from brickyard.audit.zero_shot import Config as AuditConfig
 from brickyard.audit.zero_shot import measure
 from brickyard.checks._runs import finished
+from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
 from brickyard.core.base import open_base
 from brickyard.core.data import read_data
@@ -29,6 +30,7 @@ GATE = 0.6  # mean AUC on the questions that were trained on
 _RESAMPLES = 10_000
 
 
+@takes("base", "data")
 def held_out(
     claim: Claim,
     *,

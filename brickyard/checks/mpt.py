@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import readers
 from brickyard.core.answers import Examples, answer, predict
@@ -28,6 +29,7 @@ LR = 1e-4  # of every classifier here
 _RESAMPLES = 2000
 
 
+@takes("base", "data")
 def few_labels(
     claim: Claim,
     *,

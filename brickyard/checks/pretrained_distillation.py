@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from brickyard.checks._takes import takes
 from brickyard.checks.run import FINISHED, Answers, Inequality, judge
 from brickyard.compare.plan import code_digest, key_of
 from brickyard.core import brick, registry, trial
@@ -37,6 +38,7 @@ CONTROL = "PD > control + 5.0"
 STAGES = ("pretrain", "distil", "tune")
 
 
+@takes("base", "data")
 def compound(
     claim: Claim,
     *,
@@ -125,6 +127,7 @@ def compound(
     return out
 
 
+@takes("base", "data")
 def language_model(
     claim: Claim,
     *,

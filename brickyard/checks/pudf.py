@@ -15,6 +15,7 @@ import numpy as np
 from scipy.stats import binomtest, rankdata, t
 
 from brickyard.checks._runs import answers, arm_row, majority, trained, with_training
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
 from brickyard.core.arm import parse
 from brickyard.core.chosen import curriculum_of
@@ -70,6 +71,7 @@ def recovery(claim: Claim, *, students: int = 20, items: int = 1000, repeats: in
     }
 
 
+@takes("base", "data")
 def noise(claim: Claim, *, rows: int = 0, setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Make labels wrong, ask the crowd, and count the wrong ones in the hardest quartile of the training rows.
 
@@ -112,6 +114,7 @@ def noise(claim: Claim, *, rows: int = 0, setting: Mapping[str, Any] | None = No
     }
 
 
+@takes("base", "data")
 def curriculum(
     claim: Claim, *, rows: int = 0, setting: Mapping[str, Any] | None = None, workers: int = 2
 ) -> dict[str, Any]:

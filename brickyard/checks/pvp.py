@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from brickyard.checks._runs import answers, trained
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import readers
 from brickyard.core.method import Claim
@@ -33,6 +34,7 @@ def halves(name: str) -> tuple[Rows, Rows]:
     return out
 
 
+@takes("base", "data")
 def by_shots(claim: Claim, *, workers: int = 2, upstream_rows: int = 1500, **_: Any) -> dict[str, Any]:
     """Train both tuners on half of the classes; then start them there, and afresh, on the others.
 

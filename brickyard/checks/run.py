@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from brickyard.checks._data import at_hand, same_input
+from brickyard.checks._takes import left_alone, refuse, taken
 from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
@@ -106,9 +108,10 @@ def check(
 ) -> dict[str, Any]:
     """Re-measure every claim of a method and write `NAME.json`; return what was written.
 
-    An interrupted check goes on where it stopped, as long as the code is the same; a finished one is measured anew.
-    `data` replaces that of the claims whose kind of input it has. A claim whose own data are not here is skipped, and
-    says why. RunFailed names an arm that did not finish.
+    `base` stands in place of the claims' own, `data` in place of that of the claims whose kind of input it has; a claim
+    that takes one of them not says so in its `detail`. An interrupted check goes on where it stopped, as long as the
+    code is the same; a finished one is measured anew. A claim whose own data are not here is skipped, and says why.
+    RunFailed names an arm that did not finish; UsageError an option that no claim of the method takes.
     """
     entry, started = registry.find(name), time.monotonic()
     if not entry.record.claims and entry.record.part_of:
@@ -117,36 +120,44 @@ def check(
     if not entry.record.claims:
         raise UsageError(f"{name} makes no claim that could be checked.")
     claims = [replace(c, **c.full) if full else c for c in entry.record.claims]
+    given: dict[str, Any] = {k: v for k, v in {"base": base, "data": data}.items() if v is not None}
+    measures = {c.measure: _measure(entry.path.stem, c.measure) for c in claims if c.measure}
+    used = [taken(measures[c.measure]) if c.measure else frozenset(given) for c in claims]
+    refuse(name, set(given), set().union(*used))
     measured: list[dict[str, Any] | None] = [None] * len(claims)
+    for i, named in enumerate(claims):
+        claims[i], used[i], absent = _placed(named, given, used[i])
+        if absent:
+            measured[i] = _skipped(named, absent)
+    if "data" in given and not any("data" in names for names in used):
+        raise UsageError(
+            f"--data holds another kind of input than what {name} is measured on; see brickyard show {name}."
+        )
     # Claims with one set-up share their runs: an arm that stands in several is trained once.
     groups: dict[str, list[int]] = {}
     shared: dict[str, dict[str, Any]] = {}
-    for i, named in enumerate(claims):
-        try:
-            claim = claims[i] = replace(named, data=at_hand(named.data))
-        except BadData as absent:
-            measured[i] = _skipped(named, str(absent))
+    for i, claim in enumerate(claims):
+        if measured[i] is not None:
             continue
         if claim.measure:
             key = f"{claim.measure} {setup_of(claim)}"
             if key not in shared:
-                checks = importlib.import_module(f"brickyard.checks.{entry.path.stem}")
-                shared[key] = getattr(checks, claim.measure)(claim)
+                shared[key] = measures[claim.measure](claim)
             found = shared[key][claim.part] if claim.part else shared[key]
-            used = {"data": Path(claim.data).name} if claim.data != named.data else {}
-            measured[i] = {"text": claim.text, "kind": claim.kind, **used, **found}
+            own = entry.record.claims[i].data
+            chosen = {"data": Path(claim.data).name} if "|" in own and "data" not in used[i] else {}
+            measured[i] = {"text": claim.text, "kind": claim.kind, **chosen, **found}
         else:
             groups.setdefault(setup_of(claim), []).append(i)
-    fits = {i: data is not None and same_input(data, claims[i].data) for (i, *_) in groups.values()}
-    if data is not None and fits and not any(fits.values()):
-        raise UsageError(f"--data holds another kind of input than what {name} is measured on; see brickyard show {name}.")
     folders = []
     for members in groups.values():
-        given = data if fits[members[0]] else None
-        run = _Run.of(name, [claims[i] for i in members], base, given, listen)
+        run = _Run.of(name, [claims[i] for i in members], listen)
         folders.append(run.folder)
         for i in members:
             measured[i] = run.judge(claims[i])
+    for found, names in zip(measured, used, strict=True):
+        if found is not None and (left := given.keys() - names):
+            found["detail"] = f"{found['detail']} ({left_alone(left)})"
     result = {
         "method": name,
         "claims": measured,
@@ -168,6 +179,10 @@ def setup_of(claim: Claim) -> str:
     return str([getattr(claim, name) for name in SETUP])
 
 
+def _measure(module: str, name: str) -> Callable[[Claim], dict[str, Any]]:
+    return getattr(importlib.import_module(f"brickyard.checks.{module}"), name)
+
+
 @dataclass(frozen=True)
 class _Run:
     """The finished comparison behind one or more claims with the same set-up."""
@@ -179,7 +194,7 @@ class _Run:
     controls: dict[str, str]  # (arm, labels) of a control -> its name in the table
 
     @classmethod
-    def of(cls, name: str, claims: list[Claim], base: str | None, data: Any, listen: Listener) -> _Run:
+    def of(cls, name: str, claims: list[Claim], listen: Listener) -> _Run:
         """Run every arm and control that the claims name, once each; RunFailed names one that did not finish."""
         first = claims[0]
         seeds = tuple(range(1, first.seeds + 1))
@@ -200,8 +215,8 @@ class _Run:
                 arms[label] = Contestant(label, str(parse(text)), _settings(first, text), few, changes=changes)
         request = Request(
             methods=tuple(a.arm for a in arms.values()),
-            base=base or first.base,
-            data=data or first.data,
+            base=first.base,
+            data=first.data,
             seeds=first.seeds,
             trials=len(first.lrs or first.lr_factors) or 1,
             train_rows=first.train_rows,
@@ -271,6 +286,23 @@ class _Run:
         needed = f"; {out['needed']['sentence']}" if out.get("needed") else ""
         out["detail"] = f"measured {out['measured']:+.2f} points ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
         return out
+
+
+def _placed(claim: Claim, given: dict[str, Any], takes: frozenset[str]) -> tuple[Claim, frozenset[str], str]:
+    """Return the claim on the base and data to measure it on, which of `given` it took, and why it cannot be measured.
+
+    Data of another kind of input than the claim's own are not taken.
+    """
+    own, absent = claim.data, ""
+    try:
+        own = at_hand(claim.data)
+    except BadData as error:
+        absent = str(error)
+    names = takes & given.keys()
+    if "data" in names and not absent and not same_input(given["data"], own):
+        names -= {"data"}
+    changes = {"data": own, **{name: given[name] for name in names}}
+    return replace(claim, **changes), frozenset(names), "" if "data" in names else absent
 
 
 def _skipped(claim: Claim, why: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from brickyard.checks._takes import takes
 from brickyard.core import measure
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
@@ -88,6 +89,7 @@ class Rows:
         return logits.detach(), torch.cat(parts)
 
 
+@takes("base", "data")
 def saved_bytes(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS, draws: int = DRAWS) -> dict[str, Any]:
     """Count what LoRA keeps for backward with and without s2a (eager attention, dropout off) and compare gradients.
 
@@ -135,6 +137,7 @@ def saved_bytes(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS, draws
     }
 
 
+@takes("base", "data")
 def step_time(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Time steps of LoRA with and without s2a in turn, with both attentions; each round gives a ratio.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from brickyard.audit.secure_code import Audit, Config, audit, gain, ordinary, scenarios
 from brickyard.checks._runs import trained
+from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
 from brickyard.core.base import open_base
 from brickyard.core.data import read_data
@@ -33,6 +34,7 @@ GAIN, DEARER, INVALID = 10.0, 0.02, 3.0  # points, share of the nats, points
 STEPS, HABIT_STEPS, BLOCK = 160, 320, 256
 
 
+@takes("base")
 def habit_and_cure(
     claim: Claim, *, workers: int = 2, samples: int = 20, steps: int = STEPS, habit_steps: int = HABIT_STEPS, **_: Any
 ) -> dict[str, Any]:

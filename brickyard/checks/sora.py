@@ -25,6 +25,7 @@ from brickyard.checks._runs import (
     tuned,
     with_training,
 )
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
 from brickyard.core.arm import parse
 from brickyard.core.build import build
@@ -38,6 +39,7 @@ MANY, FEW = 0.7, 0.4  # of the ranks, as the card asks
 TARGET = "target=blocks"
 
 
+@takes("base", "data")
 def by_sparsity(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
     """Find the thresholds that leave 70 and 40 % of the ranks, without a look at any score, and train with them.
 

@@ -27,6 +27,7 @@ import torch
 from scipy import stats as scipy_stats
 from torch import nn
 
+from brickyard.checks._takes import takes
 from brickyard.core.answers import to_device
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
@@ -275,6 +276,7 @@ def one(argument: dict[str, Any]) -> dict[str, list]:
     return {name: values.tolist() for name, values in vars(watch.curve()).items()}
 
 
+@takes("base")
 def frontier(claim: Claim) -> dict[str, Any]:
     """At the largest reward that both reach, TDPO2 has diverged no more than DPO."""
     curves, about = runs(Scale.of(claim))
@@ -284,6 +286,7 @@ def frontier(claim: Claim) -> dict[str, Any]:
     return _with_gate(curves, about, found, "KL(tdpo2) - KL(dpo) at equal reward <= 0", "nats a sample", {"tdpo1": one})
 
 
+@takes("base")
 def rejected(claim: Claim) -> dict[str, Any]:
     """At the end, TDPO2 has diverged less than DPO on held-out rejected answers."""
     curves, about = runs(Scale.of(claim))
@@ -291,6 +294,7 @@ def rejected(claim: Claim) -> dict[str, Any]:
     return _with_gate(curves, about, found, "k_rejected(tdpo2) < k_rejected(dpo)", "nats an answer")
 
 
+@takes("base")
 def difference(claim: Claim) -> dict[str, Any]:
     """At the end, TDPO2's divergence differs less between rejected and chosen answers than DPO's."""
     curves, about = runs(Scale.of(claim))
@@ -298,6 +302,7 @@ def difference(claim: Claim) -> dict[str, Any]:
     return _with_gate(curves, about, _pairs(*gaps), "|k_l - k_w|: tdpo2 < dpo", "nats a pair")
 
 
+@takes("base")
 def entropy(claim: Claim) -> dict[str, Any]:
     """At the end, TDPO2's samples have at least DPO's entropy less 0.02 nats a token, at 0.95 of its reward or more."""
     curves, about = runs(Scale.of(claim))

@@ -9,6 +9,7 @@ import numpy as np
 
 from brickyard.checks._rho_curve import rho_curve
 from brickyard.checks._steps import attached, in_turn, mean_ratio, one_step, random_batch
+from brickyard.checks._takes import takes
 from brickyard.core import measure
 from brickyard.core.base import open_base
 from brickyard.core.method import Claim
@@ -26,6 +27,7 @@ def depths(layers: int) -> list[int]:
     return sorted({0, layers // 3, layers // 2, 2 * layers // 3, layers - 1})
 
 
+@takes("base")
 def step_time(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Time steps of full training, of each K with nothing kept, and of the same K on kept states, in turn.
 
@@ -76,6 +78,7 @@ def step_time(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS, rounds:
     }
 
 
+@takes("base")
 def saved_bytes(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS) -> dict[str, Any]:
     """Count the bytes kept for backward at every K, with eager attention and dropout off, and fit a line through them.
 

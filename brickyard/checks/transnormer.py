@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from brickyard.checks._takes import takes
 from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.base import open_base
@@ -48,6 +49,7 @@ class Size:
     lr: float = 3e-3
 
 
+@takes("data")
 def quality(claim: Claim, size: Size = Size()) -> dict[str, Any]:
     """Train both on the same bytes in the same order and compare their nats on the same held-out excerpts.
 

@@ -9,6 +9,7 @@ import torch
 
 from brickyard.checks._runs import asked_by
 from brickyard.checks._side import LORA, at_most, kept_epochs, saved
+from brickyard.checks._takes import takes
 from brickyard.core.base import open_base
 from brickyard.core.build import build
 from brickyard.core.loop import train
@@ -20,6 +21,7 @@ from brickyard.core.trial import Setting, examples, prepare
 FLAT = 1e-3  # weights of layers that lie no further apart than this say nothing
 
 
+@takes("base")
 def saved_bytes(claim: Claim, *, batch: int = 32, tokens: int = 64) -> dict[str, Any]:
     """Count what UniPT, LST, LoRA and full tuning save for backward."""
     arms = {"unipt": "unipt:width=64", "lst": "lst:r=8,init=random", "lora": LORA, "full": "full"}
@@ -27,6 +29,7 @@ def saved_bytes(claim: Claim, *, batch: int = 32, tokens: int = 64) -> dict[str,
     return at_most(found, {"lora": 0.4, "lst": 1.1}, "unipt", "full", batch, tokens)
 
 
+@takes("base")
 def epoch_time(claim: Claim) -> dict[str, Any]:
     """Time UniPT from kept states against LoRA."""
     return kept_epochs(claim, "unipt:width=64", 1 / 4)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brickyard.checks import _steps
+from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import measure, noise, roles, trial
 from brickyard.core.answers import Examples, answer, to_device
@@ -331,6 +332,7 @@ def _validated(theta: Tensor, split: Split) -> float:
     return float((out_NK.argmax(1) == split.y_N).double().mean()) - 1e-6 * loss
 
 
+@takes("base", "data")
 def alignment(claim: Claim, *, steps: int = 80, fitting: int = 100) -> dict[str, Any]:
     """Take the same zeroth-order steps on LoRA and head from a head fitted beforehand, and from a random one.
 
@@ -432,6 +434,7 @@ def _head(model: Any) -> tuple[nn.Module, list[nn.Parameter]]:
     return head, [p for p in head.parameters() if p.requires_grad]
 
 
+@takes("base")
 def memory(claim: Claim, *, batch: int = 16, tokens: int = 32) -> dict[str, Any]:
     """Count the peak of a forward without gradient, of a ZO-SGD and a ZO-Adam step and, as control, of backpropagation.
 

@@ -17,8 +17,9 @@ PEFT; a method file brings its mathematics as module-level functions. `config` i
 
 A method that removes ranks in training says where they lie: RANK_AXES = {"name": axis}, see `core.ranks`.
 `plan` and at least one of the next four are needed. In training `around` goes before `delta`, then `factors`, then
-`weight`; outside training and autograd `factors` goes first, so they must agree. `config.dropout`, if there is one, is
-applied to x as PEFT does; `config.target` holds the default targets.
+`weight`; outside training and autograd `factors` goes first, whose result is kept for the next call (KEEP_FACTORS =
+False where `around` is as cheap without), but for a mixed batch, so they must agree. `config.dropout`, if there is one,
+is applied to x as PEFT does; `config.target` holds the default targets.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import importlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.errors import BadMix, NotFinite, Refused
+from brickyard.core.rows import served
 
 PREFIX = "brick_"
 FIXED = "brick_fixed_"
-BASE = "__base__"
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -100,6 +101,11 @@ class Bound:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _bind_again, (self.name, self.module.__name__, self.config, self.leaf, self.tensors)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its factors are kept at inference: not where the module says that they are as cheap without."""
+        return self.has("factors") and getattr(self.module, "KEEP_FACTORS", True)
 
     @property
     def mergeable(self) -> bool:
@@ -240,11 +246,16 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
     def factors(self, adapter: str, part: Part | None = None) -> tuple[Tensor, Tensor, float]:
         """Return (A_rn, B_mr, scaling) of a low-rank adapter.
 
-        Outside training and autograd they are kept until one of the tensors they come from changes. A write through
-        `.data` does not count as a change to PyTorch: write to the parameter itself under `torch.no_grad()`.
+        Outside training and autograd those of active adapters are kept until one of the tensors they come from
+        changes, so that memory does not grow with the adapters on the base. A write through `.data` does not count as
+        a change to PyTorch: write to the parameter itself under `torch.no_grad()`.
         """
         bound, part = self.bound[adapter], part or self.part(adapter)
-        if self.training or torch.is_grad_enabled() or any(t.is_inference() for t in part.tensors.values()):
+        active = self.active_adapters
+        for name in [name for name in self._factors if name not in active]:
+            del self._factors[name]
+        plain = self.training or torch.is_grad_enabled() or adapter not in active
+        if plain or any(t.is_inference() for t in part.tensors.values()):
             return bound.module.factors(bound.config, part)
         held, made = self._factors.get(adapter, ((), None))
         now = [(t, t._version, t.data_ptr()) for t in part.tensors.values()]
@@ -356,16 +367,14 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             raise BadMix(f"adapter_names were given while {self.merged_adapters} are merged; unmerge them first.")
-        if len(adapter_names) != len(x):
-            raise BadMix(f"{len(adapter_names)} adapter_names were given for a batch of {len(x)}; give one per row.")
-        y = self.base_layer(x, *args, **kwargs).clone()
-        for adapter in sorted(set(adapter_names) & set(self.bound)):
-            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-            y[rows] = self._adapted(adapter, x[rows], y[rows])
-        return y
+        y = self.base_layer(x, *args, **kwargs)
+        return served(x, y, adapter_names, self.bound, partial(self._adapted, keep=False))
 
-    def _adapted(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return the layer's output y with one adapter's effect; x is the layer's input."""
+    def _adapted(self, adapter: str, x: Tensor, y: Tensor, *, keep: bool = True) -> Tensor:
+        """Return the layer's output y with one adapter's effect; x is the layer's input.
+
+        keep: whether factors may be kept for the next call, which those of every adapter in a mixed batch are not.
+        """
         bound, part = self.bound[adapter], self.part(adapter)
         module, config = bound.module, bound.config
         dtype = next((t.dtype for t in part.tensors.values() if t.is_floating_point()), x.dtype)
@@ -374,14 +383,15 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
         rate = getattr(config, "dropout", 0.0)
         if rate and self.training:
             x = F.dropout(x, rate)
-        # At inference the factors are at hand already, whatever path the method takes in training.
-        plain = bound.has("factors") and not self.training and not torch.is_grad_enabled()
+        # At inference kept factors are at hand already, whatever path the method takes in training.
+        plain = keep and bound.keeps and not self.training and not torch.is_grad_enabled()
         if bound.has("around") and not plain:
             return module.around(config, part, x, y).to(y.dtype)
         if bound.has("delta") and not plain:
             return (y + module.delta(config, part, x)).to(y.dtype)
         if bound.has("factors"):
-            return low_rank(x, y, *self.factors(adapter, part))
+            a_rn, b_mr, scaling = self.factors(adapter, part) if keep else module.factors(config, part)
+            return low_rank(x, y, a_rn, b_mr, scaling)
         return (y + F.linear(x, module.weight(config, part))).to(y.dtype)
 
     def _where(self) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,7 +20,6 @@ from brickyard.core import inject_config, ranks, roles
 from brickyard.core.errors import BadBrick, NotFinite, Refused, UnknownName, UsageError
 from brickyard.core.inject_config import BrickyardConfig, check_matched
 from brickyard.core.inject_layer import (
-    BASE,
     FIXED,
     PLAIN,
     PREFIX,
@@ -36,6 +34,8 @@ from brickyard.core.inject_layer import (
     warn_of_rank,
     why_not,
 )
+from brickyard.core.rows import BASE, check_names, named_rows
+from brickyard.core.slim import Slimmed
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
@@ -49,6 +49,7 @@ class BrickyardTuner(BaseTuner):
     uses_shared_state = True
     _pending: dict[str, tuple[Bound, Shared, dict[str, Tensor], dict[str, Tensor]]]
     _hook: Any = None
+    slimmed: Mapping[str, Slimmed] = MappingProxyType({})  # of adapters that made layers of the base smaller
 
     def inject_adapter(
         self,
@@ -369,36 +370,16 @@ class BrickyardTuner(BaseTuner):
         if given is None:
             yield
             return
-        if self.training:
-            raise BadMix("adapter_names were given in training mode; call model.eval() first, or train one at a time.")
-        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
-            raise BadMix(f"adapter_names={given!r}: expected one name per row of the batch.")
         known = {adapter for _, layer in self.layers() for adapter in layer.bound}
-        unknown = sorted(set(given) - known - {BASE})
-        if unknown:
-            raise BadMix(f"adapter_names {unknown} do not exist; known: {sorted(known)}, and {BASE!r} for none.")
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        # Beam search repeats each row for the decoder only; transformers gives the model itself if it has no encoder.
-        plain = set() if encoder is None or encoder is self.model else set(encoder.modules())  # type: ignore[operator]
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, BrickyardLinear | AuxiliaryTrainingWrapper):
-                    names = [name for name in given for _ in range(1 if module in plain else beams)]
-                    if isinstance(module, AuxiliaryTrainingWrapper):
-                        # PEFT looks up a head for every name, though an adapter may have brought none.
-                        names = [name if name in module._adapters else BASE for name in names]
-                    hook = partial(_with_names, names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        check_names(given, known, self.training)
+        for adapter, slimmed in self.slimmed.items():
+            if slimmed.before and set(given) != {adapter}:
+                raise BadMix(
+                    f"adapter {adapter!r} removed heads or neurons from the base, so no other row can be served by it: "
+                    f"{sorted(set(given) - {adapter})}; give only its own rows, or detach it first."
+                )
+        with named_rows(self.model, self.modules(), given, kwargs.get("num_beams") or 1, BrickyardLinear):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def _attribute(name: str, group: str) -> str:

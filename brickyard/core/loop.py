@@ -122,6 +122,10 @@ class Hooks:
         """Whether the present weights may be kept as the best (a method in the middle of a schedule says no)."""
         return all(callback.ready(state) for callback in self.callbacks if hasattr(callback, "ready"))
 
+    def due(self, state: State) -> bool:
+        """Whether a method wants the weights after `state.step` steps evaluated, beside the regular evaluations."""
+        return any(callback.due(state) for callback in self.callbacks if hasattr(callback, "due"))
+
 
 class Sampler(Protocol):
     """Which rows each step trains on: `epoch(k)` gives the batches of an epoch, of which some may be empty."""
@@ -321,7 +325,8 @@ def train(
             state.batch_rows = rows
             state.losses.append(step(state, list(_micro(examples, rows, training, accelerator))))
             state.step += 1
-            if validation is not None and (state.step % every == 0 or state.step == state.total):
+            due = state.step % every == 0 or state.step == state.total or state.hooks.due(state)
+            if validation is not None and due:
                 seconds += time.monotonic() - started
                 stop = _evaluate(state, validation)
                 train_mode(model)
@@ -329,7 +334,7 @@ def train(
                 if stop:
                     stopped = f"no better validation score in {training.patience} evaluations"
                     break
-            elif validation is None and (state.step % every == 0 or state.step == state.total):
+            elif due:
                 _point(state, {})
             if training.checkpoint_every and state.step % training.checkpoint_every == 0 and state.step < state.total:
                 saved.save(state, step)
@@ -379,13 +384,13 @@ def _evaluate(state: State, validation: Examples) -> bool:
     _point(state, {"validation_score": score, "validation_loss": loss})
     assert state.hooks is not None
     found = (state.task.goodness(score), -loss)
-    if state.hooks.ready(state) and (
-        state.best is None or found > (state.task.goodness(state.best["score"]), -state.best["loss"])
-    ):
-        state.best = {"score": score, "loss": loss, "step": state.step}
-        state.best_tensors = state.attached.tensors()
-        state.waited = 0
-    else:
-        state.waited += 1
+    # In the middle of a method's schedule neither is kept: patience would end it before what it is for.
+    if state.hooks.ready(state):
+        if state.best is None or found > (state.task.goodness(state.best["score"]), -state.best["loss"]):
+            state.best = {"score": score, "loss": loss, "step": state.step}
+            state.best_tensors = state.attached.tensors()
+            state.waited = 0
+        else:
+            state.waited += 1
     state.hooks("evaluated", state)
     return bool(state.training.patience) and state.waited >= state.training.patience

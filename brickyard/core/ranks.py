@@ -105,10 +105,7 @@ class Ranks:
                 continue
             size = sizes.pop()
             for tensor, axis, _ in stored:
-                if tensor.shape[axis] != size:
-                    shape = list(tensor.shape)
-                    shape[axis] = size
-                    _replace(tensor, tensor.detach().new_zeros(shape))
+                resize(tensor, axis, size)
             layer._factors.clear()
         self._note()
 
@@ -138,6 +135,14 @@ def take(tensor: Tensor, axis: int, index: Tensor, optimiser: torch.optim.Optimi
     _replace(tensor, tensor.detach().index_select(axis, index))
     if gradient is not None:
         tensor.grad = gradient.index_select(axis, index)
+
+
+def resize(tensor: Tensor, axis: int, size: int) -> None:
+    """Give a live tensor `size` zeros along `axis`, to be loaded over, if it has another size there."""
+    if tensor.shape[axis] != size:
+        shape = list(tensor.shape)
+        shape[axis] = size
+        _replace(tensor, tensor.detach().new_zeros(shape))
 
 
 def _replace(tensor: Tensor, value: Tensor) -> None:

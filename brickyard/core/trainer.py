@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,21 +15,79 @@ from brickyard.core.errors import UsageError
 from brickyard.core.loop import Hooks, Training
 from brickyard.core.task import Task
 
+# Trainer's schedules that are ours too.
+SCHEDULES: dict[str, Any] = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainersTraining(Training):
+    """What Trainer's arguments say, in our words; the course of the learning rate is that of its own scheduler."""
+
+    scheduler: Any = None
+    named: str = "linear"
+
+    @classmethod
+    def of(cls, args: TrainingArguments, total: int, scheduler: Any) -> TrainersTraining:
+        """Return the settings of a run of `total` optimiser steps under `args`."""
+        accumulation = max(1, args.gradient_accumulation_steps)
+        name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        warm = 0 if name == "constant" else args.get_warmup_steps(total)
+        return cls(
+            lr=args.learning_rate,
+            wd=args.weight_decay,
+            steps=total,
+            batch=args.train_batch_size * accumulation,
+            accumulation=accumulation,
+            # Half a step less, so that rounding up gives back the same number of steps.
+            warmup=max(0.0, min(warm, total) - 0.5) / total,
+            schedule=SCHEDULES.get(name, "linear"),
+            precision="bfloat16" if args.bf16 else "float32",
+            clip=args.max_grad_norm or 0.0,
+            seed=args.seed,
+            scheduler=getattr(scheduler, "scheduler", scheduler),  # accelerate may have wrapped it
+            named=name,
+        )
+
+    def factor(self, step: int, total: int) -> float:
+        """Learning-rate factor of step `step` out of `total`: Trainer's own for the whole run, for a part of it the
+        same rule over that part. UsageError where the schedule does not tell it by the step.
+        """
+        rules = getattr(self.scheduler, "lr_lambdas", None)
+        if total == self.steps and rules:
+            return float(rules[0](step))
+        if total == self.steps or self.named not in SCHEDULES:
+            raise UsageError(
+                f"lr_scheduler_type={self.named!r} ({type(self.scheduler).__name__}) does not tell the learning rate "
+                f"that this arm needs; choose one of {', '.join(SCHEDULES)}."
+            )
+        return super().factor(step, total)
+
 
 class ArmCallback(TrainerCallback):
     """Runs an arm's callbacks at Trainer's hook points; `after_step` is `on_optimizer_step`, gradients still there."""
 
-    def __init__(self, attached: Attached, task: Task, training: Training) -> None:
+    def __init__(self, attached: Attached, task: Task) -> None:
         self.hooks = Hooks(attached.callbacks)
         self.state: Any = SimpleNamespace(
-            attached=attached, task=task, training=training, total=0, step=0, history=[], hooks=self.hooks
+            attached=attached, task=task, training=None, total=0, step=0, history=[], hooks=self.hooks, optimiser=None
         )
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Hand the callbacks the number of optimiser steps."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Hand the callbacks the number of optimiser steps, their course, and the optimiser."""
         if state.max_steps <= 0:
             raise UsageError("Trainer does not know its number of steps; give max_steps or a data set with a length.")
         self.state.total, self.state.step = state.max_steps, state.global_step
+        self.state.training = TrainersTraining.of(args, state.max_steps, given.get("lr_scheduler"))
+        optimiser = given.get("optimizer")
+        # Moments are held by AdamW, not by the wrapper that accelerate puts around it.
+        self.state.optimiser = getattr(optimiser, "optimizer", optimiser)
         self.hooks("begin", self.state)
 
     def on_pre_optimizer_step(
@@ -55,10 +113,12 @@ class ArmTrainer(Trainer):
 
     def __init__(self, attached: Attached, task: Task, *, args: TrainingArguments, **options: Any) -> None:
         self.attached, self.task_of_arm = attached, task
-        callback = ArmCallback(attached, task, replace(Training(), seed=args.seed, lr=args.learning_rate))
         super().__init__(
-            model=attached.model, args=args, callbacks=[*options.pop("callbacks", []), callback], **options
-        )  # type: ignore[arg-type]
+            model=attached.model,  # type: ignore[arg-type]
+            args=args,
+            callbacks=[*options.pop("callbacks", []), ArmCallback(attached, task)],
+            **options,
+        )
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as Trainer does, keeping for backward what the arm says."""
@@ -82,6 +142,7 @@ class ArmTrainer(Trainer):
                     "params": g["params"],
                     "lr": self.args.learning_rate * g.get("lr_scale", 1.0),
                     "weight_decay": g.get("weight_decay", self.args.weight_decay),
+                    "lr_scale": g.get("lr_scale", 1.0),
                 }
                 for g in self.attached.parameter_groups
             ]

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 from torch import Tensor, nn
 
+from brickyard.core import adapter_type
 from brickyard.core.attached import Attached, copy_into
 from brickyard.core.errors import BadMix, Refused
 from brickyard.core.roles import match, own_head
@@ -61,8 +62,9 @@ def attach_peft(
             wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Refused(f"PEFT refuses {config.peft_type} on this model: {error}") from error
-    if config.peft_type != peft.PeftType.LORA:
-        refusing = partial(_one_adapter, str(getattr(config.peft_type, "value", config.peft_type)))
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in ("LORA", adapter_type.TYPE):
+        refusing = partial(_one_adapter, kind)
         wrapped.base_model._enable_peft_forward_hooks = refusing  # type: ignore[assignment]
 
     def live() -> dict[str, Tensor]:

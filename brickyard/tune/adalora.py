@@ -7,17 +7,23 @@
     budget:  b(t) = bT + (b0 - bT) (1 - (t - ti) / (T - tf - ti))^3;  E of all ranks outside the best b(t) becomes 0
     loss:    task + gamma * mean over A, B of ||A A^T - I||_F, ||B^T B - I||_F
 
+At t = T - tf the ranks are final: the others are cut out of A, E and B and of their moments, so that no later step
+multiplies them. The model computes the same without them; the regulariser and the norm by which gradients are clipped
+are from then on those of the ranks that are left, where PEFT's go on counting the dead.
+
 Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv 2303.10512.
 Headline claim: at equal parameters above LoRA, the more so the smaller the budget.
 What PEFT lacks and this file adds: the allocation at the right hook point, the regulariser where the loss is computed
-outside the model, `init_r == target_r`, exact counts under ties, and a brick that holds only the ranks that are alive.
+outside the model, `init_r == target_r`, exact counts under ties, batches whose rows belong to different adapters, and a
+brick that holds only the ranks that are alive.
 """
 
 from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +33,10 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from brickyard.core.attached import Attached, copy_into
-from brickyard.core.errors import NoEffect, UsageError
+from brickyard.core.errors import BadMix, NoEffect, UsageError
 from brickyard.core.method import Claim, Record
-from brickyard.core.ranks import keep_best
+from brickyard.core.ranks import keep_best, resize, take
+from brickyard.core.rows import check_names, named_rows, served
 from brickyard.core.task import Task
 from brickyard.core.wrap import ADAPTER, attach_peft, check_rank, targets
 
@@ -162,14 +169,10 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     )
     wrapped = made.model
     allocation.model = wrapped
-    plain_load = made.load
-
-    def load(tensors: dict[str, Tensor]) -> None:
-        _resize(wrapped, tensors)
-        plain_load(tensors)
+    wrapped.base_model._enable_peft_forward_hooks = types.MethodType(_mixed, wrapped.base_model)  # type: ignore[union-attr]
 
     def live() -> dict[str, Tensor]:
-        # PEFT would cut the tensors by its rank pattern here; the layers themselves are cut at the end instead.
+        # PEFT would cut the tensors by its rank pattern here; the layers themselves are cut once it is final.
         pattern, wrapped.peft_config[ADAPTER].rank_pattern = wrapped.peft_config[ADAPTER].rank_pattern, None  # type: ignore[index]
         try:
             with warnings.catch_warnings():
@@ -200,17 +203,49 @@ def _resize(wrapped: Any, tensors: dict[str, Tensor]) -> None:
     """Give each layer the rank that its stored tensors have; the scaling stays alpha / init_r."""
     modules = dict(wrapped.named_modules())
     for name, tensor in tensors.items():
-        if name.endswith(".lora_A"):
-            layer = modules[name.removesuffix(".lora_A")]
-            if isinstance(layer, AdaLoraLayer) and layer.lora_A[ADAPTER].shape[0] != tensor.shape[0]:
-                _set_rank(layer, wrapped.peft_config[ADAPTER], tensor.shape[0])
+        layer = modules.get(name.removesuffix(".lora_A"))
+        if name.endswith(".lora_A") and isinstance(layer, AdaLoraLayer):
+            for part, axis in _sides(layer):
+                resize(part, axis, len(tensor))
+            layer.r[ADAPTER] = len(tensor)
 
 
-def _set_rank(layer: AdaLoraLayer, config: Any, rank: int) -> None:
-    divisor = layer.ranknum[ADAPTER].detach().clone()
-    layer.update_layer(ADAPTER, rank, config.lora_alpha, config=config)
-    with torch.no_grad():
-        layer.ranknum[ADAPTER].copy_(divisor)
+@contextmanager
+def _mixed(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Serve each row of a batch by its own adapter where `adapter_names` are given, which PEFT's layers do not know."""
+    given = kwargs.get("adapter_names")
+    if given is None:
+        yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, AdaLoraLayer)]
+    check_names(given, {adapter for layer in layers for adapter in layer.lora_A}, model.training)
+    if merged := {adapter for layer in layers for adapter in layer.merged_adapters}:
+        raise BadMix(f"adapter_names were given while {sorted(merged)} are merged; unmerge them first.")
+    try:
+        for layer in layers:
+            layer.forward = types.MethodType(_forward_rows, layer)
+        with named_rows(model, model.modules(), given, kwargs.get("num_beams") or 1, AdaLoraLayer):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward_rows(layer: AdaLoraLayer, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+    y = layer.base_layer(x, *args, **kwargs)
+
+    def adapted(adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        a_rn, e_r1, b_mr = layer.lora_A[adapter], layer.lora_E[adapter], layer.lora_B[adapter]
+        x = layer._cast_input_dtype(x, a_rn.dtype)
+        scaling = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5)
+        return (y + x @ (a_rn * e_r1).T @ b_mr.T * scaling).to(y.dtype)
+
+    return y if layer.disable_adapters else served(x, y, adapter_names, set(layer.lora_A), adapted)
+
+
+def _sides(layer: AdaLoraLayer) -> list[tuple[Tensor, int]]:
+    """The tensors of a layer that have ranks, and the axes on which they lie."""
+    return [(layer.lora_A[ADAPTER], 0), (layer.lora_E[ADAPTER], 0), (layer.lora_B[ADAPTER], 1)]
 
 
 class Allocation:
@@ -252,43 +287,48 @@ class Allocation:
 
     def after_step(self, state: State) -> None:
         """One optimiser step has been taken."""
-        self.step(state.step + 1)
+        self.step(state.step + 1, state.optimiser)
 
-    def step(self, step: int) -> None:
-        """Update the importances and, when it is time, allocate; `step` counts optimiser steps from 1."""
+    def step(self, step: int, optimiser: torch.optim.Optimizer | None = None) -> None:
+        """Update the importances and, when it is time, allocate; `step` counts optimiser steps from 1.
+
+        The final allocation cuts the other ranks out of the layers and the optimiser's moments; nothing follows it.
+        """
+        if self.allocated:
+            return
         peft_config = self.model.peft_config[ADAPTER]
         if peft_config.init_r == peft_config.target_r:
             self.allocated = True  # nothing to cut; PEFT's threshold search fails on a budget of all ranks
             return
         self.model.base_model.update_and_allocate(step)
-        self.allocated = self.allocated or step >= peft_config.total_step - peft_config.tfinal
+        if step >= peft_config.total_step - peft_config.tfinal:
+            self.allocated = True
+            self.cut(optimiser)
+
+    def cut(self, optimiser: torch.optim.Optimizer | None) -> None:
+        """Cut the ranks outside the rank pattern out of the layers, the same parameters in smaller shapes."""
+        peft_config, modules = self.model.peft_config[ADAPTER], dict(self.model.base_model.model.named_modules())
+        for name, mask in (peft_config.rank_pattern or {}).items():
+            layer = modules[name.removesuffix(f".lora_E.{ADAPTER}")]
+            alive = torch.tensor(mask, device=layer.lora_E[ADAPTER].device).nonzero()[:, 0]
+            for part, axis in _sides(layer):
+                take(part, axis, alive, optimiser)
+            layer.r[ADAPTER] = len(alive)
+        peft_config.rank_pattern = None
 
     def ready(self, state: State) -> bool:
         """Only weights after the final allocation may be kept as the best."""
         return self.allocated
 
     def end(self, state: State) -> None:
-        """Cut dead ranks out of the layers, so that no one stores or multiplies them."""
+        """NoEffect when the allocator never ran."""
         self.finish()
 
     def finish(self) -> None:
-        """Cut dead ranks physically; NoEffect when the allocator never ran."""
+        """NoEffect when training ended before the ranks were final."""
         peft_config = self.model.peft_config[ADAPTER]
-        if peft_config.init_r == peft_config.target_r:
-            return
-        if not self.allocated or peft_config.rank_pattern is None:
+        if peft_config.init_r != peft_config.target_r and not self.allocated:
             raise NoEffect("adalora: training ended but ranks were never allocated; its callback did not run.")
-        for layer in (m for m in self.model.modules() if isinstance(m, AdaLoraLayer)):
-            alive = (layer.lora_E[ADAPTER] != 0).flatten()
-            kept = [layer.lora_A[ADAPTER][alive], layer.lora_E[ADAPTER][alive], layer.lora_B[ADAPTER][:, alive]]
-            kept = [t.detach().clone() for t in kept]
-            if alive.all():
-                continue
-            _set_rank(layer, peft_config, int(alive.sum()))
-            with torch.no_grad():
-                for target, value in zip((layer.lora_A, layer.lora_E, layer.lora_B), kept, strict=True):
-                    target[ADAPTER].copy_(value)
-        peft_config.rank_pattern = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: importances, the mask, and the control's generator."""

@@ -418,6 +418,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     made = inject.attach(model, RECORD.name, config, task, target=target)
     tuner: Any = made.model.base_model
     pruner = Pruner(config, dict(tuner.layers()), parts)
+    tuner.slimmed = {ADAPTER: pruner.slimmed}
     plain_load, plain_detach = made.load, made.detach
 
     def load(tensors: dict[str, Tensor]) -> None:

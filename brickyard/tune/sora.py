@@ -5,12 +5,14 @@
 
 A starts Kaiming-uniform, g ~ N(0, 1), B = 0, so a fresh adapter changes nothing. The scaling stays alpha / r however
 many ranks are left. A rank with g = 0 gives no gradient to its A and B, but one to g: it may come back until it is cut.
-k rises in stages (`schedule`), each an equal share of the training, which gives a curve of quality against ranks.
+k rises in stages (`schedule`): each is an equal share of the training with a course of the learning rate of its own,
+from warm-up to its end, and goes on from the weights of the one before. The run's history holds at the end of every
+stage its k, the ranks left and the score: the curve of quality against ranks.
 
 Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", EMNLP 2023, arXiv 2311.11696.
 Headline claim: above LoRA and AdaLoRA with about 70 % of the parameters.
-prox=soft is the paper's rule, with k in proportion to the learning rate (`k` is its value at the peak). prox=sequential
-is what the released optimiser computes: a constant k, gates below 2k to zero, the others k smaller.
+prox=soft is the paper's rule, with k in proportion to the learning rate (`k` is its value at the peak of a stage).
+prox=sequential is what the released optimiser computes: a constant k, gates below 2k to zero, the others k smaller.
 Left out: training the norm layers along, as the released configuration does.
 Legend: n in, m out, T tokens of the batch.
 """
@@ -73,6 +75,7 @@ RECORD = Record(
     ),
 )
 RANK_AXES = {"a": 0, "b": 1, "gate": 0}
+KEEP_FACTORS = False  # the gate on the rank-r activation costs less than a kept copy of A
 MOSTLY_DEAD = 0.25  # share of the ranks at zero from which cutting them out in training pays
 
 
@@ -87,7 +90,7 @@ class Config:
     k: float = 3e-4
     """threshold of the proximal step; the larger, the fewer ranks are left"""
     schedule: tuple[float, ...] = ()
-    """rising thresholds in place of k, each for an equal share of the training"""
+    """rising thresholds in place of k, each for an equal share of the training that ends in convergence"""
     prox: str = "soft"
     """soft (paper: k times the course of the learning rate) or sequential (released: constant k)"""
     l1: float = 0.0
@@ -127,6 +130,13 @@ def sequential(values: Tensor, k: float) -> Tensor:
 
 
 PROX = {"soft": soft, "sequential": sequential}
+
+
+def stage_of(step: int, total: int, stages: int) -> tuple[int, int, int]:
+    """Return (stage from 0, its first step, its steps) of step `step` of `total`, in `stages` equal shares."""
+    stage = min(stages - 1, step * stages // total)
+    first = -(-stage * total // stages)
+    return stage, first, -(-(stage + 1) * total // stages) - first
 
 
 def plan(config: Config, leaves: Sequence[Leaf], generator: torch.Generator) -> Plan:
@@ -173,13 +183,35 @@ class Sparsifier:
         """Return {layer: gate [r]}, the live tensors."""
         return {name: layer.brick_gate[ADAPTER] for name, layer in self.ranks.layers().items()}  # type: ignore[index]
 
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """The thresholds k, one a stage."""
+        return self.config.schedule or (self.config.k,)
+
+    def begin(self, state: State) -> None:
+        """Refuse a training that has fewer steps than stages."""
+        if state.total < len(self.stages):
+            raise UsageError(
+                f"sora: {state.total} steps are too few for {len(self.stages)} stages; train longer, or give fewer."
+            )
+
+    def course(self, state: State) -> float:
+        """Return the learning rate's factor within the present stage."""
+        _, first, steps = stage_of(state.step, state.total, len(self.stages))
+        return state.training.factor(state.step - first, steps)
+
     def threshold(self, state: State) -> float:
         """Return k of the present step."""
-        stages = self.config.schedule or (self.config.k,)
-        k = stages[min(len(stages) - 1, state.step * len(stages) // state.total)]
+        k = self.stages[stage_of(state.step, state.total, len(self.stages))[0]]
         if self.config.prox == "sequential":
             return k
-        return k * state.training.factor(state.step, state.total) if state.training.lr else 0.0
+        return k * self.course(state) if state.training.lr else 0.0
+
+    def before_step(self, state: State) -> None:
+        """Every stage is trained to convergence, so the learning rate rises and falls within it."""
+        if len(self.stages) > 1 and state.optimiser is not None:
+            for group in state.optimiser.param_groups:
+                group["lr"] = state.training.lr * group.get("lr_scale", 1.0) * self.course(state)
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
@@ -196,17 +228,28 @@ class Sparsifier:
             self.dead_for[name] = torch.where(gate == 0, before + 1, 0)
         done = {name: count >= self.config.compact for name, count in self.dead_for.items()}
         if sum(int(d.sum()) for d in done.values()) >= MOSTLY_DEAD * sum(len(d) for d in done.values()):
-            self.ranks.keep({name: ~d for name, d in done.items()}, state.optimiser)
-            self.dead_for = {name: count[~done[name]] for name, count in self.dead_for.items()}
+            self.cut(done, state.optimiser)
+
+    def cut(self, dead: dict[str, Tensor], optimiser: torch.optim.Optimizer | None) -> None:
+        """Cut the ranks `dead` [r] of every layer out of the adapter in training, and forget them."""
+        self.ranks.keep({name: ~mask for name, mask in dead.items()}, optimiser)
+        self.dead_for = {name: count[~dead[name]] for name, count in self.dead_for.items()}
+
+    def due(self, state: State) -> bool:
+        """Whether a stage has just ended: its last weights are evaluated."""
+        _, first, steps = stage_of(state.step - 1, state.total, len(self.stages))
+        return state.step == first + steps
 
     def point(self, state: State) -> None:
-        """Note in the learning curve how many ranks are alive."""
+        """Note in the learning curve how many ranks are alive and, at the end of a stage, its k."""
         state.history[-1]["ranks"] = sum(int(g.count_nonzero()) for g in self.gates().values())
+        if self.due(state):
+            stage, _, _ = stage_of(state.step - 1, state.total, len(self.stages))
+            state.history[-1] |= {"stage": stage + 1, "k": self.stages[stage]}
 
     def ready(self, state: State) -> bool:
         """Only weights of the last stage may be kept as the best."""
-        stages = len(self.config.schedule) or 1
-        return (state.step - 1) * stages // state.total >= stages - 1
+        return stage_of(state.step - 1, state.total, len(self.stages))[0] == len(self.stages) - 1
 
     def end(self, state: State) -> None:
         """Cut the dead ranks out of the result; NoEffect where none is left."""
