@@ -57,9 +57,7 @@ def test_strength_0_is_the_base_and_1_the_brick(arm: str, text_base: Path) -> No
         (P2P, CLOUDS),
     ],
 )
-def test_what_a_brick_adds_has_no_strength(
-    arm: str, task: Task, text_base: Path, image_base: Path
-) -> None:
+def test_what_a_brick_adds_has_no_strength(arm: str, task: Task, text_base: Path, image_base: Path) -> None:
     base = open_base(str(text_base if task is TOPICS else image_base))
     attached = build(resolve(parse(arm), task), base, task, seed=0)
     brick = SimpleNamespace(tensors=attached.tensors, task=task)

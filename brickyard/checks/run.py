@@ -140,7 +140,7 @@ def check(
             groups.setdefault(setup, []).append(i)
     fits = {i: data is not None and same_input(data, claims[i].data) for (i, *_) in groups.values()}
     if data is not None and fits and not any(fits.values()):
-        raise UsageError(f"--data holds another kind of input than what {name} is measured on; see brickyard show {name}.")
+        raise UsageError(f"--data holds another kind of input than what the claims of {name} are measured on.")
     folders = []
     for members in groups.values():
         given = data if fits[members[0]] else None
