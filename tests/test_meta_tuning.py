@@ -22,9 +22,12 @@ from brickyard.audit import zero_shot
 from brickyard.checks import meta_tuning as check
 from brickyard.core import trial
 from brickyard.core.base import open_base
+from brickyard.core.batches import encode
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, UnknownName, UsageError
 from brickyard.core.questions import Described, auc, chosen, parts, read_tasks, row
+from brickyard.core.split import Split
+from brickyard.core.task import Task
 from brickyard.data import meta_tuning
 from brickyard.data.meta_tuning import Config, balanced, permuted, source
 from brickyard.embedded import stdlib_modules
@@ -111,6 +114,23 @@ def test_permuted_questions_belong_to_no_label_of_their_own() -> None:
         assert sorted(other.labels.values()) == sorted(task.labels.values())
 
 
+def test_a_separator_parts_question_and_text_and_the_text_alone_is_cut(text_base: Path) -> None:
+    base = open_base(str(text_base))
+    question, text = "is it a film and not a book or a room or a meal ?", "film " * 10_000
+    columns = [
+        list(c) for c in zip(row(question, "a film"), row(question, text), row("a ? " * 30 + "?", text), strict=True)
+    ]
+    task = Task("pair-classification", "accuracy", ("no", "yes"), 2, "pair")
+    rows = encode(Split({"text": columns[0], "text_pair": columns[1]}), base, task, max_length=20)
+    found = [base.tokenizer.convert_ids_to_tokens(rows.collate([i])["input_ids"][0]) for i in range(3)]
+    asked = base.tokenizer.tokenize(question)
+    assert found[0] == ["[CLS]", *asked, "[SEP]", "a", "film", "[SEP]"]
+    assert found[1] == ["[CLS]", *asked, "[SEP]", *["film"] * (20 - 3 - len(asked)), "[SEP]"]  # fewer than the question
+    assert len(found[2]) == 20 and rows.report["truncated"] == 2
+    # What has no separator, a language model, is given the line break.
+    assert "".join(row("Is it?", "yes")) == "is it?\nyes"
+
+
 def test_a_text_that_may_have_both_labels_answers_neither_yes_nor_no() -> None:
     task = Described("d", "g", {"a": ("is it a?",)}, frozenset({("b", "a")}))
     assert task.answers("a", np.array(["a", "b", "c"])).tolist() == [1, -1, 0]
@@ -118,7 +138,9 @@ def test_a_text_that_may_have_both_labels_answers_neither_yes_nor_no() -> None:
 
 def test_the_held_out_group_stays_out(tasks: Path) -> None:
     made = source(Config(hold_out="art", rows=10, test_rows=5), tasks, seed=3)
-    pairs = {split: [parts(t) for t in c["text"]] for split, c in made.splits.items()}
+    pairs = {
+        split: [parts(*p) for p in zip(c["text"], c["text_pair"], strict=True)] for split, c in made.splits.items()
+    }
     asked = {split: {q for q, _ in rows} for split, rows in pairs.items()}
     assert asked["test"] == {"is it a film?", "is the film what it is about?", "is it a book?"}
     assert (
@@ -144,7 +166,7 @@ def test_the_held_out_group_stays_out(tasks: Path) -> None:
     again, other = (source(Config(hold_out="art", rows=10, test_rows=5), tasks, seed=s) for s in (3, 4))
     assert again.splits == made.splits != other.splits
     few = source(Config(hold_out="art", groups=("tone",), rows=10), tasks, seed=3)
-    assert {parts(t)[0] for t in few.splits["train"]["text"]} == {"is it good?", "is it bad?"}
+    assert set(few.splits["train"]["text"]) == {"is it good?", "is it bad?"}
 
 
 def test_a_meta_tuned_brick_is_audited_on_what_it_never_saw(text_base: Path, tasks: Path, tmp_path: Path) -> None:
@@ -206,7 +228,7 @@ def test_a_language_model_is_asked_for_two_words(causal_base: Path, monkeypatch:
     words = tokenizer.convert_tokens_to_ids(["bad", "good"])
     tail = tokenizer(" it is", add_special_tokens=False)["input_ids"]
     for value, text in zip(found, asked.rows, strict=True):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: 24 - len(tail)] + tail
+        ids = tokenizer("".join(text), add_special_tokens=False)["input_ids"][: 24 - len(tail)] + tail
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1, words]
         assert value == pytest.approx(logits.log_softmax(0)[1].item(), abs=1e-4)
@@ -248,10 +270,16 @@ def test_what_cannot_be_is_refused(tasks: Path) -> None:
     wrong.write_text(FILE.replace("room:", "rooom:"), encoding="utf-8")
     with pytest.raises(UnknownName, match=r"label of .*did you mean room"):
         source(Config(hold_out="art"), wrong, seed=0)
+
+    def pairs(*labels: str) -> dict[str, dict[str, list]]:
+        return {"test": {"text": ["a", "b"], "text_pair": ["c", "d"], "label": list(labels)}}
+
     with pytest.raises(BadData, match="is no question with a text"):
-        zero_shot.asked_of(read_data({"test": {"text": ["a", "b"], "label": ["no", "yes"]}}, need=()), "")
+        zero_shot.asked_of(read_data(pairs("no", "yes"), need=()), "")
     with pytest.raises(BadData, match="expected no and yes"):
-        zero_shot.asked_of(read_data({"test": {"text": ["a", "b"], "label": ["x", "y"]}}, need=()), "")
+        zero_shot.asked_of(read_data(pairs("x", "y"), need=()), "")
+    with pytest.raises(BadData, match="pairs of question and text"):
+        zero_shot.asked_of(read_data({"test": {"text": ["a", "b"], "label": ["no", "yes"]}}, need=()), "")
 
 
 def test_the_embedded_questions_describe_the_embedded_modules() -> None:

@@ -35,7 +35,9 @@ def test_a_timed_step_puts_its_batch_together(
     monkeypatch.setattr(Encoded, "collate", lambda s, i: put.append(list(i)) or of_rows(s, i))
     for _ in range(5):
         step()
-    assert len(put) == 5 and put[0] != put[1] and put[4] == put[0] and sorted(sum(put[:4], [])) == list(range(16))
+    assert (
+        len(put) == 5 and put[0] != put[1] and put[4] == put[0] and sorted(np.concatenate(put[:4])) == list(range(16))
+    )
     assert len(read) == (5 if kept else 0)
     # From disk, as in an epoch: half precision becomes single in the step.
     assert all(path is not None and (path / "states.bin").is_file() for path in read)

@@ -47,12 +47,13 @@ RECORD = Record(
     family="audit",
     title="how well answers to unseen questions tell the texts that they describe",
     paper="arXiv 2104.04670",
-    needs=("text-classification",),
+    needs=("text-classification", "pair-classification"),
     part_of="meta-tuning",
 )
 LABELLED = True  # the audit reads the labels of its data
 ANSWER = "\nanswer:"
 _PLAIN = Task("regression", "spearman", None, 1, "text")
+_PAIR = Task("regression", "spearman", None, 1, "pair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +81,22 @@ class Asked:
     classes: tuple[np.ndarray, np.ndarray] | None = None  # of each question [D], and of each text
 
     @property
-    def rows(self) -> list[str]:
-        """What a model reads."""
+    def rows(self) -> list[tuple[str, str]]:
+        """What a model reads, as pairs."""
         return [row(self.questions[q], text) for q, text in zip(self.question_N, self.texts, strict=True)]
 
 
 def asked_of(data: Data, tasks: str) -> Asked:
     """Return the questions about the test texts of `data`; BadData where it has no labels, or others than expected."""
     split = data.splits.get("test") or next(iter(data.splits.values()))
-    if data.input != "text" or data.labels is None:
-        raise BadData(f"zero-shot: {data.name} is {data.kind}; texts with classes were expected.")
+    wanted, what = ("text", "texts with classes") if tasks else ("pair", "pairs of question and text, or tasks=FILE,")
+    if data.input != wanted or data.labels is None:
+        raise BadData(f"zero-shot: {data.name} is {data.kind}; {what} were expected.")
     label_N = np.array(split["label"])
     if not tasks:
         if data.labels != (NO, YES):
             raise BadData(f"zero-shot: the labels are {list(data.labels)[:6]}; expected no and yes, or tasks=FILE.")
-        pairs = [parts(text) for text in split["text"]]
+        pairs = _pairs(split)
         questions = sorted({question for question, _ in pairs})
         place = {question: i for i, question in enumerate(questions)}
         which = np.array([place[question] for question, _ in pairs])
@@ -168,16 +170,23 @@ def measure(
 
 
 def _must_fit(questions: list[str], base: Base, limit: int | None) -> None:
-    """Raise BadData where a question would be cut: rows are cut on the right, where the text is."""
-    sizes = [len(ids) for ids in base.tokenizer(questions, verbose=False)["input_ids"]]
+    """Raise BadData where a question would be cut: of a row the text alone is, as long as it has a token to give."""
+    # With the separator behind a text.
+    sizes = [len(ids) + 1 for ids in base.tokenizer(questions, verbose=False)["input_ids"]]
     if limit is not None and max(sizes) >= limit:
         long = questions[int(np.argmax(sizes))]
         raise BadData(f"zero-shot: the question {long[:60]!r} alone has {max(sizes)} tokens of {limit}; shorten it.")
 
 
-def by_brick(model: nn.Module, base: Base, rows: list[str], length: int | None) -> np.ndarray:
+def _pairs(split: Split) -> list[tuple[str, str]]:
+    """Return question and text of each row."""
+    return [parts(*pair) for pair in zip(split["text"], split["text_pair"], strict=True)]
+
+
+def by_brick(model: nn.Module, base: Base, rows: list[tuple[str, str]], length: int | None) -> np.ndarray:
     """Return log p(yes) of each row [N] by a classifier with the outputs no and yes; Refused for one with others."""
-    encoded = encode(Split({"text": rows}), base, _PLAIN, max_length=length)
+    first, second = (list(column) for column in zip(*rows, strict=True))
+    encoded = encode(Split({"text": first, "text_pair": second}), base, _PAIR, max_length=length)
     logits_N2 = predict(model, encoded)
     if logits_N2.shape[1] != 2:
         raise Refused(
@@ -202,7 +211,8 @@ def by_words(base: Base, asked: Asked, length: int | None, device: torch.device)
     tail = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     limit = min((n for n in (length, base.context) if n is not None), default=10**9) - len(tail)
     _must_fit(asked.questions, base, limit)
-    rows = [ids[:limit] + tail for ids in tokenizer(asked.rows, verbose=False, add_special_tokens=False)["input_ids"]]
+    lines = ["".join(pair) for pair in asked.rows]
+    rows = [ids[:limit] + tail for ids in tokenizer(lines, verbose=False, add_special_tokens=False)["input_ids"]]
     model = base.model(Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0).to(device)
     plain = language_model(model)
     head: Any = plain.get_output_embeddings()  # type: ignore[operator]
@@ -240,7 +250,7 @@ def _cosines(
     train = data.splits.get("train")
     if asked.classes is not None or train is None:
         return cosine_N, {}
-    seen = sorted({parts(text)[0] for text in train["text"]})
+    seen = sorted({question for question, _ in _pairs(train)})
     similar = q_DD @ embedded(seen).T
     best = similar.max(1)
     return cosine_N, {

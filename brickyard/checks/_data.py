@@ -1,4 +1,4 @@
-"""Which data a claim is measured on: a public set that lies beside the checkout, or an embedded one that is always there.
+"""Which data a claim is measured on: a public set beside the checkout, or an embedded one that is always there.
 
 Claim(data="trec|embedded:stdlib-topics")      the first that is at hand; a bare name is a folder of `SHARED`
 """

@@ -223,8 +223,9 @@ def _encode_texts(
         longest = max(longest, int(full.max()))
         for row in np.flatnonzero(full > limit) if limit is not None else ():
             # Cut by the tokenizer itself, which knows the special tokens and which of two texts is longer.
-            one = (column[row] for column in rows)
-            cut = tokenizer(*one, truncation=True, max_length=limit, return_attention_mask=False)
+            one = [column[row] for column in rows]
+            how = "only_second" if _asks(one, tokenizer, limit) else "longest_first"
+            cut = tokenizer(*one, truncation=how, max_length=limit, return_attention_mask=False)
             for name in made:
                 made[name][row] = cut[name]
             truncated += 1
@@ -256,6 +257,13 @@ def _encode_texts(
         multiple=multiple,
         report=report,
     )
+
+
+def _asks(texts: Sequence[str], tokenizer: Any, limit: int | None) -> bool:
+    """Whether a row is a question and a text, of which the text alone is cut, as long as the question fits."""
+    if limit is None or len(texts) < 2 or not texts[0].endswith("?"):
+        return False
+    return len(tokenizer(texts[0], "", verbose=False)["input_ids"]) < limit
 
 
 def _encode_images(files: list[bytes], processor: Any, labels: Tensor, labelled: bool) -> EncodedImages:

@@ -10,9 +10,10 @@ A task file (YAML) lists data sets with questions for their labels, and says whi
             - is it about the parts of an e-mail message?
         overlap: [[email, mailbox]]        optional: rows of the one say nothing about the questions of the other
 
-A row is "question<line break>text", the question in lower case and first, so that a cut row keeps it. A question
-is answered yes by its label's rows and no by the rows of every other label of the data set, also of those that the file
-does not describe.
+A row is a pair, the question in lower case and first, so that it stands before a tokenizer's separator and a cut row
+keeps it; the text begins with a line break, which is what parts the two for a language model. A question is answered
+yes by its label's rows and no by the rows of every other label of the data set, also of those that the file does not
+describe.
 """
 
 from __future__ import annotations
@@ -102,17 +103,19 @@ def _task(given: Any, where: str, folder: Path) -> Described:
     return Described(str(near) if near.is_dir() else data, given["group"], labels, overlap)
 
 
-def row(question: str, text: str) -> str:
-    """Return what a model reads of a question about a text."""
-    return f"{question.lower()}\n{text}"
+def row(question: str, text: str) -> tuple[str, str]:
+    """Return what a model reads of a question about a text, as the columns text and text_pair."""
+    return question.lower(), f"\n{text}"
 
 
-def parts(asked: str) -> tuple[str, str]:
-    """Return question and text of a row; BadData where it has no question."""
-    question, line_break, text = asked.partition("\n")
-    if not line_break or not question.endswith("?"):
-        raise BadData(f"{asked[:60]!r} is no question with a text on the next line; make such rows with meta-tuning.")
-    return question, text
+def parts(first: str, second: str) -> tuple[str, str]:
+    """Return question and text of a row; BadData where it is none."""
+    if not first.endswith("?") or not second.startswith("\n"):
+        raise BadData(
+            f"{first[:60]!r} with {second[:60]!r} is no question with a text on a line of its own; make such rows with "
+            "meta-tuning."
+        )
+    return first, second[1:]
 
 
 def auc(score_N: np.ndarray, yes_N: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Meta-tuning: many classifications as one, yes/no questions about texts, so that new questions work unseen.
 
     a data set with classes c, each described by questions q_c, and a text x of class y become rows
-        (q, x, a),   a = 1 if q in q_y else 0            what a model reads: lower-cased q, a line break, x
+        (q, x, a),   a = 1 if q in q_y else 0            what a model reads: the pair of lower-cased q and x
     a model with two outputs learns   loss = - log softmax([z_no, z_yes])[a]        (any tuner, see below)
     and a class is told by            argmax_c  mean over q in q_c of  log p(yes | q, x)
 
@@ -40,7 +40,7 @@ RECORD = Record(
     family="data",
     title="classifications as yes/no questions, with a group of tasks held out",
     paper="arXiv 2104.04670",
-    needs=("text-classification",),
+    needs=("pair-classification",),
     claims=(
         Claim(
             text="On a held-out group's questions a meta-tuned encoder beats the cosine of question and text by 2 "
@@ -121,7 +121,7 @@ def source(config: Config, spec: Any, seed: int) -> Source:
     opened = {name: _read(name) for name in sorted({task.data for task in tasks})}
     draw = np.random.Generator(np.random.PCG64([seed, len(tasks)]))
     tested = {text for task in tasks if task.group == config.hold_out for text in opened[task.data]["test"][0]}
-    columns: dict[str, dict[str, list]] = {split: {"text": [], "label": []} for split in SPLITS}
+    columns: dict[str, dict[str, list]] = {split: {"text": [], "text_pair": [], "label": []} for split in SPLITS}
     for task in tasks:
         if unknown := set(task.labels) - set(opened[task.data]["train"][1].tolist()):
             raise UnknownName.among(f"label of {task.data}", min(unknown), sorted(set(opened[task.data]["train"][1])))
@@ -131,9 +131,9 @@ def source(config: Config, spec: Any, seed: int) -> Source:
         asked = permuted(task, draw) if config.permute and not held else task
         for split in ("test",) if held else ("train", "validation"):
             limit = config.rows if split == "train" else config.test_rows
-            for text, answer in _rows(asked, *opened[task.data][split], limit, tested if not held else set(), draw):
-                columns[split]["text"].append(text)
-                columns[split]["label"].append(answer)
+            for made_row in _rows(asked, *opened[task.data][split], limit, tested if not held else set(), draw):
+                for name, value in zip(columns[split], made_row, strict=True):
+                    columns[split][name].append(value)
     made = Source(str(spec), "tasks")
     for split, found in columns.items():
         if not found["text"]:
@@ -155,17 +155,18 @@ def _read(name: str) -> dict[str, tuple[list[str], np.ndarray]]:
 
 def _rows(
     task: Described, texts: list[str], found: np.ndarray, limit: int, left_out: set[str], draw: np.random.Generator
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, str]]:
+    """Yield question, text and answer of each row."""
     free_N = np.array([text not in left_out for text in texts])
     for label, questions in task.labels.items():
         answer_N = np.where(free_N, task.answers(label, found), -1)
         for question in questions:
             yes, no = balanced(answer_N, limit, draw)
-            yield from ((row(question, texts[i]), YES) for i in yes)
-            yield from ((row(question, texts[i]), NO) for i in no)
+            yield from ((*row(question, texts[i]), YES) for i in yes)
+            yield from ((*row(question, texts[i]), NO) for i in no)
 
 
 def run(config: Config, pool: Pool) -> Outcome:
     """Keep every row that was made, and report the questions that are trained on."""
-    asked = sorted({parts(text)[0] for text in pool.texts})
+    asked = sorted({parts(*pair)[0] for pair in zip(pool.columns["text"], pool.columns["text_pair"], strict=True)})
     return Outcome(np.arange(len(pool)), report={"questions": len(asked), "trained_on": asked})
