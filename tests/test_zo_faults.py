@@ -15,7 +15,9 @@ class Interrupt(BaseException):
 
 @pytest.mark.parametrize("kind", [Interrupt, ValueError])
 @pytest.mark.parametrize(("estimator", "calls"), [("two-point", 4), ("one-point", 3), ("jvp", 2)])
-def test_a_loss_that_raises_leaves_the_parameters_at_home(estimator: str, calls: int, kind: type) -> None:
+def test_a_loss_that_raises_leaves_the_parameters_at_home(
+    estimator: str, calls: int, kind: type[BaseException]
+) -> None:
     for fatal in range(calls):
         theta = nn.Parameter(torch.linspace(-1, 1, 50))
         before, seen = theta.detach().clone(), []
