@@ -4,8 +4,10 @@
 
 A BERT of the shape of all-MiniLM-L6-v2 with random weights (no figure depends on them). Four steps of the project's own
 loop, callbacks and AdamW included, alternate in one process; figures are medians, ratios are those of the same rounds.
-AdaLoRA stands against PEFT's own driven by hand. Limits: DyLoRA and AdaLoRA 1.05, SoRA 1.10; merged 1.00; a batch of 32
-rows from 32 of 100 adapters 1.5 times one from a single adapter, and memory the base plus the bricks within 5 %.
+MoS stands against a LoRA of the rank that it assembles; AdaLoRA against PEFT's own driven by hand, both with all of
+their ranks, and once more when the ranks are final. Steps before and after SoRA's compaction are of runs that differ in
+it alone. Limits: DyLoRA and AdaLoRA 1.05, SoRA 1.10; merged 1.00; a batch of 32 rows from 32 of 100 adapters 1.5 times
+one from a single adapter, and memory the base plus the bricks within 5 %, with all that serving leaves behind.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig
@@ -25,8 +28,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.build import resolve
-from brickyard.core.inject import BrickyardConfig, register
-from brickyard.core.loop import Training, train
+from brickyard.core.inject import BrickyardConfig, BrickyardLinear, register
+from brickyard.core.loop import Backprop, Hooks, State, Training, train, train_mode
 from brickyard.core.measure import distinct_bytes, environment, interleaved, saved_for_backward_bytes
 from brickyard.core.ranks import Ranks
 from brickyard.core.registry import load
@@ -37,7 +40,7 @@ ROLES = "[query,key,value,out,up,down]"
 LAYERS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
 STEPS = 4
-ADAPTERS = 100
+LONG = 10**6
 
 
 class Rows:
@@ -75,19 +78,36 @@ def attached(arm: str) -> Attached:
     return load(name).attach(bert(), plan.configs[name], TASK)
 
 
-def pefts_adalora(rank: int, steps: int) -> Attached:
+class Drive:
+    """Calls an allocator after every optimiser step, counting steps from 1 over all calls of the loop."""
+
+    def __init__(self, allocate: Callable[[int], object]) -> None:
+        self.allocate, self.count = allocate, 0
+
+    def after_step(self, state: Any) -> None:
+        """One optimiser step has been taken, gradients are still there."""
+        self.count += 1
+        self.allocate(self.count)
+
+
+def our_adalora(rank: int, total: int) -> Attached:
+    """Our AdaLoRA on a schedule of `total` steps; a long one leaves all ranks where they are while it is timed."""
+    made = attached(f"adalora:init_r={rank},target_r={rank - 2},target={ROLES},tinit=0.0,tfinal=0.0")
+    allocation = made.callbacks[0]
+    allocation.start(total)
+    made.callbacks = (Drive(allocation.step),)
+    return made
+
+
+def pefts_adalora(rank: int, total: int) -> Attached:
     """PEFT's AdaLoRA as its documentation drives it: its allocator after every optimiser step."""
     model = bert()
     names = [
         n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(LAYERS) and "pooler" not in n
     ]
-    config = peft.AdaLoraConfig(init_r=rank, target_r=rank - 2, tinit=0, tfinal=1, deltaT=10, total_step=steps)
-
-    class Drive:
-        def after_step(self, state: Any) -> None:
-            made.model.base_model.update_and_allocate(state.step)  # type: ignore[operator]
-
-    made = attach_peft(model, config, {"all": names}, callbacks=(Drive(),))
+    config = peft.AdaLoraConfig(init_r=rank, target_r=rank - 2, tinit=0, tfinal=1, deltaT=10, total_step=total)
+    made = attach_peft(model, config, {"all": names})
+    made.callbacks = (Drive(made.model.base_model.update_and_allocate),)  # type: ignore[arg-type]
 
     def regulariser() -> Tensor:
         total, count = torch.zeros(()), 0
@@ -113,14 +133,17 @@ def training_steps(rounds: int, batch: int, tokens: int, rank: int) -> dict[str,
     plain = f"r={rank},alpha=16,target={ROLES}"
     arms = {
         "lora": attached(f"lora:{plain}"),
+        f"lora r={rank - 1}": attached(f"lora:r={rank - 1},alpha=16,target={ROLES}"),
         "mos": attached(f"mos:r={rank - 1},e=2,p=1,l=4,dropout=0.0"),
         "sora": attached(f"sora:r={rank},k=0.0,target=blocks"),
         "sora, 3/4 of the ranks cut": attached(f"sora:r={rank},k=0.0,target=blocks"),
         "dylora": attached(f"dylora:r={rank},target=blocks"),
         "dylora, frozen": attached(f"dylora:r={rank},frozen=true,target=blocks"),
         "hut": attached(f"hut:r={rank},target=blocks"),
-        "adalora": attached(f"adalora:init_r={rank},target_r={rank - 2},target={ROLES},tinit=0.0,tfinal=0.1"),
-        "peft's adalora": pefts_adalora(rank, STEPS),
+        "adalora": our_adalora(rank, LONG),
+        "peft's adalora": pefts_adalora(rank, LONG),
+        "adalora, ranks final": our_adalora(rank, STEPS - 1),
+        "peft's adalora, ranks final": pefts_adalora(rank, STEPS - 1),
     }
     cut = Ranks(arms["sora, 3/4 of the ranks cut"].model.base_model, ADAPTER)  # type: ignore[arg-type]
     mask = torch.zeros(rank, dtype=torch.bool)
@@ -133,7 +156,8 @@ def training_steps(rounds: int, batch: int, tokens: int, rank: int) -> dict[str,
         name: saved_for_backward_bytes(made.model, inputs, lambda logits: nn.functional.cross_entropy(logits, labels))
         for name, made in arms.items()
     }
-    against = {name: "peft's adalora" if name == "adalora" else "lora" for name in arms}
+    against = {name: f"peft's {name}" if name.startswith("adalora") else "lora" for name in arms}
+    against["mos"] = f"lora r={rank - 1}"
     return {
         name: {
             "time": round(seconds[name] / seconds[other], 3),
@@ -142,6 +166,43 @@ def training_steps(rounds: int, batch: int, tokens: int, rank: int) -> dict[str,
         }
         for name, other in against.items()
         if name != "lora"
+    }
+
+
+def compaction(rounds: int, batch: int, tokens: int, rank: int) -> dict[str, Any]:
+    """Steps of SoRA with 3/4 of the gates at zero, dragged along and cut out by its own rule, moments included."""
+    inputs = Rows(batch, tokens).collate(np.arange(batch))
+    # Gates move by at most lr in a step of Adam: below k the dead stay dead.
+    training = Training(steps=LONG, batch=batch, lr=1e-4, warmup=0.0, schedule="constant")
+    steps: dict[str, Callable[[], object]] = {}
+    held, ranks = {}, {}
+    for name, compact in (("before", 0), ("after", 2)):
+        made = attached(f"sora:r={rank},k=1e-3,compact={compact},target=blocks")
+        train_mode(made.model)
+        backprop = Backprop(made, training)
+        state = State(made, TASK, training, LONG, Accelerator(cpu=True), hooks=Hooks(made.callbacks))
+        state.optimiser = backprop.optimiser
+
+        def step(backprop: Backprop = backprop, state: State = state) -> None:
+            backprop(state, [(1.0, inputs)])
+            state.step += 1
+
+        step()
+        with torch.no_grad():
+            for layer in made.model.modules():
+                if isinstance(layer, BrickyardLinear):
+                    layer.get_parameter(f"brick_gate.{ADAPTER}")[rank // 4 :] = 0.0
+        for _ in range(3):
+            step()
+        steps[name] = step
+        moments = [t for kept in backprop.optimiser.state.values() for t in kept.values() if isinstance(t, Tensor)]
+        held[name] = distinct_bytes([*made.parameters(), *moments])
+        ranks[name] = sum(Ranks(made.model.base_model, ADAPTER).now().values())  # type: ignore[arg-type]
+    seconds = interleaved(steps, rounds, warmup=1)
+    return {
+        "ranks": ranks,
+        "time of a step after over before": round(seconds["after"] / seconds["before"], 3),
+        "bytes of adapter and moments after over before": round(held["after"] / held["before"], 4),
     }
 
 
@@ -166,12 +227,24 @@ def merged(rounds: int, batch: int, tokens: int, rank: int) -> dict[str, float]:
     return {name: round(seconds[name] / seconds["base"], 3) for name in models if name != "base"}
 
 
-def many(rounds: int, tokens: int) -> dict[str, Any]:
-    """A hundred adapters on one base: what they hold, and a batch whose rows belong to 32 of them."""
+PAIR = ["query", "value"]
+MANY: dict[str, dict[str, Any]] = {
+    "dylora": {"r": 8},
+    "sora": {"r": 8, "target": PAIR},
+    "mos": {"r": 7, "target": PAIR},
+    "loca": {"target": PAIR},
+    "hut": {"r": 8, "target": PAIR},
+    "ce-ssl": {"target": PAIR},
+    "lora": {},
+}
+
+
+def many(rounds: int, tokens: int, adapters: int) -> dict[str, Any]:
+    """Many adapters on one base: what they hold once all were served, and a batch whose rows belong to 32 of them."""
     found = {}
-    for method, options in (("dylora", {"r": 8}), ("sora", {"r": 8, "target": ["query", "value"]}), ("lora", {})):
+    for method, options in MANY.items():
         config = (
-            LoraConfig(r=8, target_modules=["query", "value"])
+            LoraConfig(r=8, target_modules=PAIR)
             if method == "lora"
             else BrickyardConfig(method=method, options=options)
         )
@@ -179,7 +252,7 @@ def many(rounds: int, tokens: int) -> dict[str, Any]:
         alone = distinct_bytes(base.parameters())
         model = get_peft_model(base, config, adapter_name="a0")  # type: ignore[arg-type]
         one = sum(t.nbytes for t in peft.get_peft_model_state_dict(model, adapter_name="a0").values())
-        for i in range(1, ADAPTERS):
+        for i in range(1, adapters):
             model.add_adapter(f"a{i}", config)
         inputs = Rows(32, tokens).collate(np.arange(32))
         inputs.pop("labels")
@@ -192,15 +265,24 @@ def many(rounds: int, tokens: int) -> dict[str, Any]:
 
             return run
 
-        seconds = interleaved(
-            {"mixed": forward([f"a{3 * i}" for i in range(32)]), "one": forward(["a1"] * 32)}, rounds, warmup=1
-        )
-        held = distinct_bytes([*model.parameters(), *model.buffers()])
+        mixed = [f"a{i * adapters // 32}" for i in range(32)]
+        seconds = interleaved({"mixed": forward(mixed), "one": forward(["a1"] * 32)}, rounds, warmup=1)
+        with torch.no_grad():
+            for i in range(adapters):
+                model.set_adapter(f"a{i}")
+                model(**{name: rows[:1] for name, rows in inputs.items()})
+        held = distinct_bytes([*model.parameters(), *model.buffers(), *kept_factors(model)])
         found[method] = {
             "time of a mixed batch": round(seconds["mixed"] / seconds["one"], 3),
-            "bytes held over base and bricks": round(held / (alone + ADAPTERS * one), 4),
+            "bytes held over base and bricks": round(held / (alone + adapters * one), 4),
         }
     return found
+
+
+def kept_factors(model: nn.Module) -> list[Tensor]:
+    """Return the factors that layers keep between calls, which are no parameters or buffers."""
+    layers = [m for m in model.modules() if isinstance(m, BrickyardLinear)]
+    return [t for layer in layers for _, made in layer._factors.values() for t in made if isinstance(t, Tensor)]
 
 
 def main() -> None:
@@ -210,12 +292,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--adapters", type=int, default=100)
     args = parser.parse_args()
     register()
     found = {
         "training": training_steps(args.rounds, args.batch, args.tokens, args.rank),
         "merged": merged(args.rounds, args.batch, args.tokens, args.rank),
-        "many": many(args.rounds, args.tokens),
+        "compaction": compaction(args.rounds, args.batch, args.tokens, args.rank),
+        "many": many(args.rounds, args.tokens, args.adapters),
         "asked": vars(args),
         "environment": environment(),
     }
