@@ -252,9 +252,10 @@ def faked(monkeypatch: pytest.MonkeyPatch, **measures: Any) -> list[Claim]:
 
 def test_a_measurement_takes_the_base_and_data_it_was_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = faked(monkeypatch, both=("base", "data"), steps=("base",), own=())
-    result = checks.check("any", base="mine", data="rows", out=tmp_path)
+    rows = text_data(24, 20)
+    result = checks.check("any", base="mine", data=rows, out=tmp_path)
     assert [(c.base, c.data) for c in seen] == [
-        ("mine", "rows"),
+        ("mine", rows),
         ("mine", Claim(text="").data),
         (Claim(text="").base, Claim(text="").data),
     ]

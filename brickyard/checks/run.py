@@ -291,7 +291,7 @@ class _Run:
 def _placed(claim: Claim, given: dict[str, Any], takes: frozenset[str]) -> tuple[Claim, frozenset[str], str]:
     """Return the claim on the base and data to measure it on, which of `given` it took, and why it cannot be measured.
 
-    Data of another kind of input than the claim's own are not taken.
+    Data of another kind of input than the claim's own are not taken, nor any where that kind is not known.
     """
     own, absent = claim.data, ""
     try:
@@ -299,10 +299,10 @@ def _placed(claim: Claim, given: dict[str, Any], takes: frozenset[str]) -> tuple
     except BadData as error:
         absent = str(error)
     names = takes & given.keys()
-    if "data" in names and not absent and not same_input(given["data"], own):
+    if "data" in names and (absent or not same_input(given["data"], own)):
         names -= {"data"}
     changes = {"data": own, **{name: given[name] for name in names}}
-    return replace(claim, **changes), frozenset(names), "" if "data" in names else absent
+    return replace(claim, **changes), frozenset(names), absent
 
 
 def _skipped(claim: Claim, why: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from brickyard.checks._takes import takes
 from brickyard.checks.s2a import BATCH, TOKENS, Rows
 from brickyard.core.method import Claim
 
@@ -13,6 +14,7 @@ BESIDE = ("bitfit", "s2a-modules:kind=side + s2a:preset=paper", "s2a-modules:kin
 OF_FULL, OF_LORA = 1 / 4, 1 / 2.5  # that may be kept at most, as the card has it
 
 
+@takes("base", "data")
 def saved_bytes(claim: Claim, *, batch: int = BATCH, tokens: int = TOKENS) -> dict[str, Any]:
     """Count what arms keep for backward (eager attention, dropout off); the bias module in 4 bits is judged.
 

@@ -35,6 +35,7 @@ def epoch_time(claim: Claim) -> dict[str, Any]:
     return kept_epochs(claim, "unipt:width=64", 1 / 4)
 
 
+@takes("base", "data")
 @torch.no_grad()
 def confidence(claim: Claim, *, arm: str = "unipt:width=64") -> dict[str, Any]:
     """Train one seed; judge the weight c [B, N] of each layer for each test row.
