@@ -265,7 +265,7 @@ def test_names() -> None:
     fixes = (f"secure-fixes-{unit}" for unit in ("block", "file", "function", "line"))
     code = ("insecure-habit", "python-source", "python-tests", *fixes)
     assert ("digits", *docstrings, *code, "shapes", "stdlib-modules", "stdlib-topics") == embedded.DATA
-    assert embedded.BASES == ("minilm", "pylm", "tiny-conv", "tiny-vit")
+    assert embedded.BASES == ("minilm", "pylm", "pylm-small", "pylm-small-a", "pylm-small-b", "tiny-conv", "tiny-vit")
     with pytest.raises(UnknownName, match="unknown embedded data set 'stdlib_topic'; did you mean stdlib-topics"):
         embedded.data("stdlib_topic")
     with pytest.raises(UnknownName, match="unknown embedded base 'minilmm'; did you mean minilm"):

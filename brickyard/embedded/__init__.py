@@ -15,6 +15,9 @@ _HERE = Path(__file__).parent
 _BASES = {
     "minilm": "",  # from the package of the extra
     "pylm": "pylm",
+    "pylm-small": "pylm_small",
+    "pylm-small-a": "pylm_small_a",
+    "pylm-small-b": "pylm_small_b",
     "tiny-conv": "tiny_conv",
     "tiny-vit": "tiny_vit",
 }
