@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,3 +276,16 @@ def resnet(folder: Path) -> str:
     hf.ResNetForImageClassification(config).save_pretrained(folder)
     hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
+
+
+class Here:
+    """Stands in for `core.jobs.Local`: runs each job in this process, which need not be started."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def run(self, jobs: Iterable[Any]) -> Iterator[Any]:
+        """Yield each job's outcome in turn."""
+        from brickyard.core.jobs import execute
+
+        yield from map(execute, jobs)

@@ -192,12 +192,11 @@ def test_a_meta_tuned_brick_is_audited_on_what_it_never_saw(text_base: Path, tas
     model = api.apply(made.folder)
     base = open_base(str(text_base))
     text = "the room was very good"
-    one, other = zero_shot.by_brick(model, base, [row("is it a film?", text), row("is it a room?", text)], None)
-    assert abs(one - other) > 0.1  # the question is read
-    long = zero_shot.by_brick(
-        model, base, [row("is it a film?", "film " * 10_000), row("is it a room?", "film " * 10_000)], 16
-    )
-    assert long[0] != long[1]  # also before a text of ten thousand words
+    asked = [f"is it a {noun}?" for noun in ("film", "book", "room", "meal")]
+    # The question is read; not every pair of the four need be told apart by a network of this size.
+    assert np.ptp(zero_shot.by_brick(model, base, [row(q, text) for q in asked], None)) > 0.1
+    long = zero_shot.by_brick(model, base, [row(q, "film " * 10_000) for q in asked], 16)
+    assert np.ptp(long) > 0.1  # also before a text of ten thousand words
     with pytest.raises(BadData, match="alone has"):
         zero_shot._must_fit(["is it a room?"], base, 6)
 

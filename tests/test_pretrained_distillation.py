@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, documents, make_text_base, text_data, write_data
+from conftest import WORDS, Here, documents, make_text_base, text_data, write_data
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, Qwen3Config
@@ -326,6 +326,7 @@ def test_the_checks_run_from_end_to_end(masked_base: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     first = registry.find("pretrained-distillation").record.claims[0]
     claim = replace(first, base=str(masked_base), data=str(write_data(tmp_path / "t", text_data(train=200))), seeds=2)
+    monkeypatch.setattr(check, "Local", Here)
     sizes = {"steps": 6, "pretrain": 2, "tune": 2, "labelled": 120, "teacher_steps": 80, "layers": 1, "width": 16}
     found = check.compound(replace(claim, train_rows=130), heads=2, vocabulary=0, batch=8, teacher_lr=3e-3, **sizes)
     arms = {"F", "PF", "D", "D+F", "PD", "PD+F", "control", "teacher", "majority", "PD-130", "PD-520"}
@@ -341,6 +342,7 @@ def test_the_language_models_checks_run_from_end_to_end(
     second = registry.find("pretrained-distillation").record.claims[1]
     data = str(write_data(tmp_path / "d", documents()))
     claim = replace(second, base=str(causal_base), data=data, seeds=2, max_length=32)
+    monkeypatch.setattr(check, "Local", Here)
     found = check.language_model(claim, steps=6, pretrain=3, batch=4, k=4)
     assert set(found["arms"]) == {"F", "D", "PF", "PD", "control", "teacher"}
     assert found["holds"] == "set-up invalid"  # this teacher was never trained
