@@ -14,6 +14,7 @@ import torch
 from conftest import WORDS, documents, make_text_base, write_data
 
 import brickyard
+from brickyard.core import build, trial
 from brickyard.core.answers import answer
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
@@ -215,3 +216,15 @@ def test_a_run_does_not_go_on_with_another_tokenizer(causal_base: Path, tmp_path
     file.write_text(json.dumps(known), encoding="utf-8")
     with pytest.raises(Changed):
         brickyard.tune("lora", base=str(base), out=tmp_path / "run", checkpoint_every=2, **setting)
+
+
+def test_long_blocks_make_smaller_batches_where_nobody_says_how_many(causal_base: Path, tmp_path: Path) -> None:
+    data = str(write_data(tmp_path / "d", documents(train=200)))
+    given = {"base": str(causal_base), "data": data, "device": "cpu"}
+    ready = trial.prepare(trial.Setting(arm="full", max_length=16, **given))
+    assert ready.training.batch == 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "BLOCK_TOKENS", 64)
+        assert trial.prepare(trial.Setting(arm="full", max_length=16, **given)).training.batch == 4
+        assert trial.prepare(trial.Setting(arm="full:batch=7", max_length=16, **given)).training.batch == 7
+        assert trial.prepare(trial.Setting(arm="full", max_length=16, batch=9, **given)).training.batch == 9

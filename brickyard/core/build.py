@@ -24,6 +24,9 @@ from brickyard.core.template import Template
 
 SLOTS = ("tuner", "head", "step", "objective", "data", "memory", "start")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
+BLOCK_TOKENS = (
+    8192  # of a batch of packed text where nobody says how many blocks it has: its logits are a vocabulary wide
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,12 @@ def _because(record: Record, task: Task) -> str:
         return f": {record.because}" if record.because else ""
     able = [entry.record.name for entry in registry.records() if task.kind in entry.record.needs]
     return f": no base reads {task.input} by itself; methods that turn them into what one reads: {', '.join(able)}"
+
+
+def for_blocks(longest: int) -> Training:
+    """Return the defaults for text packed into blocks of up to `longest` tokens: of long ones fewer make a batch."""
+    default = Training()
+    return replace(default, batch=max(1, min(default.batch, BLOCK_TOKENS // longest)))
 
 
 def training_of(plan: Plan, given: dict[str, Any], defaults: Training) -> Training:

@@ -26,7 +26,7 @@ from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, Order, encode
-from brickyard.core.build import Plan, build, resolve, step_of, training_of
+from brickyard.core.build import Plan, build, for_blocks, resolve, step_of, training_of
 from brickyard.core.chosen import (
     chosen_by,
     curriculum_of,
@@ -124,6 +124,8 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
         encoded["train"] = encoded["train"].take(index)
     if setting.shots:
         index = _few_shot(setting, task, encoded)
+    if task.kind == "causal-lm" and "train" in encoded:
+        training = training_of(plan, given, for_blocks(int(encoded["train"].lengths.max())))
     if setting.shuffle_labels:
         encoded["train"].shuffle(setting.seed)
     return with_unlabelled(Prepared(setting, base, data, task, plan, training, encoded, index), **options)
