@@ -220,7 +220,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(causal_base: Path, tmp_path
 
 def test_long_blocks_make_smaller_batches_where_nobody_says_how_many(causal_base: Path, tmp_path: Path) -> None:
     data = str(write_data(tmp_path / "d", documents(train=200)))
-    given = {"base": str(causal_base), "data": data, "device": "cpu"}
+    given = {"base": str(causal_base), "data": data, "device": "cpu", "task": "causal-lm"}
     ready = trial.prepare(trial.Setting(arm="full", max_length=16, **given))
     assert ready.training.batch == 32
     with pytest.MonkeyPatch.context() as patch:
