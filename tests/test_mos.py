@@ -292,7 +292,7 @@ def test_merging_and_exporting_agree_with_the_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "at least 1"),
+        ({"r": -1}, "at least 0"),
         ({"e": 0}, "at least 1"),
         ({"l": 0}, "at least 1"),
         ({"p": -1}, "at least 0"),
@@ -337,3 +337,17 @@ def test_every_arm_of_the_claims_is_legal_on_six_layers():
     assert registry.config("mos", {}) == mos.Config()
     with pytest.raises(UnknownName):
         registry.config("mos", {"rank": 3})
+
+
+def test_without_a_rank_the_layers_say_how_many_shards_there_are(tmp_path):
+    assert [mos.fitted(mos.Config(), group(count, 64, 64)).r for count in (2, 4, 6, 12)] == [3, 5, 7, 7]
+    assert mos.fitted(mos.Config(r=2), group(12, 64, 64)).r == 2
+    assert mos.fitted(mos.Config(p=2), group(12, 64, 64)).r == 2  # p = e: nothing is shared
+    assert mos.fitted(mos.Config(e=8, l=1), group(12, 4, 64)).r == 4  # the narrower side
+    model = get_peft_model(bert(), BrickyardConfig(method="mos", options={}, seed=1))
+    layers = len(model.base_model.model.bert.encoder.layer)
+    assert model.peft_config["default"].options == {"r": layers + 1}
+    stir(model, "default")
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(bert(), str(tmp_path)).eval()
+    assert again.peft_config["default"].options == {"r": layers + 1} and same(logits(again), logits(model))

@@ -298,3 +298,16 @@ def test_a_run_that_changes_nothing_freezes_all_but_the_top(rates: Any, lowest: 
         assert reports["telly"]["rho"] == pytest.approx([1.0] * (L + 1)) and reports["telly"]["k"] == L - 1
     else:
         assert min(reports["telly"]["rho"]) < 0.95 and reports["telly"]["k"] < L - 1
+
+
+def test_documents_longer_than_a_block_train_from_kept_states(bases: dict[str, Path], tmp_path: Path) -> None:
+    short = documents(train=150)["train"]["text"]
+    rows = {**documents(), "train": {"text": [" ".join(short[i : i + 5]) for i in range(0, 150, 5)]}}
+    asked = trial.Setting(
+        arm="telly:k=2", base=str(bases["causal"]), data=rows, task="causal-lm", max_length=8, device="cpu",
+        training={"epochs": 1, "batch": 4, "precision": "float32", "lr": 3e-3},
+    )  # fmt: skip
+    ready = trial.prepare(asked)
+    assert len(ready.encoded["train"]) > len(ready.encoded["train"].labels) == 30
+    found = trial.tune(ready, tmp_path / "run")
+    assert found["steps"] == -(-len(ready.encoded["train"]) // 4)

@@ -4,6 +4,7 @@
 PEFT; a method file brings its mathematics as module-level functions. `config` is the method's Config, `part` an
 `inject_layer.Part` (`part["name"]` is a tensor of this layer or of its group), n and m the layer's in and out sides:
 
+    fitted(config, leaves) -> Config                 optional: fills in options that go by the layers; stored with them
     plan(config, leaves, generator) -> Plan          the tensors of one adapter at their start, drawn from `generator`
     factors(config, part) -> (A_rn, B_mr, scaling)   low-rank: y = W x + scaling B A x; merge and exact LoRA for free
     weight(config, part) -> dW_mn                    any other change of the weight: merge, LoRA by SVD

@@ -72,6 +72,10 @@ class BrickyardTuner(BaseTuner):
         module, options = inject_config.resolve(config.method, config.options)
         self._prepare_adapter_config(config, self.get_model_config(model))
         leaves = self._leaves(model, config)
+        if hasattr(module, "fitted"):
+            asked = vars(options)
+            options = module.fitted(options, tuple(leaves.values()))
+            config.options = {**config.options, **{k: v for k, v in vars(options).items() if v != asked[k]}}
         if config.seed is None:
             config.seed = int(torch.randint(2**31 - 1, ()))
         generator = torch.Generator().manual_seed(config.seed)

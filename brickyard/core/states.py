@@ -144,7 +144,7 @@ class States:
             return made if made._open(entry) else made._build(source, limit, entry)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.report.rows
 
     @property
     def seconds(self) -> float:
@@ -159,12 +159,14 @@ class States:
     def collate(self, index: np.ndarray) -> dict[str, Any]:
         """Return {"states": (x, mask_BT), "labels"} of the rows `index`, padded with zeros to the longest of them.
 
+        Blocks of documents have no labels, for theirs are the documents'.
+
         x is float32: x_BTD for one layer, x_LBTD for several (x[i] belongs to layers[i]); T is 1 for pooled states.
         """
         index = np.asarray(index, dtype=np.int64)
-        labels = self.labels[torch.from_numpy(index)]
+        labels = {"labels": self.labels[torch.from_numpy(index)]} if len(self.labels) == len(self) else {}
         if self._stream is not None:
-            return {"states": self._stream(index), "labels": labels}
+            return {"states": self._stream(index), **labels}
         where = self._where[index]
         longest = int(where[:, 2].max())
         flat = np.zeros((len(index), longest, self._pieces[0].shape[1]), self._pieces[0].dtype)
@@ -174,7 +176,7 @@ class States:
         x = torch.from_numpy(flat).float()
         if len(self.layers) > 1:
             x = x.unflatten(-1, (len(self.layers), -1)).permute(2, 0, 1, 3).contiguous()
-        return {"states": (x, mask_BT), "labels": labels}
+        return {"states": (x, mask_BT), **labels}
 
     def batches(self, order: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
         """Collate each array of row numbers in `order`, for example one epoch of `batches.Order`."""

@@ -18,7 +18,7 @@ Legend: n in, m out, r assembled rank, T tokens of the batch, K = r l entries of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,10 +106,13 @@ RECORD = Record(
 )
 
 
+RANK = 7  # what six layers with e=2 and p=1 allow
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    r: int = 7
-    """assembled rank of each layer; r - p <= L (e - p), so at most 7 on six layers with e=2, p=1"""
+    r: int = 0
+    """assembled rank of each layer, at most p + L (e - p) for L layers that share; 0: 7, or as many as they allow"""
     e: int = 2
     """budget: trained parameters are those of LoRA of rank e"""
     p: int = 1
@@ -126,11 +129,12 @@ class Config:
     """ablation: the same shards for A and B (no pair dissociation)"""
 
     def __post_init__(self) -> None:
-        if min(self.r, self.e, self.l) < 1 or self.p < 0:
-            raise UsageError(f"mos: r={self.r}, e={self.e}, l={self.l} must be at least 1 and p={self.p} at least 0.")
-        if self.p > min(self.e, self.r):
-            raise UsageError(f"mos: p={self.p} exceeds e={self.e} or r={self.r}; use p <= {min(self.e, self.r)}.")
-        if self.p == self.e != self.r:
+        if min(self.e, self.l) < 1 or min(self.r, self.p) < 0:
+            raise UsageError(f"mos: e={self.e}, l={self.l} must be at least 1, r={self.r} and p={self.p} at least 0.")
+        most = min(self.e, self.r or self.e)
+        if self.p > most:
+            raise UsageError(f"mos: p={self.p} exceeds e={self.e} or r={self.r}; use p <= {most}.")
+        if self.r and self.p == self.e != self.r:
             raise UsageError(f"mos: p = e = {self.e} leaves no public shards for r={self.r}; use p < e, or r = e.")
         if not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise UsageError(f"mos: alpha={self.alpha} must be positive and dropout={self.dropout} in [0, 1).")
@@ -206,6 +210,14 @@ class Assembled(torch.autograd.Function):
             if needs_x:
                 grad_x = (g_Tr @ assemble(pool_a, index_a, ctx.rank).to(x.dtype)).view(x.shape).to(ctx.x_dtype)
         return grad_x, grad if needs_y else None, grad_a, grad_b, None, None, None, None
+
+
+def fitted(config: Config, leaves: Sequence[Leaf]) -> Config:
+    """Return the config with a rank, where it names none: 7, or less where a group of layers is small."""
+    if config.r:
+        return config
+    most = [min(x.count * (config.e - config.p) + config.p, x.in_features, x.out_features) for x in leaves]
+    return replace(config, r=min(RANK, *most))
 
 
 def plan(config: Config, leaves: Sequence[Leaf], generator: torch.Generator) -> Plan:
