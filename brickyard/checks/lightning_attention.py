@@ -72,7 +72,7 @@ def agreement(claim: Claim, *, lengths: Sequence[int] = LENGTHS) -> dict[str, An
     }
 
 
-def speed(claim: Claim, *, short: int = 1024, long: int = 8192, rounds: int = 7) -> dict[str, Any]:
+def speed(claim: Claim, *, short: int = 1024, long: int = 8192, rounds: int = 25) -> dict[str, Any]:
     """Time forward and backward in turn; each round gives one ratio, and the interval is over rounds.
 
     Control: the same yardstick on softmax attention must see its time per token grow. Memory is counted.
