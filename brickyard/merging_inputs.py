@@ -211,6 +211,11 @@ def _brick(folder: Path, spec: str, label: str, ground: Ground, force: bool) -> 
             f"brick {folder} was made for base {made.manifest['base']['spec']} (fingerprint {wanted[:12]}), the base "
             f"given is {ground.spec} ({ground.opened.fingerprint[:12]}). Merge bricks of one base, or --force."
         )
+    if made.structure:
+        raise Refused(
+            f"brick {folder} runs a part of its layers ({made.structure}), and a merged model runs all; merge "
+            "bricks that were tuned with keep=dense."
+        )
     weights = made.manifest["weights"]
     path = plain_file(folder, weights)
     if sha256(path) != made.manifest["files"][weights]:

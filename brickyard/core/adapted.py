@@ -32,6 +32,7 @@ from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBrick, Refused, UnknownName, UnsafeFile
 from brickyard.core.files import plain_file, read_json, read_tensors
 from brickyard.core.safetensors_check import PICKLES, refuse_pickle
+from brickyard.core.structure import PREFIX as STRUCTURE
 
 CONFIG, WEIGHTS, ADAPTER = "adapter_config.json", "adapter_model.safetensors", "default"
 PREFIX = "base_model.model."
@@ -88,7 +89,8 @@ class Adapted:
     def fixed(self) -> set[str]:
         """Names of stored tensors that no training moves: buffers, such as indices, masks and random projections."""
         buffers = (name for name, _ in self.model.named_buffers(remove_duplicate=False))  # layers share some
-        return {name.removesuffix(f".{ADAPTER}") for name in buffers} & self.start.keys()
+        held = {name for name, t in self.start.items() if name.startswith(STRUCTURE) and not t.is_floating_point()}
+        return ({name.removesuffix(f".{ADAPTER}") for name in buffers} & self.start.keys()) | held
 
 
 class Logits(nn.Module):

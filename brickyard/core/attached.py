@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from brickyard.core.errors import BadBrick
 
 if TYPE_CHECKING:
     from brickyard.core.prefix import Prefix
+    from brickyard.core.structure import Structure
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Attached:
     `frozen_states` says that only a head on the last token states trains, so that the loop may feed cached states;
     `prefix` that the bottom blocks are frozen, so that it may feed the states that enter the first block that trains.
     `objective` stands in place of the task's own loss: (model, batch) -> scalar. `convert` changes in place how the
-    model computes in training and what it keeps for the backward pass, and returns what undoes it.
+    model computes in training and what it keeps for the backward pass, and returns what undoes it. `structure` says
+    which part of the layers runs. `cost` is what making it ready took, by name, in seconds.
     """
 
     model: nn.Module
@@ -40,17 +42,27 @@ class Attached:
     extra_loss: Callable[[], Tensor] | None = None
     objective: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
     convert: Callable[[nn.Module], Callable[[], None]] | None = None
+    structure: Structure | None = None
+    cost: dict[str, float] = field(default_factory=dict)
     peft: bool = False
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Train within it: there the model computes and keeps what the arm says; after it, it is as it was before."""
-        restore = self.convert(self.model) if self.convert is not None else None
-        try:
+        with ExitStack() as stack:
+            if self.structure is not None:
+                stack.enter_context(self.structure.switched(True))
+            if self.convert is not None:
+                stack.callback(self.convert(self.model))
             yield
-        finally:
-            if restore is not None:
-                restore()
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Evaluate within it in the midst of training: there the model runs as it will when it is served."""
+        return nullcontext() if self.structure is None else self.structure.switched(self.structure.serves)
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Look within it at the base, before anything trained or with an adapter off: there every part of it runs."""
+        return nullcontext() if self.structure is None else self.structure.switched(False)
 
     def parameters(self) -> list[nn.Parameter]:
         """All trainable parameters, in the order of the groups."""

@@ -1,6 +1,7 @@
 """A brick: what one run produced, as a folder with `brick.json` and safetensors only.
 
-For a weight-delta tuner the folder is at the same time a PEFT adapter, so `PeftModel.from_pretrained` opens it.
+For a weight-delta tuner the folder is at the same time a PEFT adapter, so `PeftModel.from_pretrained` opens it, unless
+it is served with a structure of which PEFT knows nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Brick:
     def template(self) -> Template | None:
         """The sentence that its head wants around every text."""
         return resolve(parse(self.manifest["arm"]), self.task).template
+
+    @property
+    def structure(self) -> str:
+        """What of its layers a model with this brick runs, as text; "" where it runs all, as plain models do."""
+        return str(self.manifest.get("structure", {}).get("runs", ""))
 
     @property
     def bytes(self) -> int:
@@ -100,11 +106,12 @@ def save(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NotFinite(f"tensor {name} of the brick holds NaN or infinity; nothing was saved in {folder}.")
-    weights = "adapter_model.safetensors" if attached.peft else "weights.safetensors"
+    adapter = attached.peft and not _serves(attached)  # plain PEFT would run all of the layers, without a word
+    weights = "adapter_model.safetensors" if adapter else "weights.safetensors"
     with complete_folder(folder) as temporary:
         write_tensors(temporary / weights, tensors)
         files = {weights: sha256(temporary / weights)}
-        if attached.peft:
+        if adapter:
             _write_adapter_config(temporary, attached, base)
         manifest = {
             "schema": SCHEMA,
@@ -116,10 +123,15 @@ def save(
             "seed": seed,
             "weights": weights,
             "files": files,
+            **({"structure": attached.structure.about} if _serves(attached) else {}),
             **about,
         }
         write_json(temporary / MANIFEST, manifest)
     return load(folder)
+
+
+def _serves(attached: Attached) -> bool:
+    return attached.structure is not None and attached.structure.serves
 
 
 def _write_adapter_config(folder: Path, attached: Attached, base: Base) -> None:

@@ -19,10 +19,11 @@ from brickyard.core.errors import Refused, UsageError
 from brickyard.core.loop import Backprop, Step, Training
 from brickyard.core.method import FOREIGN_TASKS, Record
 from brickyard.core.objective import Objective
+from brickyard.core.structure import put_on
 from brickyard.core.task import Task
 from brickyard.core.template import Template
 
-SLOTS = ("tuner", "head", "step", "objective", "data", "memory", "start")
+SLOTS = ("tuner", "head", "step", "objective", "data", "memory", "structure", "start")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
 BLOCK_TOKENS = (
     8192  # of a batch of packed text where nobody says how many blocks it has: its logits are a vocabulary wide
@@ -40,6 +41,7 @@ class Plan:
     objective: str | None
     data: str | None
     memory: str | None
+    structure: str | None
     start: str | None
     configs: dict[str, Any]
     training: dict[str, Any]
@@ -77,7 +79,11 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
                 "a curriculum and a way to run the layers in training."
             )
         if record.slot in slots:
-            both = {"data": "curriculum", "memory": "way to run the layers in training"}.get(record.slot, record.slot)
+            both = {
+                "data": "curriculum",
+                "memory": "way to run the layers in training",
+                "structure": "structure of the layers",
+            }.get(record.slot, record.slot)
             raise Refused(f"{slots[record.slot]} and {piece.name} are both a {both}; an arm takes one of each.")
         if task is not None and task.kind not in record.needs:
             raise Refused(
@@ -88,8 +94,9 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     if not slots.keys() & {"tuner", "head"}:
         other = next(iter(slots.values()))
         raise Refused(f"{arm} trains nothing; {other} stands beside a tuner or a head: 'full + {other}'.")
-    if "memory" in slots and "tuner" not in slots:
-        raise Refused(f"{arm}: a head alone trains no layers below it; {slots['memory']} stands beside a tuner.")
+    for slot in ("memory", "structure"):
+        if slot in slots and "tuner" not in slots:
+            raise Refused(f"{arm}: a head alone trains no layers below it; {slots[slot]} stands beside a tuner.")
     if {"memory", "step"} <= slots.keys() and not getattr(configs[slots["step"]], "backward", True):
         raise Refused(
             f"{arm}: {slots['step']} runs no backward pass, for which {slots['memory']} changes how layers train; it "
@@ -146,7 +153,8 @@ def build(
 ) -> Attached:
     """Open the base for the task and attach the arm's head and tuner; everything random is drawn from `seed`.
 
-    `objective=False` leaves out the arm's objective, which only training needs (it may hold a copy of the base).
+    `objective=False` leaves out the arm's objective, which only training needs (it may hold a copy of the base), and
+    does not prepare its structure, which `load` then brings.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -162,9 +170,16 @@ def build(
         else:
             attach = registry.load(plan.tuner).attach
             attached = attach(model, plan.configs[plan.tuner], task, **_wanted(attach, base))
+        # What is compared with the base has its copy of it by now, or switches the structure off (`untouched`).
         if objective and plan.objective is not None:
             module, config = registry.load(plan.objective), plan.configs[plan.objective]
             attached.objective = Objective(module, config, attached, generative=task.generative)
+        if plan.structure is not None:
+            torch.manual_seed(seed)
+            made = registry.load(plan.structure).restructure(attached.model, plan.configs[plan.structure])
+            put_on(attached, made, plan.structure)
+            if objective:  # a brick that is applied brings its own
+                attached.cost["structure_seconds"] = made.prepare()
         if plan.memory is not None:
             attached.convert = partial(registry.load(plan.memory).convert, config=plan.configs[plan.memory])
         return attached

@@ -43,6 +43,11 @@ def export(
     """
     made = bricks.load(folder)
     opened = open_base(base or made.manifest["base"]["spec"])
+    if made.structure:
+        raise Refused(
+            f"{made.manifest['arm']} runs a part of its layers ({made.structure}), of which no plain adapter or model "
+            "can tell; load the brick with Brickyard, or tune with keep=dense for one that is served whole."
+        )
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; give a new folder.")
     if to == "peft":

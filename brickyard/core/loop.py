@@ -328,7 +328,8 @@ def train(
             due = state.step % every == 0 or state.step == state.total or state.hooks.due(state)
             if validation is not None and due:
                 seconds += time.monotonic() - started
-                stop = _evaluate(state, validation)
+                with attached.serving():
+                    stop = _evaluate(state, validation)
                 train_mode(model)
                 started = time.monotonic()
                 if stop:

@@ -68,11 +68,11 @@ class Record:
     """What `brickyard methods` and `show` print of a method.
 
     `needs` lists the tasks it works on (`because`: why no others); `slot` says which place of an arm it fills (`memory`
-    is how the layers run in training: what they keep for backward, in what arithmetic they compute; `start` what the
-    tuner begins with); `search` maps an option (or lr) to the values that a search tries; `presets` maps a preset to
-    the options that it sets. `head` names the head that a tuner stands on where an arm names none, if not the base's
-    own. `fixed` sets options by which the records of one file differ, and which are no options of this record.
-    `part_of` names the record whose claims cover this one too.
+    is how the layers run in training: what they keep for backward, in what arithmetic they compute; `structure` which
+    part of them runs, in training and at serving; `start` what the tuner begins with); `search` maps an option (or lr)
+    to the values that a search tries; `presets` maps a preset to the options that it sets. `head` names the head that a
+    tuner stands on where an arm names none, if not the base's own. `fixed` sets options by which the records of one
+    file differ, and which are no options of this record. `part_of` names the record whose claims cover this one too.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Record:
     paper: str = ""
     needs: tuple[str, ...] = READ_TASKS
     because: str = ""
-    slot: Literal["tuner", "head", "step", "objective", "data", "memory", "start", ""] = ""
+    slot: Literal["tuner", "head", "step", "objective", "data", "memory", "structure", "start", ""] = ""
     status: Literal["stable", "trial"] = "stable"
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)

@@ -143,7 +143,7 @@ class Objective:
 
     @contextmanager
     def _switched_off(self) -> Iterator[None]:
-        with self.attached.model.disable_adapter():  # type: ignore[operator]
+        with self.attached.model.disable_adapter(), self.attached.untouched():  # type: ignore[operator]
             yield
 
 

@@ -15,6 +15,7 @@ from brickyard.core.base import Base
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.headed import HeadedModel
 from brickyard.core.roles import own_head
+from brickyard.core.structure import PREFIX
 
 _POINTS = 101
 
@@ -39,7 +40,8 @@ def scaled(model: nn.Module, base: Base, brick: Any, s: float) -> Iterator[None]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if layers:
         # Every layer of PEFT is linear in its own change, so mixing outputs scales the weights' difference exactly.
-        hooks = [layer.register_forward_hook(_mix(s)) for layer in layers]
+        # First of a layer's hooks: a structure reads what the layer gives.
+        hooks = [layer.register_forward_hook(_mix(s), prepend=True) for layer in layers]
         try:
             yield
         finally:
@@ -47,7 +49,7 @@ def scaled(model: nn.Module, base: Base, brick: Any, s: float) -> Iterator[None]
                 hook.remove()
         return
     heads = tuple(f"{name}." for name in own_head(model)) or ("\0",)
-    changed = [name for name in brick.tensors() if not name.startswith(heads)]
+    changed = [name for name in brick.tensors() if not name.startswith((*heads, PREFIX))]
     if not changed:
         raise Refused(
             "this brick trains only a head; there is no change of the backbone whose strength could be swept."

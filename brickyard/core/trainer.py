@@ -125,6 +125,11 @@ class ArmTrainer(Trainer):
         with self.attached.saving():
             return super().train(*args, **options)
 
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        """Evaluate as Trainer does, the model as it will be served."""
+        with self.attached.serving():
+            return super().evaluate(*args, **options)
+
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the task's mean loss over the batch, plus the arm's regulariser."""
         labels = inputs["labels"]

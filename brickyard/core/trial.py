@@ -52,7 +52,7 @@ from brickyard.core.task import Task, task_of
 
 _PROBE_ROWS = 16
 _SLOW = 0.3  # seconds of a step
-_CHARGED = ("states_seconds", "prepare_seconds", "curriculum_seconds")
+_CHARGED = ("states_seconds", "prepare_seconds", "curriculum_seconds", "structure_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +243,14 @@ def tune(
     attached.model.to(ready.device)
     chosen |= initialise(ready, attached)
     sets, cost = examples(ready, attached)
+    cost |= attached.cost
     curriculum = curriculum_of(ready, sets, attached)
     joined = joined_by(ready, attached)
     refuse_unaccounted(ready, chosen, joined)
-    kept = _retention(ready, attached)
     few = min(_few(task, sets["train"]), len(sets["train"]))
     probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
-    base_logits = _logits(attached, probe)
+    with attached.untouched():
+        kept, base_logits = _retention(ready, attached), _logits(attached, probe)
     if attached.objective is not None and task.generative:
         check_head(attached.model, probe)
     _measure_reference(ready)
