@@ -43,6 +43,7 @@ METHODS = {
     "idpt": "idpt:k=3",
     "p2p": "p2p:neighbours=4,dims=4,width=8,views=[2,1]",
     "s2a": "lora:r=4 + s2a:group=16",
+    "emoe": "full + emoe:experts=8,topk=4",
     "s2a-modules": "s2a-modules:kind=side,r=4",
     "linear-probe": "linear-probe",
     "moment-probing": "moment-probing:p=64,h=4",
