@@ -49,7 +49,7 @@ from brickyard.core import noise
 from brickyard.core.errors import NotFinite, ParityBroken, Refused, RunFailed, UnknownName, UsageError, WrongBase
 from brickyard.core.forwards import refuse_unlike_forwards
 from brickyard.core.method import Claim, Record
-from brickyard.distribute._members import Members
+from brickyard.distribute._members import Members, join
 from brickyard.distribute._zolog import LogFile, same_header
 
 RECORD = Record(
