@@ -257,7 +257,7 @@ def _report(p: Parser) -> None:
 
 def _export(p: Parser) -> None:
     p.add_argument("brick", metavar="BRICK")
-    p.add_argument("--to", choices=("peft", "merged"), required=True)
+    p.add_argument("--to", choices=("peft", "merged", "log", "brick"), required=True)
     p.add_argument("--rank", type=positive(int), help="rank of the exported LoRA, where the brick serves several")
     p.add_argument("--max-rank", type=positive(int), help="limit where the change is not low-rank (SVD, error printed)")
     p.add_argument("--base", help="default: the brick's own")

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from brickyard.checks._federation import network, shard_loss, socket_bytes
 from brickyard.checks.one_byte import PLAIN, WIDTHS, digits_tensors
-from brickyard.distribute.one_byte import Config, Member, fingerprint, join, trainable
+from brickyard.distribute._members import join
+from brickyard.distribute.one_byte import Config, Member, fingerprint, trainable
 
 
 def main() -> None:

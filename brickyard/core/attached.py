@@ -41,6 +41,7 @@ class Attached:
     objective: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
     convert: Callable[[nn.Module], Callable[[], None]] | None = None
     peft: bool = False
+    beside: dict[str, bytes] = field(default_factory=dict)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -35,6 +35,12 @@ def join(backend: str = "gloo", *, timeout_s: float = 300) -> None:
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=limit)
 
 
+def launched(backend: str = "gloo") -> None:
+    """Form the process group where the environment says that this process is one of several; else do nothing."""
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        join(backend)
+
+
 def agree(store: dist.Store, rank: int, world: int, *, timeout_s: float) -> str:
     """Return a word that all `world` members of this start have in common and no earlier start had.
 
