@@ -16,6 +16,7 @@ from torch import Tensor
 from brickyard.core.attached import copy_into
 from brickyard.core.batches import Order
 from brickyard.core.errors import NotFinite, Refused
+from brickyard.core.forwards import refuse_readers, refuse_tuner
 from brickyard.core.loop import State, Training, autocast, batch_loss
 from brickyard.distribute._members import Members, launched
 from brickyard.distribute.one_byte import Config, Log, Member, replay
@@ -54,17 +55,17 @@ class OneByteStep:
     optimiser = None
 
     def __init__(self, config: Config, attached: Attached, training: Training, rows: int) -> None:
+        refuse_tuner(attached.model)
         launched()
         self.attached, self.training = attached, training
-        self.config = replace(config, lr=training.lr)
+        self.config = replace(config, lr=training.lr * _scale(attached, training))
         self.parameters = named(attached)
-        _refuse(attached, training)
         self.members = Members(None, next(iter(self.parameters.values())).device)
         plans = {json.loads(text) for text in self.members.texts(json.dumps(training.total_steps(rows)))}
         if len(plans) > 1:
             raise Refused(
-                f"the members would run {sorted(plans)} rounds, for their rows, batches or epochs differ; give each an "
-                "epochs= that comes to the same number of rounds, so that nobody waits for one that does not come."
+                f"the members would run {sorted(plans)} rounds, for their rows, batches or epochs differ; "
+                "give all the same --steps, so that nobody waits for a round that does not come."
             )
         if self.members.world > 1:
             attached.callbacks = (*attached.callbacks, Together(self.members.world))
@@ -80,9 +81,10 @@ class OneByteStep:
 
     def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float:
         """Run one round; return the mean loss of this member's estimates, of a round without one the last that was."""
+        assert state.hooks is not None
+        refuse_readers(state.hooks.callbacks)
         self.attached.model.eval()
         member = self.member or self._join()
-        assert state.hooks is not None
         state.hooks("before_step", state)
 
         def loss(t: int, j: int) -> Tensor:
@@ -144,12 +146,14 @@ def rebuild(attached: Attached, path: Path) -> None:
     replay(named(attached), Log(path))
 
 
-def _refuse(attached: Attached, training: Training) -> None:
-    """Raise Refused for what the log could not tell whoever replays it."""
+def _scale(attached: Attached, training: Training) -> float:
+    """Return the factor of the learning rate; Refused for what the log could not tell whoever replays it."""
     given: Mapping[str, Any] = asdict(training)
     plain = {"schedule": "constant", "warmup": 0.0, "wd": 0.0}
     odd = [f"{name}={given[name]!r} (expected {value!r})" for name, value in plain.items() if given[name] != value]
     if odd:
         raise Refused(f"one-byte has one learning rate for the whole run and no decay: {', '.join(odd)}.")
-    if any(group.get("lr_scale", 1.0) != 1 for group in attached.parameter_groups):
+    scales = {group.get("lr_scale", 1.0) for group in attached.parameter_groups if group["params"]}
+    if len(scales) > 1:
         raise Refused("one-byte has one learning rate for all parameters, and this tuner has several; use lora.")
+    return scales.pop()
