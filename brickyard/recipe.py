@@ -199,7 +199,7 @@ def _one(work: Work, rows: dict[str, _Row], row: _Row, listen: Listener) -> None
         files = work.hashes.files(output) if output.exists() else {}
         row.exit_code = DOUBTFUL if row.result.get("holds") is False else 0
         row.state, row.seconds = "done", time.monotonic() - began
-        digest = digest_of(files)
+        digest = work.hashes.digest(output) if files else digest_of(row.result)
         write_json(
             folder / FINISHED,
             {

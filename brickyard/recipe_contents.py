@@ -16,6 +16,7 @@ from brickyard.core.errors import DiskFull, UnsafeFile
 from brickyard.core.files import read_json, sha256, write_json
 
 _PASSING = ("run.lock", ".lock")  # files of a run under way
+_ABOUT = ("merge.json", "README.md")  # say where a model comes from, and are read by nothing that uses it
 
 
 class Hashes:
@@ -44,8 +45,8 @@ class Hashes:
         return {path.relative_to(place).as_posix(): self.file(path) for path in paths}
 
     def digest(self, place: Path) -> str:
-        """Return one digest of a file or of a whole folder: names and contents, not where it lies."""
-        return digest_of(self.files(place))
+        """Return one digest of a file or of a whole folder: names and contents, not where it lies or comes from."""
+        return digest_of({name: found for name, found in self.files(place).items() if name not in _ABOUT})
 
     def keep(self) -> None:
         """Write what is known, without what is gone."""

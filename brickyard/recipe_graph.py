@@ -17,7 +17,7 @@ from brickyard.compare.shown import visible
 Needs = Mapping[str, Sequence[str]]
 _PLAIN = str.maketrans({"●": "*", "│": "|", "─": "-", "├": "+", "╰": "\\", "╮": ".", "┼": "+", "┴": "+", "┬": "+"})
 
-WIDTH, HEIGHT, GAP, RISE, LANE = 164.0, 50.0, 20.0, 44.0, 12.0  # of a box, between boxes, between layers, of a line
+WIDTH, HEIGHT, GAP, RISE, LANE = 172.0, 50.0, 20.0, 44.0, 12.0  # of a box, between boxes, between layers, of a line
 _SWEEPS = 8
 
 
@@ -204,7 +204,7 @@ def picture(needs: Needs, words: Mapping[str, tuple[str, str, str]]) -> Markup:
             tag("title", tip),
             tag("rect", x=x + 8, y=y + 8, width=WIDTH, height=HEIGHT, rx=7.0),
             tag("text", _cut(name, 22), class_="stepname", x=x + 20, y=y + 29),
-            tag("text", _cut(below, 26), class_="stepwhat", x=x + 20, y=y + 46),
+            tag("text", _cut(below, 24), class_="stepwhat", x=x + 20, y=y + 46),
         ]
         shapes.append(tag("a", tag("g", *parts, class_=f"step {state}"), href=f"#step-{name}"))
     width, height = found.width + 16, found.height + 16

@@ -49,6 +49,7 @@ def view(result: Mapping[str, Any], text: str) -> dict[str, Any]:
     """Return everything that the template prints, already in words."""
     steps = result["steps"]
     needs = {step["name"]: step["needs"] for step in steps}
+    kept = sum(step["seconds"] for step in steps if step["status"] == "kept")
     words = {
         s["name"]: (
             s["what"],

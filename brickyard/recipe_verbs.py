@@ -333,9 +333,10 @@ def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str) -> dict[
     path = work.folder / "cells" / f"{key[:24]}.json"
     if path.is_file():
         return read_json(path)
-    base = {"base": model.spec} if model.kind == "model" else {"base": model.base, "brick": model.spec}
+    is_model = model.kind == "model"
     found = api.evaluate(
-        **base,
+        base=model.spec if is_model else model.base,
+        brick=None if is_model else model.spec,
         data=data,
         task=options["task"],
         metric=options["metric"],

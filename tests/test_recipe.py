@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import WORDS, documents, write_data
+from conftest import documents, write_data
 
 from brickyard import recipe_verbs
 from brickyard.cli import main
@@ -18,7 +18,8 @@ from brickyard.core.errors import UsageError
 from brickyard.core.settings import read_placed
 from brickyard.recipe import run
 from brickyard.recipe_graph import HEIGHT, WIDTH, layout, rails
-from brickyard.recipe_steps import VERBS, read
+from brickyard.recipe_report import headline
+from brickyard.recipe_steps import read
 
 RECIPE = """\
 recipe: Two experts & one <merge>
@@ -94,7 +95,7 @@ def states(result: dict[str, Any]) -> dict[str, str]:
             17,
             "search: unknown option of slerp 'q'",
         ),
-        ("  device: cpu", "  device: gpu", 5, "device: unknown device 'gpu'"),
+        ("  device: cpu", "  device: gpu", 5, "unknown device 'gpu'; did you mean cpu"),
         ("  device: cpu", "  devise: cpu", 5, "unknown default .* 'devise'; did you mean device"),
         ("    threads: 2", "    threads: true", 18, "threads: True was given; a whole number"),
         ("    threads: 2", "    threads: .nan", 18, "threads: nan is no finite number"),
@@ -121,7 +122,12 @@ def test_a_recipe_that_cannot_be_is_refused_with_its_line(
     [
         ("[base, $a, $merged]", "[basis, $a]", 20, "step report: base 'basis' is not a folder here"),
         ("    data: data\n    max", "    data: ./dato\n    max", 21, r"there is no folder '\./dato'"),
-        ("    data: data\n    max", "    data: embedded:python-tset\n    max", 21, "did you mean python-test"),
+        (
+            "    data: data\n    max",
+            "    data: embedded:python-tset\n    max",
+            21,
+            "unknown embedded data set .* did you mean .*python-tests",
+        ),
         ("[$a, $b]", "[$a, data]", 17, "step merged: data holds neither config.json"),
         ("merge: average", "merge: slerp:t=2", 16, "step merged: slerp: t=2.* expected 0 to 1|t=2"),
         ("tune: full:lr=1e-2", "tune: full + lora", 8, "step a: "),
@@ -198,7 +204,6 @@ def test_an_interrupt_keeps_what_is_finished_and_the_training_goes_on(
         return real(arm, **{**given, "callbacks": (*given["callbacks"], *stop)})
 
     monkeypatch.setattr(recipe_verbs.api, "tune", tune)
-    written(kitchen, path.read_text().replace("  a:\n", "  a:\n", 1))
     with pytest.raises(KeyboardInterrupt):
         run(path, out=out)
     (begun,) = (out / "steps").iterdir()
@@ -261,15 +266,17 @@ steps:
   b: {tune: "lora:r=2,lr=1e-2", data: $clean, steps: 2, batch-size: 4, max-length: 16, allow-overlap: true}
   adapter: {export: $b, to: peft}
   model: {export: $b, to: merged}
-  proof: {verify: $adapter, merged: $model}
+  proof: {verify: $adapter}
   said: {predict: $model, data: data, new-tokens: 3}
   scored: {evaluate: [$b, $model], data: $clean}
 """
     )
     result = run(written(kitchen, text), out=kitchen / "out")
-    assert set(states(result).values()) == {"done"} and result["exit_code"] == 0
+    # After so few steps lora_A is as it was, for lora_B began at zero: a doubt, which is no failure.
+    assert set(states(result).values()) == {"done"} and result["exit_code"] == 3
     found = {step["name"]: step["result"] for step in result["steps"]}
-    assert found["proof"]["holds"] is True and found["said"]["rows"] == 24
+    assert [f["check"] for f in found["proof"]["findings"] if f["ok"] is False] == ["every tensor trained"]
+    assert found["said"]["rows"] == 24 and headline(result).startswith("All steps finished, but what proof checks")
     brick, model = (row["scores"][0]["score"]["mean"] for row in found["scored"]["rows"])
     assert brick == pytest.approx(model, abs=1e-4)
     assert states(run(kitchen / "r.yaml", out=kitchen / "out")) == dict.fromkeys(found, "kept")
@@ -298,14 +305,7 @@ def test_the_report_is_one_file_that_draws_the_graph_and_escapes_what_it_shows(
 
 def test_lanes_begin_where_something_is_made_and_end_where_it_is_read_last() -> None:
     needs = {"a": [], "b": [], "c": ["a"], "d": ["b", "c"], "e": [], "f": ["a", "d"]}
-    assert rails(needs) == [
-        "●       ",
-        "│ ●     ",
-        "├─│─●   ",
-        "│ ╰─┴─● ",
-        "│ ●   │ ",
-        "╰─────┴─●",
-    ] or rails(needs) == [line.ljust(len(rails(needs)[0])) for line in rails(needs)]
+    assert len({len(line) for line in rails(needs)}) == 1
     assert [line.rstrip() for line in rails(needs)] == ["●", "│ ●", "├─│─●", "│ ╰─┴─●", "│ ●   │", "╰─────┴─●"]
     assert rails(needs, ascii_only=True)[3].rstrip() == "| \\-+-*"
 
@@ -335,4 +335,4 @@ def test_lines_of_values_and_shipped_recipes(tmp_path: Path) -> None:
         read("embedded:medifi")
     with pytest.raises(UsageError, match="no such file"):
         read(tmp_path / "none.yaml")
-    assert len(read("embedded:mediphi").steps) == 18 and set(VERBS) >= {"tune", "merge", "evaluate"} and WORDS
+    assert len(read("embedded:mediphi").steps) == 18
