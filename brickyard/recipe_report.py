@@ -68,7 +68,12 @@ def view(result: Mapping[str, Any], text: str) -> dict[str, Any]:
                 "value": duration(sum(s["seconds"] for s in steps)),
                 "note": "when they ran",
             },
-            {"name": "This run", "value": duration(result["seconds"]), "note": str(result["date"])},
+            {"name": "Not repeated", "value": duration(kept), "note": "what the kept steps had taken"},
+            {
+                "name": "This run",
+                "value": duration(result["seconds"]),
+                "note": f"{result['date'][:16].replace('T', ' ')} UTC",
+            },
         ],
         "graph": picture(needs, words),
         "tables": [_shown(table) for table in tables(steps)],
@@ -107,7 +112,9 @@ def tables(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if step["verb"] == "evaluate" and found:
             columns = found["data"]
             rows = [(row["model"], [cell["score"] for cell in row["scores"]], row["mean"]) for row in found["rows"]]
-            out.append(_marked(step["name"], "Test rows of each data set.", columns, rows))
+            length = found["max_length"]
+            about = f"Test rows of each data set{f', read to {length} tokens at most' if length else ''}."
+            out.append(_marked(step["name"], about, columns, rows))
         if step["verb"] == "merge" and "scores" in found:
             tasks = found["scores"]["tasks"]
             rows = [

@@ -323,13 +323,13 @@ def _validate(work: Work, step: Step, model: Path, digest: str, data: Thing) -> 
         rows = read_data(source, task=step.options.get("task"), need=("train",)).splits["validation"].columns
     digest_rows = digest_of_rows({"validation": rows})
     thing = Thing("model", str(model), digest, "a candidate")
-    return _cell(work, step, thing, {"test": rows}, digest_rows)["score"]["mean"]
+    return _cell(work, step, thing, {"test": rows}, digest_rows, step.options.get("max-length"))["score"]["mean"]
 
 
-def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str) -> dict[str, Any]:
+def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str, length: int | None) -> dict[str, Any]:
     """Score one model on one data set, or find it scored: what is known lies in the folder `cells`."""
-    options = {key: step.options.get(key) for key in ("task", "metric", "max-length", "dtype", "device")}
-    key = digest_of([model.kind, model.digest, digest, options, code_digest()])
+    options = {key: step.options.get(key) for key in ("task", "metric", "dtype", "device")}
+    key = digest_of([model.kind, model.digest, digest, options, length, code_digest()])
     path = work.folder / "cells" / f"{key[:24]}.json"
     if path.is_file():
         return read_json(path)
@@ -340,7 +340,7 @@ def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str) -> dict[
         data=data,
         task=options["task"],
         metric=options["metric"],
-        max_length=options["max-length"],
+        max_length=length,
         dtype=options["dtype"] or "auto",
         device=options["device"],
         trust_remote_code=work.trust_remote_code,
@@ -353,16 +353,25 @@ def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str) -> dict[
 
 def _evaluate(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     models, data = work.things(step, "evaluate"), work.things(step, "data")
-    rows = []
+    length, rows = _same_length(step, models), []
     for i, model in enumerate(models):
         cells = []
         for j, thing in enumerate(data):
             listen({"event": "progress", "said": f"{i * len(data) + j + 1} of {len(models) * len(data)}"})
-            cells.append(_cell(work, step, model, thing.spec, thing.digest))
+            cells.append(_cell(work, step, model, thing.spec, thing.digest, length))
         metrics = {cell["score"]["metric"] for cell in cells}
         mean = sum(cell["score"]["mean"] for cell in cells) / len(cells) if len(metrics) == 1 else None
         rows.append({"model": model.label, "scores": cells, "mean": mean})
-    return {"data": [thing.label for thing in data], "rows": rows}
+    return {"data": [thing.label for thing in data], "rows": rows, "max_length": length}
+
+
+def _same_length(step: Step, models: Sequence[Thing]) -> int | None:
+    """Return to how many tokens every model of a table reads a row; None: to its context.
+
+    A brick reads as many as it was trained with; beside it no other may read more, or the table would not be fair.
+    """
+    own = (read_json(Path(model.spec) / MANIFEST).get("max_length") for model in models if model.kind == "brick")
+    return step.options.get("max-length") or min((length for length in own if length), default=None)
 
 
 def _predict(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

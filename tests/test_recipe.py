@@ -278,7 +278,8 @@ steps:
     assert [f["check"] for f in found["proof"]["findings"] if f["ok"] is False] == ["every tensor trained"]
     assert found["said"]["rows"] == 24 and headline(result).startswith("All steps finished, but what proof checks")
     brick, model = (row["scores"][0]["score"]["mean"] for row in found["scored"]["rows"])
-    assert brick == pytest.approx(model, abs=1e-4)
+    assert brick == pytest.approx(model, abs=1e-4)  # the model reads no more of a row than the brick was trained with
+    assert found["scored"]["max_length"] == 16
     assert states(run(kitchen / "r.yaml", out=kitchen / "out")) == dict.fromkeys(found, "kept")
 
 
