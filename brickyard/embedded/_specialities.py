@@ -33,7 +33,7 @@ MOST = {"validation": 40, "test": 60}  # documents, the first by their hashes
 FEWEST = 20  # documents of a split, else the library is incomplete
 
 
-def splits(speciality: str, library: Path | None = None) -> dict[str, dict[str, list]]:
+def splits_of(speciality: str, library: Path | None = None) -> dict[str, dict[str, list]]:
     """Return {"train" | "validation" | "test": {"text": [documents]}} of network, numeric, text or general.
 
     Args:

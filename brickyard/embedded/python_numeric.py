@@ -9,4 +9,4 @@ from brickyard.embedded import _specialities
 
 def splits(library: Path | None = None) -> dict[str, dict[str, list]]:
     """Return {"train" | "validation" | "test": {"text": [documents]}}; BadData where the library is incomplete."""
-    return _specialities.splits("numeric", library)
+    return _specialities.splits_of("numeric", library)
