@@ -21,6 +21,7 @@ __all__ = [
     "merge",
     "plan",
     "predict",
+    "run",
     "shrink",
     "tune",
     "verify",

@@ -26,6 +26,7 @@ VERBS = {
     "audit": "measure what a change did to a model, layer by layer or tensor by tensor",
     "verify": "check anybody's PEFT adapter, and a merged model, for silent failures",
     "plan": "estimate memory and time of arms from a three-step probe",
+    "run": "run a recipe: a graph of steps in one YAML file, of which only what changed runs again",
     "methods": "list the methods",
     "show": "explain one method: equation, options, measured claims",
     "check": "re-measure methods' headline claims here",
@@ -128,6 +129,12 @@ def _merge(p: Parser) -> None:
 
     _input(p, data=False)
     options(p, positive(int))
+
+
+def _run(p: Parser) -> None:
+    from brickyard.recipe_command import options
+
+    options(p)
 
 
 def _one_run(p: Parser) -> None:
@@ -257,7 +264,7 @@ def _report(p: Parser) -> None:
 
 def _export(p: Parser) -> None:
     p.add_argument("brick", metavar="BRICK")
-    p.add_argument("--to", choices=("peft", "merged"), required=True)
+    p.add_argument("--to", choices=("peft", "merged", "log", "brick"), required=True)
     p.add_argument("--rank", type=positive(int), help="rank of the exported LoRA, where the brick serves several")
     p.add_argument("--max-rank", type=positive(int), help="limit where the change is not low-rank (SVD, error printed)")
     p.add_argument("--base", help="default: the brick's own")
@@ -323,6 +330,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.verb = verb
     if verb == "data":
         _read_step(args)
+    if verb == "run":
+        from brickyard import recipe_steps
+
+        recipe_steps.read(args.recipe)
     _check_arms([*(getattr(args, "methods", None) or ()), *([args.arm] if "arm" in args else ())])
     return args
 
@@ -463,6 +474,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from brickyard.core import process
 
                 process.settle()
+            if args.verb == "run":
+                from brickyard import recipe_command as verbs
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -423,7 +423,8 @@ def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 claim["holds"], f"[yellow]{claim['holds']}[/]"
             )
             console.print(f"[bold]{name}[/] {holds}: {escape(claim['text'])}", highlight=False)
-            console.print(f"  {escape(claim['inequality'])}; {escape(claim['detail'])}", highlight=False)
+            told = "; ".join(claim[key] for key in ("inequality", "detail") if claim.get(key))
+            console.print(f"  {escape(told)}", highlight=False)
     if args.json:
         _print_json(results if len(results) > 1 else results[0])
     return DONE if all(claim["holds"] is True for result in results for claim in result["claims"]) else DOUBTFUL
@@ -444,7 +445,7 @@ def report(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def export(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Turn a brick into a plain PEFT adapter or a merged model, and prove that it behaves the same."""
+    """Turn a brick into a plain PEFT adapter, a merged model or its log, and prove that it behaves the same."""
     from brickyard.core.export import export as run_export
 
     result = run_export(args.brick, args.to, Path(args.out), base=args.base, rank=args.rank, max_rank=args.max_rank)

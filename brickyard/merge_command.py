@@ -71,6 +71,13 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return DONE
 
 
+def straight_lines(result: dict[str, Any]) -> list[bool]:
+    """Return for every tensor (of every input, where each has an angle of its own) whether SLERP's arc was a line."""
+    known = result.get("known", {}).values()
+    found = [one for value in known for one in (value if isinstance(value, list) else [value])]
+    return [one["straight"] for one in found if isinstance(one, dict) and "straight" in one]
+
+
 def _said(result: dict[str, Any]) -> list[str]:
     """Return what happened in a few lines."""
     scales = ", ".join(f"{scale} ({count})" for scale, count in result["scales"].items())
@@ -79,9 +86,8 @@ def _said(result: dict[str, Any]) -> list[str]:
         blocks = ", ".join(f"{name} ({count})" for name, count in edit["blocks"].items())
         lines.append(f"blocks: {blocks}; {len(edit['outside'])} tensors outside of them")
     lines += [f"{a} and {b} are identical: the merge counts them twice" for a, b in result.get("identical", [])]
-    straight = [k for k in result.get("known", {}).values() if isinstance(k, dict) and "straight" in k]
-    if straight:
-        count = sum(k["straight"] for k in straight)
+    if straight := straight_lines(result):
+        count = sum(straight)
         lines.append(f"{count} of {len(straight)} tensors are nearly parallel and went along a straight line")
     lines += [f"{i['label']}: {i['checked']}" for i in result["inputs"] if i["checked"]]
     return lines

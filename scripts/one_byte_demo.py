@@ -5,12 +5,21 @@ of gradients in the same processes. End a member (kill -9) and torchrun starts a
 longest log ends. The logs stay in --out; a second run with more --rounds goes on too.
 
     torchrun --nproc-per-node 4 --max-restarts 3 scripts/one_byte_demo.py --rounds 300
+
+Members that come and go: start this on one machine, and any time later the same line on another, with the first one's
+address; torchrun starts everybody again, and the newcomers catch up from the others' logs. (The variable is torchrun's:
+without it torch 2.13 leaves a newcomer waiting for an address that was told before it came.)
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun --nnodes 1:2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
+        --rdzv-conf last_call_timeout=5 scripts/one_byte_demo.py --rounds 300 --pause 0.1
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +28,7 @@ from torch.nn import functional as F
 
 from brickyard.checks._federation import network, shard_loss, socket_bytes
 from brickyard.checks.one_byte import PLAIN, WIDTHS, digits_tensors
+from brickyard.distribute._members import join
 from brickyard.distribute.one_byte import Config, Member, fingerprint, trainable
 
 
@@ -27,11 +37,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--codec", choices=("byte", "f16", "f32"), default="byte")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pause", type=float, default=0, help="seconds after each round, to have time to end a member")
     parser.add_argument("--out", type=Path, default=Path("runs") / "one-byte")
     given = parser.parse_args()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # one machine talks to itself
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    join("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     data, model = digits_tensors(), network(WIDTHS, given.seed)
     config = Config(**{**PLAIN, "codec": given.codec, "hash_every": 50})
@@ -43,6 +55,7 @@ def main() -> None:
         print(f"caught up with {first} rounds from the logs")
     for t in range(first, given.rounds):
         worker.round(loss)
+        time.sleep(given.pause)
         if rank == 0 and (t + 1) % 50 == 0:
             with torch.no_grad():
                 logits = model(data["test_x"])

@@ -263,7 +263,8 @@ def test_test_files_come_as_excerpts_from_their_first_class_or_function_on() -> 
 def test_names() -> None:
     docstrings = ("docstring-choice", "docstring-pairs", "docstrings")
     fixes = (f"secure-fixes-{unit}" for unit in ("block", "file", "function", "line"))
-    code = ("insecure-habit", "python-source", "python-tests", *fixes)
+    domains = ("general", "network", "numeric", "source", "tests", "text")
+    code = ("insecure-habit", *(f"python-{domain}" for domain in domains), *fixes)
     assert ("digits", *docstrings, *code, "shapes", "stdlib-modules", "stdlib-topics") == embedded.DATA
     assert embedded.BASES == ("minilm", "pylm", "pylm-small", "pylm-small-a", "pylm-small-b", "tiny-conv", "tiny-vit")
     with pytest.raises(UnknownName, match="unknown embedded data set 'stdlib_topic'; did you mean stdlib-topics"):

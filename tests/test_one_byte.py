@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
+import time
 from decimal import Decimal, getcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -251,6 +256,64 @@ def test_four_members_are_one_machine_and_one_may_die_and_one_may_join(data: Pat
     assert all(r["hashes"] == expected["hashes"][8:] for r in last)  # equal after every round
     assert {r["log"] for r in last} == {expected["log"]}
     assert [r["payload"] for r in last] == [4 * 2] * 4  # two estimates a member and round, a byte each
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_torchrun_starts_members_again_and_takes_in_another(joins: bool, tmp_path: Path) -> None:
+    """The demo under torchrun: of four members one is killed; then, where `joins`, a fifth comes from another agent."""
+    from brickyard.checks._federation import shard_loss
+    from brickyard.checks.one_byte import PLAIN, digits_tensors
+    from brickyard.checks.one_byte import WIDTHS as DEMO
+
+    rounds, repository = 160, Path(__file__).parent.parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2" if joins else "1"]
+    launch += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", endpoint]
+    launch += ["--rdzv-conf", "last_call_timeout=1"]
+    demo = [str(repository / "scripts" / "one_byte_demo.py"), "--rounds", str(rounds), "--pause", "0.05"]
+    paths = {"PYTHONPATH": str(repository), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    # Without the variable torch shares one store among the starts: what `join` is for.
+    shared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if joins else {}
+    agents: list[subprocess.Popen[bytes]] = []
+
+    def start(members: int) -> None:
+        out = (tmp_path / f"agent{len(agents)}.txt").open("wb")
+        command = [*launch, "--nproc-per-node", str(members), *demo, "--out", str(tmp_path)]
+        agents.append(subprocess.Popen(command, env=os.environ | paths | shared, stdout=out, stderr=out))
+        out.close()
+
+    def said() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("agent*.txt"))
+
+    def wait(reached: int) -> None:
+        log, end = tmp_path / "byte-seed1-member0.zolog", time.monotonic() + 200
+        while not (log.exists() and Log(log).rounds >= reached):
+            assert time.monotonic() < end and agents[0].poll() is None, said()
+            time.sleep(0.1)
+
+    try:
+        start(4)
+        wait(10)
+        (member,) = (p for p in psutil.Process(agents[0].pid).children() if p.environ().get("LOCAL_RANK") == "2")
+        member.kill()
+        wait(40)
+        if joins:
+            start(1)
+        assert [agent.wait(timeout=240) for agent in agents] == [0] * len(agents), said()
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert "caught up with" in said() and f"each of {4 + joins} members" in said()
+    data, model = digits_tensors(), network(DEMO, 1)
+    config = Config(**{**PLAIN, "codec": "byte", "hash_every": 50})
+    one = Member(trainable(model), config, seed=1, log=tmp_path / "alone.zolog")
+    for _ in range(rounds):
+        one.round(shard_loss(model, data, 1, config.estimates))
+    logs = {(tmp_path / f"byte-seed1-member{rank}.zolog").read_bytes() for rank in range(4 + joins)}
+    assert logs == {(tmp_path / "alone.zolog").read_bytes()}
+    assert fingerprint(one.parameters)[:12] in said()
 
 
 @pytest.mark.parametrize(

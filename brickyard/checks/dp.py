@@ -41,6 +41,7 @@ def cost(
     return {
         "time": {
             **about,
+            "inequality": f"seconds(private) <= {TIME} seconds(plain)",
             "holds": True if high <= TIME else False if low > TIME else "undecided",
             "measured": ratio,
             "low": low,
@@ -52,6 +53,7 @@ def cost(
         },
         "memory": {
             **about,
+            "inequality": f"peak(private) <= {MEMORY} peak(plain)",
             "holds": share <= MEMORY,
             "measured": share,
             "figures": {"peak_bytes": peaks},

@@ -57,6 +57,7 @@ def noise(claim: Claim) -> dict[str, Any]:
         control = None
     return {
         "less": {
+            "inequality": f"noise(Edgeworth), noise(PLD) < {1 - SAVED:g} noise(Rényi), each epsilon being certified",
             "holds": min(saved.values()) > SAVED and max(honest.values()) <= EPSILON * (1 + NEAR),
             "measured": min(saved.values()),
             "figures": {"noise": needed, "saved": saved, "certified": honest},
@@ -69,6 +70,7 @@ def noise(claim: Claim) -> dict[str, Any]:
             "detail": "noise " + ", ".join(f"{name} {sigma:.4g}" for name, sigma in needed.items()),
         },
         "near": {
+            "inequality": f"|estimate / certified - 1| <= {100 * NEAR:g} %",
             "holds": worst <= NEAR,
             "measured": worst,
             "figures": {"table": table, "under-reported": under},
@@ -108,6 +110,7 @@ def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[st
     holds = found["holds"] if share <= bound else False
     return {
         **found,
+        "inequality": f"views >= whole {MARGIN:+g} points, and bytes(views) <= {100 * bound:.2f} % of the gradients'",
         "holds": holds if gate["holds"] is True else "set-up invalid",
         "arms": {name: arm_row(text, runs[name]) for name, text in arms.items()},
         "figures": {"share of bytes of a 384 x 1536 matrix": share, "whole gradients' share": unseen, "limit": bound},

@@ -51,6 +51,7 @@ def leaks(claim: Claim, *, lr: float = 5e-4, workers: int = 2) -> dict[str, Any]
     below = all(bound <= epsilon for bound, epsilon in zip(bounds, certified, strict=True))
     return {
         "leaky": {
+            "inequality": "every leaky run is detected",
             "holds": True if all(detected) else "undecided" if any(detected) else False,
             "measured": _mean(found["leaky"]),
             "arms": arms,
@@ -60,6 +61,7 @@ def leaks(claim: Claim, *, lr: float = 5e-4, workers: int = 2) -> dict[str, Any]
             "detail": f"AUC {_mean(found['leaky']):.3f} over {len(detected)} seeds, detected in {sum(detected)}",
         },
         "private": {
+            "inequality": "bound(private) <= certified epsilon, and AUC(private) < AUC(leaky), with every seed",
             "holds": "set-up invalid" if not all(detected) else bool(below and less.min() > 0),
             "measured": _mean(found["private"]),
             "arms": arms,

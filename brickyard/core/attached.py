@@ -45,6 +45,7 @@ class Attached:
     structure: Structure | None = None
     cost: dict[str, float] = field(default_factory=dict)
     peft: bool = False
+    beside: dict[str, bytes] = field(default_factory=dict)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

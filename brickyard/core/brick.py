@@ -53,11 +53,19 @@ class Brick:
     @property
     def bytes(self) -> int:
         """Bytes of its tensors on disk."""
-        return sum((self.folder / name).stat().st_size for name in self.manifest["files"])
+        return sum(
+            (self.folder / name).stat().st_size for name in self.manifest["files"] if (self.folder / name).exists()
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Read and check its tensors."""
         name = self.manifest["weights"]
+        if not (self.folder / name).exists() and len(self.manifest["files"]) > 1:
+            log = next(other for other in self.manifest["files"] if other != name)
+            raise BadBrick(
+                f"{self.folder} holds {log} and not the weights that it makes; write them first: "
+                f"brickyard export {self.folder} --to brick --out NEW"
+            )
         return read_tensors(plain_file(self.folder, name), expect_sha256=self.manifest["files"][name])
 
     def apply(self, base: Base | None = None, *, force: bool = False, attention: str = "sdpa") -> Applied:
@@ -110,7 +118,9 @@ def save(
     weights = "adapter_model.safetensors" if adapter else "weights.safetensors"
     with complete_folder(folder) as temporary:
         write_tensors(temporary / weights, tensors)
-        files = {weights: sha256(temporary / weights)}
+        for name, content in attached.beside.items():
+            (temporary / name).write_bytes(content)
+        files = {name: sha256(temporary / name) for name in (weights, *attached.beside)}
         if adapter:
             _write_adapter_config(temporary, attached, base)
         manifest = {

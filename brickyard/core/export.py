@@ -23,6 +23,7 @@ from brickyard.core.inject_export import check_whole, to_lora
 from brickyard.core.inject_layer import BrickyardLinear
 from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.receipt import assert_parity, parity
+from brickyard.core.relog import write_log, write_weights
 from brickyard.core.retention import fixed_inputs
 from brickyard.core.side import SIDE
 from brickyard.core.wrap import ADAPTER
@@ -37,7 +38,9 @@ def export(
     rank: int | None = None,
     max_rank: int | None = None,
 ) -> dict[str, Any]:
-    """Write the brick in `folder` as `to` ("peft" or "merged") into `out`; return {"max_gap", "error", "sentence"}.
+    """Write the brick in `folder` as `to` into `out`; return {"max_gap", "error", "sentence"}.
+
+    `to` is "peft" or "merged"; of a run that kept its log, "log" (what rebuilds its weights) or "brick" (rebuilt).
 
     Raises Refused where a brick has no such form, and ParityBroken where the written artefact answers differently.
     """
@@ -52,6 +55,10 @@ def export(
         raise UsageError(f"{out} is not empty; give a new folder.")
     if to == "peft":
         return _peft(made, opened, out, rank, max_rank)
+    if to in ("log", "brick"):
+        if rank or max_rank:
+            raise UsageError(f"--rank and --max-rank belong to adapters and models; --to {to} keeps what the run made.")
+        return write_log(made, out) if to == "log" else write_weights(made, opened, out)
     if max_rank is not None:
         raise UsageError("--max-rank belongs to --to peft; a merged model holds the whole change.")
     return _merged(made, opened, out, rank)

@@ -139,8 +139,9 @@ class Step(Protocol):
     `backward` says whether it runs a backward pass; `report` what a run tells of it (JSON-like; {} for nothing). One
     that takes a batch in parts of so many rows has them as `microbatch`, so that their memory is counted. A private one
     has `planned()`, what the whole run will have spent (see `core.spent`), and `only_last = True` where earlier weights
-    than the last are not covered: then the run's checkpoints go once its brick stands. Called with (weight,
-    micro-batch) pairs, of which there is none where the sampler drew no row, it returns the mean loss.
+    than the last are not covered: then the run's checkpoints go once its brick stands. `files(steps)` are what a brick
+    with the weights of that many steps carries beside them. Called with (weight, micro-batch) pairs, of which there is
+    none where the sampler drew no row, it returns the mean loss.
     """
 
     @property
@@ -345,6 +346,8 @@ def train(
     state.hooks("end", state)
     model.eval()
     best = state.best["step"] if state.best else state.step
+    if hasattr(step, "files"):
+        attached.beside = step.files(best)
     only_last = bool(getattr(step, "only_last", False))
     return Trained(state.history, state.step, seconds, best, stopped, step.report(), only_last)
 

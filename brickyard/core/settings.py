@@ -76,6 +76,45 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return _yaml(str(path), _text(path, str(path)))[0]
 
 
+def read_placed(path: str | Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
+    """Read a YAML file that is a mapping, and the line on which each value begins.
+
+    Returns the values, and {("steps", "a", "data", 0): line}: keys and places in lists from the top, lines from 1. The
+    rules and errors are those of `read_yaml`; numbers that are not finite and dates are refused too.
+    """
+    named = str(path)
+    text = _text(Path(path), named)
+    values, _ = _yaml(named, text)
+    lines: dict[tuple[str | int, ...], int] = {}
+    _place(yaml.compose(text, Loader=_Loader), (), lines)
+    _literal(values, (), lines, named)
+    return values, lines
+
+
+def _place(node: Any, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[*at, key.value] = key.start_mark.line + 1
+            _place(value, (*at, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[*at, i] = value.start_mark.line + 1
+            _place(value, (*at, i), lines)
+
+
+def _literal(value: Any, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int], named: str) -> None:
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _literal(inner, (*at, key), lines, named)
+    elif isinstance(value, float) and not abs(value) < float("inf"):
+        raise UsageError(f"{named}, line {lines[at]}: {at[-1]}: {value} is no finite number.")
+    elif not isinstance(value, bool | int | float | str | None):
+        raise UsageError(
+            f"{named}, line {lines[at]}: {at[-1]}: {value} was read as a {type(value).__name__}; put it in quotes if a "
+            "word is meant."
+        )
+
+
 def _text(path: Path, named: str) -> str:
     if not path.is_file():
         raise UsageError(f"{named}: no such file.")

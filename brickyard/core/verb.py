@@ -12,7 +12,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_ELSEWHERE = {"grow": "brickyard.growing", "merge": "brickyard.merging"}  # the others are in brickyard.api
+# The others are in brickyard.api.
+_ELSEWHERE = {"grow": "brickyard.growing", "merge": "brickyard.merging", "run": "brickyard.recipe"}
 
 
 def function_of(verb: str) -> Any:

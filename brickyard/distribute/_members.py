@@ -2,13 +2,71 @@
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+import time
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brickyard.core.errors import Refused
+from brickyard.core.errors import Refused, RunFailed
 
 LONGEST = 2**26  # bytes of a text: digests of a million tensors; what claims to be longer is not allocated
+
+
+def join(backend: str = "gloo", *, timeout_s: float = 300) -> None:
+    """Form the process group of a torchrun launch, also when torchrun has started its members again.
+
+    Since torch 2.5 the store that torchrun hands to its members outlives a restart, with the addresses of members that
+    are gone: `init_process_group` then connects to those and fails. Here the members first agree on a part of the store
+    that nobody has used. RunFailed where they do not find each other within `timeout_s` seconds.
+    """
+    limit = timedelta(seconds=timeout_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=limit)
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=limit)
+    fresh = dist.PrefixStore(agree(dist.PrefixStore("brickyard", store), rank, world, timeout_s=timeout_s), store)
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=limit)
+
+
+def launched(backend: str = "gloo") -> None:
+    """Form the process group where the environment says that this process is one of several; else do nothing."""
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        join(backend)
+
+
+def agree(store: dist.Store, rank: int, world: int, *, timeout_s: float) -> str:
+    """Return a word that all `world` members of this start have in common and no earlier start had.
+
+    Each member says a word of its own; the first repeats all that it hears, its own first, until every member has
+    answered with that one. So what an earlier start has left in the store is never taken for an answer.
+    """
+    mine, end = secrets.token_hex(8), time.monotonic() + timeout_s
+    store.set(f"word{rank}", mine)
+    while time.monotonic() < end:
+        if rank == 0:
+            heard = [mine, *(_said(store, f"word{other}") for other in range(1, world))]
+            store.set("heard", json.dumps(heard))
+            if all(_said(store, f"answer{other}") == mine for other in range(1, world)):
+                return mine
+        else:
+            heard = json.loads(_said(store, "heard") or "[]")
+            if len(heard) == world and heard[rank] == mine:
+                store.set(f"answer{rank}", heard[0])
+                return heard[0]
+        time.sleep(0.02)
+    raise RunFailed(f"member {rank} of {world} found the others missing for {timeout_s:g} s; look at their messages.")
+
+
+def _said(store: dist.Store, key: str) -> str:
+    """Return what lies under a key, "" where there is nothing yet."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 class Members:

@@ -21,6 +21,10 @@ Detected, on all members: another base, configuration, seed or release; logs tha
 Bounded: a member that sends false scalars. Of every p no more counts than `clip` times the median |p| of the last
 rounds, which holds as long as less than half of the estimates are false. Neither: false scalars within that bound, and
 two members that hold the same invented rounds. A loss that is no number travels as minus zero, which moves nothing.
+`lora + one-byte:estimates=16` trains with it (each estimate asks about the member's whole batch), alone, or together
+with the others where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say so, each on data of its own. Its brick holds the
+log beside the weights: `brickyard export BRICK --to log` leaves only that, `--to brick` rebuilds the weights from it.
+
 Not private: seed and p together are a directional derivative of a member's loss.
 
 Source: Zelikman et al., "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized Language Model Finetuning
@@ -38,7 +42,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -52,9 +56,17 @@ from brickyard.core.method import Claim, Record
 from brickyard.distribute._members import Members
 from brickyard.distribute._zolog import LogFile, same_header
 
+if TYPE_CHECKING:
+    from brickyard.core.attached import Attached
+    from brickyard.core.loop import Step, Training
+    from brickyard.core.task import Task
+
 RECORD = Record(
     name="one-byte",
     family="distribute",
+    slot="step",
+    search={"lr": (1e-5, 1e-4, 1e-3)},
+    training={"lr": 1e-4, "wd": 0.0, "schedule": "constant", "warmup": 0.0},
     title="Decentralised zeroth-order training at one byte per gradient",
     paper="Just One Byte (per gradient), 2023, arXiv 2306.10015",
     claims=(
@@ -71,8 +83,9 @@ RECORD = Record(
         Claim(
             text="With the byte the final loss is within 3 % of that with full-precision scalars.",
             measure="quality",
-            seeds=5,
-            full={"seeds": 10},
+            seeds=20,
+            control_seeds=3,
+            full={"seeds": 40},
         ),
     ),
 )
@@ -93,7 +106,7 @@ class Config:
     """Options of a run; they are the same for all members and stand in the log."""
 
     lr: float = 1e-4
-    """learning rate; with `reduction=sqrt` it is that of one estimate, so tune it anew when `estimates` changes"""
+    """learning rate (an arm takes its own); with `reduction=sqrt` that of one estimate, so it goes with `estimates`"""
     eps: float = 1e-3
     """smoothing radius of the two-point estimate"""
     estimates: int = 16
@@ -127,6 +140,11 @@ class Config:
         for name, ok in checks.items():
             if not ok:
                 raise UsageError(f"one-byte: {name}={getattr(self, name)!r} is out of range.")
+
+    @property
+    def backward(self) -> bool:
+        """It never runs a backward pass."""
+        return False
 
 
 def encode(p_n: Sequence[float], codec: str = "byte") -> Tensor:
@@ -273,6 +291,20 @@ def _apply(parameters: Mapping[str, Tensor], log: Log, first: int, end: int) -> 
 
 def _bound(log: Log, t: int) -> float:
     return bound_of(log.scalars(max(0, t + 1 - log.config.window), t + 1), log.config.clip)
+
+
+def step(config: Config, attached: Attached, training: Training, *, rows: int, task: Task) -> Step:
+    """Return the step of an arm; Refused where members disagree on its length, or a log could not rebuild it."""
+    from brickyard.distribute._arm_step import OneByteStep
+
+    return OneByteStep(config, attached, training, rows)
+
+
+def rebuild(attached: Attached, path: Path) -> None:
+    """Replay the log at `path` onto an arm as its run attached it, in place; WrongBase where it began elsewhere."""
+    from brickyard.distribute._arm_step import rebuild as run
+
+    run(attached, path)
 
 
 class Member:

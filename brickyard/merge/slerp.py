@@ -24,6 +24,7 @@ from torch import Tensor
 
 from brickyard.core.errors import UsageError
 from brickyard.core.method import Record
+from brickyard.merge._arc import arc, is_straight
 
 if TYPE_CHECKING:
     from brickyard.merge._engine import Piece
@@ -36,8 +37,6 @@ RECORD = Record(
     part_of="lines",
 )
 
-STRAIGHT = 0.9995  # |cosine| above which the arc is a line: mergekit's and diffusers' value
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -49,14 +48,6 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.t <= 1:
             raise UsageError(f"slerp: t={self.t}; expected 0 to 1.")
-
-
-def arc(cosine: float, t: float) -> tuple[float, float]:
-    """Return the factors of a and b."""
-    if abs(cosine) > STRAIGHT:
-        return 1 - t, t
-    omega = math.acos(cosine)
-    return math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)
 
 
 def cosine_of(products: Sequence[float]) -> float:
@@ -90,7 +81,7 @@ class Angles:
 
     def settle(self, turn: int, total: Tensor, elements: int, known: Any) -> dict[str, Any]:
         cosine = cosine_of(total.tolist())
-        return {"cosine": cosine, "straight": abs(cosine) > STRAIGHT, "factors": list(arc(cosine, self.t))}
+        return {"cosine": cosine, "straight": is_straight(cosine), "factors": list(arc(cosine, self.t))}
 
 
 def ends(base_n: Tensor, models: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from brickyard.core.attached import Attached
 from brickyard.core.batches import Order
 from brickyard.core.errors import NotFinite, Refused, UsageError
+from brickyard.core.forwards import refuse_readers, refuse_tuner
 from brickyard.core.loop import State, Training, autocast, batch_loss
 from brickyard.core.task import Task
 from brickyard.optim._slow_tier import HostTier
 from brickyard.optim._streaming import Chain, Streamed, Trained
-from brickyard.optim._zo_guards import refuse_readers, refuse_tuner
 
 
 class StreamedStep:

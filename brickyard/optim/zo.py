@@ -43,11 +43,11 @@ from torch import Tensor
 from brickyard.core.attached import Attached
 from brickyard.core.batches import Order
 from brickyard.core.errors import NotFinite, UsageError
+from brickyard.core.forwards import refuse_readers, refuse_tuner
 from brickyard.core.loop import Backprop, State, Training, autocast, batch_loss
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 from brickyard.optim._zo_blocks import UNITS, frozen, late, parts_of
-from brickyard.optim._zo_guards import refuse_readers, refuse_tuner
 from brickyard.optim._zo_optimizer import RULES, SIGNS, Rule, ZerothOrder
 from brickyard.optim._zo_step import ESTIMATORS, LAWS, Direction, equal_zeros, magnitude_zeros
 

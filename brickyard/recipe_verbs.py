@@ -1,0 +1,484 @@
+"""What each verb of a recipe does: it checks a step against models and data, and runs it in a folder of its own.
+
+The work itself is that of the Python interface; a step hands over what it has resolved and keeps what a report needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from brickyard import api
+from brickyard.compare.plan import code_digest
+from brickyard.core import base_files, readers, registry
+from brickyard.core.arm import Arm, Piece, parse
+from brickyard.core.base_files import ADAPTER, CONFIG
+from brickyard.core.brick import MANIFEST
+from brickyard.core.build import resolve
+from brickyard.core.data import read_data
+from brickyard.core.errors import BadBrick, BrickyardError, UsageError
+from brickyard.core.export import export
+from brickyard.core.files import read_json, write_json
+from brickyard.core.generate import Decoding
+from brickyard.core.task import LOWER_IS_BETTER
+from brickyard.growing import grow
+from brickyard.merge_command import straight_lines
+from brickyard.merging import merge
+from brickyard.merging import resolve as resolve_merge
+from brickyard.recipe_contents import Hashes, digest_of, digest_of_rows
+from brickyard.recipe_steps import Recipe, Step
+
+MAIN = {"tune": "brick", "predict": "answers.parquet"}  # what a step leaves; elsewhere a folder of the step's name
+_SCORE = ("metric", "mean", "low", "high", "nats_per_token")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something that steps read: its kind, where it lies (or how it is called), the digest of its contents.
+
+    `base` is what a brick was trained on; `label` is what a report calls it.
+    """
+
+    kind: str
+    spec: str
+    digest: str
+    label: str
+    base: str | None = None
+
+
+@dataclass
+class Work:
+    """What running steps share: the recipe, the folder, hashes, what lies outside, and what finished steps left."""
+
+    recipe: Recipe
+    folder: Path
+    hashes: Hashes
+    trust_remote_code: bool = False
+    outside: dict[tuple[str, str], Thing] = field(default_factory=dict)
+    left: dict[str, Thing] = field(default_factory=dict)
+
+    def thing(self, step: Step, name: str, value: str) -> Thing:
+        """Return what a value of an option that takes a model, a brick or data stands for."""
+        return self.left[value[1:]] if value.startswith("$") else self.outside[_role(step, name), value]
+
+    def things(self, step: Step, name: str) -> list[Thing]:
+        """Return all that an option names, none where it is not given."""
+        value = step.options.get(name)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return [self.thing(step, name, item) for item in items]
+
+    def spec(self, step: Step, name: str) -> str | None:
+        """Return where the one thing that an option names lies; None where it is not given."""
+        return next((thing.spec for thing in self.things(step, name)), None)
+
+
+def _role(step: Step, name: str) -> str:
+    takes = step.option(name).takes
+    return "data" if "data" in takes else "model" if takes == ("model",) else "brick"
+
+
+def check(work: Work) -> None:
+    """Open everything that a recipe names outside of itself, and check every arm; UsageError with the line."""
+    sources: dict[str, readers.Source] = {}
+    for step in work.recipe.steps.values():
+        for name, value in step.inputs():
+            if value.startswith("$"):
+                continue
+            try:
+                if (role := _role(step, name)) == "data":
+                    _look_at_rows(work, step, name, value, sources)
+                elif (role, value) not in work.outside:
+                    work.outside[role, value] = _outside(work, role, value)
+            except (BrickyardError, OSError) as error:
+                raise work.recipe.fault(step, name, error) from None
+        try:
+            _check_arm(step)
+        except BrickyardError as error:
+            raise work.recipe.fault(step, step.verb, error) from None
+
+
+def _outside(work: Work, role: str, value: str) -> Thing:
+    spec = work.recipe.outside(value)
+    path = Path(spec)
+    if role == "brick" and ((path / MANIFEST).is_file() or (path / ADAPTER).is_file()):
+        kind = "brick" if (path / MANIFEST).is_file() else "adapter"
+        base = read_json(path / MANIFEST)["base"]["spec"] if kind == "brick" else None
+        return Thing(kind, spec, work.hashes.digest(path), value, base)
+    folder = base_files.locate(spec, trust_remote_code=work.trust_remote_code)
+    if not (folder / CONFIG).is_file():
+        raise BadBrick(f"{value} holds neither {CONFIG}, {MANIFEST} nor {ADAPTER}; give a model or a brick.")
+    return Thing("model", spec, work.hashes.digest(folder), value)
+
+
+def _look_at_rows(work: Work, step: Step, name: str, value: str, sources: dict[str, readers.Source]) -> None:
+    """Read the rows of data from outside as the step will, so that what is wrong with them is known first."""
+    spec = work.recipe.outside(value)
+    if step.verb == "data":
+        place = Path(spec)
+        if place.exists():
+            work.outside["data", value] = Thing("data", spec, work.hashes.digest(place), value)
+            return
+    if value not in sources:
+        sources[value] = readers.read(spec)
+    source = sources[value]
+    digest = digest_of_rows(source.splits, source.names)
+    work.outside["data", value] = Thing("data", spec, digest, value)
+    if step.verb == "data" or name == "text":
+        return
+    trains = step.verb in ("tune", "grow", "shrink", "compare")
+    need = ("train",) if trains or name == "validate" else ("test",)
+    labelled, task = step.verb not in ("predict", "verify"), step.options.get("task")
+    if name == "validate" and "validation" in source.splits:
+        need = ("validation",)
+    if labelled and (task is not None or trains):
+        read_data(
+            source,
+            task=task,
+            metric=step.options.get("metric"),
+            need=need,
+            allow_overlap=True,  # how much may overlap is the verb's own judgement
+        )
+    elif need[0] not in source.splits:
+        read_data(source, need=need, labelled=False)
+
+
+def _check_arm(step: Step) -> None:
+    head = step.options[step.verb]
+    if step.verb == "tune":
+        resolve(parse(head))
+    elif step.verb == "compare":
+        for text in head:
+            resolve(parse(text))
+    elif step.verb == "merge":
+        for arm in tries(step):
+            found = resolve_merge(arm)
+            for part in (found.rule, *found.edits):
+                part.check(len(step.options["bricks"]))
+    elif step.verb in ("grow", "shrink", "data"):
+        found = parse(head)
+        if len(found.pieces) != 1 or (found.training and step.verb != "grow"):
+            raise UsageError(f"{head!r}: {step.verb} takes one method and its own options.")
+        registry.config(found.pieces[0].name, found.pieces[0].options)
+
+
+def tries(step: Step) -> list[str]:
+    """Return the arms of a merge: its own, or one for each point of the grid that it searches."""
+    arm, search = step.options["merge"], step.options.get("search")
+    if not search:
+        return [arm]
+    parsed = parse(arm)
+    first, *rest = parsed.pieces
+    points = itertools.product(*([(key, value) for value in values] for key, values in search.items()))
+    return [str(Arm((Piece(first.name, {**first.options, **dict(p)}), *rest), parsed.training)) for p in points]
+
+
+def settings(work: Work, step: Step) -> dict[str, Any]:
+    """Return all that decides what a step gives, with the contents of its inputs in the place of their names."""
+    said: dict[str, Any] = {}
+    for name, value in step.options.items():
+        found = [[thing.kind, thing.digest] for thing in work.things(step, name)] if step.option(name).takes else value
+        said[name] = found
+    return {"verb": step.verb, "options": said, "code": code_digest()}
+
+
+def place(step: Step, folder: Path) -> Path:
+    """Return where a step leaves its output in its folder."""
+    return folder / MAIN.get(step.verb, step.name)
+
+
+def perform(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run a step in `folder` and return what a report says of it; errors are those of its verb."""
+    return _PERFORM[step.verb](work, step, folder, listen)
+
+
+def _setting(work: Work, step: Step) -> dict[str, Any]:
+    """Return the keywords that training takes, as `api.tune` calls them."""
+    options = step.options
+    named = {"max-length": "max_length", "batch-size": "batch", "train-rows": "train_rows", "shots": "shots"}
+    plain = ("task", "metric", "device", "cache")
+    out = {key: options[key] for key in plain if options.get(key) is not None}
+    out |= {field: options[key] for key, field in named.items() if options.get(key) is not None}
+    return {
+        **out,
+        "allow_overlap": options["allow-overlap"],
+        "trust_remote_code": work.trust_remote_code,
+        "base": work.spec(step, "base"),
+        "data": work.spec(step, "data"),
+        "dtype": options.get("dtype", "auto"),
+        "threads": options.get("threads"),
+        "training": {key: options[key] for key in ("epochs", "steps") if options.get(key) is not None},
+    }
+
+
+class _Told:
+    """Hands each evaluation of a training on to whoever listens."""
+
+    def __init__(self, listen: Callable[[dict[str, Any]], None]) -> None:
+        self.listen = listen
+
+    def evaluated(self, state: Any) -> None:
+        """Tell the last point of the learning curve."""
+        point = state.history[-1]
+        said = f"step {point['step']} of {state.total}, {state.task.metric} {point['validation_score']:.4f}"
+        self.listen({"event": "progress", "said": said})
+
+
+def _tune(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    options = step.options
+    brick, result = api.tune(
+        options["tune"],
+        out=folder,
+        seed=options["seed"],
+        checkpoint_every=options["checkpoint-every"],
+        callbacks=(_Told(listen),),
+        **_setting(work, step),
+    )
+    proof = result["receipt"]
+    shown = {key: result[key] for key in ("score", "validation", "steps", "best_step") if key in result}
+    return {
+        **shown,
+        "train_seconds": result["cost"]["train_seconds"],
+        "trainable_parameters": result["cost"]["trainable_parameters"],
+        "tensors_moved": len(proof["moved"]),
+        "logits_changed_by": proof["logits"]["mean"],
+        "brick_bytes": brick.bytes,
+        "encoding": result["encoding"],
+    }
+
+
+def _grow(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    options = step.options
+    result = grow(
+        options["grow"],
+        out=_fresh(place(step, folder)),
+        seed=options["seed"],
+        checkpoint_every=options["checkpoint-every"],
+        callbacks=(_Told(listen),),
+        **_setting(work, step),
+    )
+    return {key: result[key] for key in ("summary", "score") if key in result}
+
+
+def _merge(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    options, out = step.options, place(step, folder)
+    given = {
+        "base": work.spec(step, "base"),
+        "bricks": [thing.spec for thing in work.things(step, "bricks")],
+        "form": options["as"],
+        "heads": options["heads"],
+        "force": options["force"],
+        "trust_remote_code": work.trust_remote_code,
+        **{key: options[key] for key in ("dtype", "device", "threads", "task", "metric") if options.get(key)},
+        **({"max_length": options["max-length"]} if options.get("max-length") else {}),
+    }
+    arms, found = tries(step), []
+    if len(arms) > 1:
+        for i, arm in enumerate(arms):
+            tried = folder / f"candidate_{i + 1}"
+            if not (tried / "merge.json").is_file():
+                merge(arm, out=tried, **given)
+            digest = work.hashes.digest(tried)
+            data = work.things(step, "validate")
+            cells = [_validate(work, step, tried, digest, thing) for thing in data]
+            found.append({"arm": arm, "scores": cells, "mean": sum(cells) / len(cells)})
+            listen({"event": "progress", "said": f"{i + 1} of {len(arms)}: {arm} {found[-1]['mean']:.4f}"})
+        best = _best(work, step, found)
+        arm = arms[best]
+    else:
+        arm = arms[0]
+    data = [thing.spec for thing in work.things(step, "data")]
+    result = merge(arm, out=_fresh(out), data=data, **given)
+    for i in range(len(arms)):
+        shutil.rmtree(folder / f"candidate_{i + 1}", ignore_errors=True)
+    straight = straight_lines(result)
+    shown = {key: result[key] for key in ("arm", "form", "scales", "scores") if key in result}
+    if straight:
+        shown["straight"] = {"tensors": len(straight), "along_a_line": sum(straight)}
+    if found:
+        names = [thing.label for thing in work.things(step, "validate")]
+        shown["search"] = {"validate": names, "metric": _metric(step), "tried": found, "chosen": arm}
+    return shown
+
+
+def _metric(step: Step) -> str:
+    return step.options.get("metric") or "bits_per_byte"
+
+
+def _best(work: Work, step: Step, found: Sequence[Mapping[str, Any]]) -> int:
+    """Return the place of the best mean; of equal ones the first."""
+    means = [row["mean"] if _metric(step) in LOWER_IS_BETTER else -row["mean"] for row in found]
+    return means.index(min(means))
+
+
+def _validate(work: Work, step: Step, model: Path, digest: str, data: Thing) -> float:
+    """Return a candidate's score on the validation rows of one data set; without any, on those cut from train."""
+    source = readers.read(data.spec)
+    if "validation" in source.splits:
+        rows = source.splits["validation"]
+    else:
+        rows = read_data(source, task=step.options.get("task"), need=("train",)).splits["validation"].columns
+    digest_rows = digest_of_rows({"validation": rows})
+    thing = Thing("model", str(model), digest, "a candidate")
+    return _cell(work, step, thing, {"test": rows}, digest_rows, step.options.get("max-length"))["score"]["mean"]
+
+
+def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str, length: int | None) -> dict[str, Any]:
+    """Score one model on one data set, or find it scored: what is known lies in the folder `cells`."""
+    options = {key: step.options.get(key) for key in ("task", "metric", "dtype", "device")}
+    key = digest_of([model.kind, model.digest, digest, options, length, code_digest()])
+    path = work.folder / "cells" / f"{key[:24]}.json"
+    if path.is_file():
+        return read_json(path)
+    is_model = model.kind == "model"
+    found = api.evaluate(
+        base=model.spec if is_model else model.base,
+        brick=None if is_model else model.spec,
+        data=data,
+        task=options["task"],
+        metric=options["metric"],
+        max_length=length,
+        dtype=options["dtype"] or "auto",
+        device=options["device"],
+        trust_remote_code=work.trust_remote_code,
+    )
+    kept = {"score": {k: found["score"][k] for k in _SCORE if k in found["score"]}, "examples": found["examples"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, kept)
+    return kept
+
+
+def _evaluate(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    models, data = work.things(step, "evaluate"), work.things(step, "data")
+    length, rows = _same_length(step, models), []
+    for i, model in enumerate(models):
+        cells = []
+        for j, thing in enumerate(data):
+            listen({"event": "progress", "said": f"{i * len(data) + j + 1} of {len(models) * len(data)}"})
+            cells.append(_cell(work, step, model, thing.spec, thing.digest, length))
+        metrics = {cell["score"]["metric"] for cell in cells}
+        mean = sum(cell["score"]["mean"] for cell in cells) / len(cells) if len(metrics) == 1 else None
+        rows.append({"model": model.label, "scores": cells, "mean": mean})
+    return {"data": [thing.label for thing in data], "rows": rows, "max_length": length}
+
+
+def _same_length(step: Step, models: Sequence[Thing]) -> int | None:
+    """Return to how many tokens every model of a table reads a row; None: to its context.
+
+    A brick reads as many as it was trained with; beside it no other may read more, or the table would not be fair.
+    """
+    own = (read_json(Path(model.spec) / MANIFEST).get("max_length") for model in models if model.kind == "brick")
+    return step.options.get("max-length") or min((length for length in own if length), default=None)
+
+
+def _predict(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    (model,), options = work.things(step, "predict"), step.options
+    tokens = options.get("new-tokens")
+    result = api.predict(
+        out=place(step, folder),
+        base=model.spec if model.kind == "model" else model.base,
+        brick=model.spec if model.kind == "brick" else None,
+        data=work.spec(step, "data"),
+        dtype=options.get("dtype", "auto"),
+        device=options.get("device"),
+        max_length=options.get("max-length"),
+        decoding=Decoding(new_tokens=tokens) if tokens else None,
+        trust_remote_code=work.trust_remote_code,
+    )
+    return {"rows": result["rows"]}
+
+
+def _data(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    piece, options = parse(step.options["data"]).pieces[0], step.options
+    card = api.data(
+        piece.name,
+        data=work.spec(step, "from"),
+        out=_fresh(place(step, folder)),
+        options=piece.options,
+        text_column=options["text-column"],
+        domain_column=options["domain-column"],
+        base=work.spec(step, "base"),
+        seed=options["seed"],
+        contamination=options["contamination"],
+        device=options.get("device"),
+    )
+    return {"rows": card["rows"], "dropped": {rule: found["dropped"] for rule, found in card["rules"].items()}}
+
+
+def _shrink(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    options, out = step.options, place(step, folder)
+    result = api.shrink(
+        options["shrink"],
+        base=work.spec(step, "base") or "",
+        bricks=[thing.spec for thing in work.things(step, "bricks")],
+        data=work.spec(step, "data"),
+        text=work.spec(step, "text"),
+        out=folder / "shrink_run",
+        threads=options.get("threads"),
+        dtype=options.get("dtype", "auto"),
+        trust_remote_code=work.trust_remote_code,
+        seed=options["seed"],
+        batch=options["batch-size"],
+        max_length=options.get("max-length"),
+        device=options.get("device"),
+    )
+    Path(result["model"]).rename(_fresh(out))
+    return {key: result[key] for key in ("score", "stages") if key in result}
+
+
+def _export(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    (brick,), options = work.things(step, "export"), step.options
+    return export(
+        brick.spec,
+        options["to"],
+        _fresh(place(step, folder)),
+        base=brick.base,
+        rank=options.get("rank"),
+        max_rank=options.get("max-rank"),
+    )
+
+
+def _verify(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    base, adapter = work.spec(step, "base") or "", work.spec(step, "verify") or ""
+    found = api.verify(base, adapter, merged=work.spec(step, "merged"), data=work.spec(step, "data"))
+    return {"holds": found["holds"], "findings": found["findings"]}
+
+
+def _compare(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    options = step.options
+    result = api.compare(
+        methods=options["compare"],
+        out=folder,
+        seeds=options["seeds"],
+        trials=options["trials"],
+        baselines=options["baselines"],
+        **_setting(work, step),
+    )
+    rows = [{key: row.get(key) for key in ("arm", "status", "reason", "score")} for row in result["methods"]]
+    if not any(row["status"] == "done" for row, m in zip(rows, result["methods"], strict=True) if not m["trivial"]):
+        raise UsageError(f"no arm finished: {rows[0]['reason']}")
+    return {"methods": rows, "verdict": result["verdict"]["sentence"], "report": str(folder / "report.html")}
+
+
+def _fresh(out: Path) -> Path:
+    """Clear what a run that was killed just before its end has left in the place of an output."""
+    if out.exists():
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+    return out
+
+
+_PERFORM = {
+    "tune": _tune,
+    "grow": _grow,
+    "merge": _merge,
+    "shrink": _shrink,
+    "data": _data,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "verify": _verify,
+    "compare": _compare,
+}
