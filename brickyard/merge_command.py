@@ -16,14 +16,24 @@ def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     p.add_argument(
         "--bricks", nargs="+", required=True, metavar="DIR", help="bricks, PEFT adapters, or full checkpoints"
     )
-    p.add_argument("--data", nargs="+", default=[], metavar="D", help="one data set a task: score every input on each")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="one data set a task: score every input on each (cca-merge compares features on its training rows)",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
     p.add_argument(
         "--as", dest="form", choices=("auto", "model", "adapter"), default="auto", help="adapters may stay one (auto)"
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result; lets dtypes differ")
     p.add_argument("--heads", choices=("own", "base"), default="own", help="each brick's, or fitted on the base")
-    p.add_argument("--force", action="store_true", help="go on although an input does not look like the base's child")
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although an input does not look like the base's child (cca-merge: although it does)",
+    )
     p.add_argument("--threads", type=count, help="workers (default: the cores, at least 2)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="where the scores are computed")
     p.add_argument("--max-length", type=count, help="tokens a row; longer rows are truncated and counted")

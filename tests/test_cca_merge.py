@@ -477,6 +477,10 @@ def test_activations_and_inputs_that_make_no_sense_are_refused() -> None:
         b[0].bias[0] = -1000.0
     with pytest.raises(Refused, match="larger gamma"):
         align([a, b], x, gamma=0)
+    with torch.no_grad():
+        a[0].bias.fill_(-1000.0)
+    with pytest.raises(Refused, match="none of the reference's 12 features changes"):
+        align([a, b], x)
 
 
 def test_only_one_batch_of_the_reference_is_held() -> None:

@@ -15,6 +15,7 @@ from brickyard.cli import main
 from brickyard.core.base import open_base
 from brickyard.core.errors import ParityBroken, Refused, UsageError
 from brickyard.core.files import read_json, read_tensors
+from brickyard.core.task import Task
 from brickyard.merge import _align
 from brickyard.merge._align_transformer import RESIDUAL, assert_same, transformer, untie
 from brickyard.merge.cca_merge import align, average, state_of
@@ -257,6 +258,26 @@ def test_the_written_merge_is_the_mean_of_aligned_weights(tmp_path: Path) -> Non
     merge("cca-merge:rows=64", out=tmp_path / "cca", **options)
     moved = read_tensors(tmp_path / "cca" / "model.safetensors")
     assert moved.keys() == out.keys() and not torch.allclose(moved["pooler.dense.weight"], out["pooler.dense.weight"])
+
+
+def test_classifiers_keep_their_classes_and_are_merged_with_their_heads(tmp_path: Path) -> None:
+    folders = [make_text_base(tmp_path / name, seed=i) for i, name in enumerate("abc")]
+    names = (("bad", "good"), ("bad", "good"), ("good", "bad"))
+    for i, (folder, labels) in enumerate(zip(folders, names, strict=True)):
+        base = open_base(str(folder))
+        tokenizer = base.tokenizer
+        model: Any = base.model(Task("text-classification", "accuracy", labels, 2, "text"), seed=i)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    options = {"base": str(folders[0]), "data": [text_data()], "device": "cpu"}
+    result = merge("cca-merge", bricks=folders[1:2], out=tmp_path / "out", **options)
+    assert result["scores"]["tasks"][0]["head"] == "each network's own"
+    assert "bert.pooler.dense: hidden" in {p["point"] for p in result["alignment"]["points"]}
+    a, b, out = (read_tensors(folder / "model.safetensors") for folder in (*folders[:2], tmp_path / "out"))
+    torch.testing.assert_close(out["classifier.bias"], (a["classifier.bias"] + b["classifier.bias"]) / 2)
+    assert not torch.allclose(out["classifier.weight"], (a["classifier.weight"] + b["classifier.weight"]) / 2)
+    with pytest.raises(Refused, match="tells the classes good, bad apart"):
+        merge("cca-merge", bricks=folders[2:], out=tmp_path / "no", **options)
 
 
 def test_images_and_stored_names(tmp_path: Path) -> None:

@@ -85,21 +85,21 @@ class Moments:
         x_mn: [m, n]; models come in their order within a batch. reference_mn: what the call for model 0 returned.
         """
         # Float64 products on a GPU are many times slower; there the shift keeps float32 exact enough.
-        x_mn = x_mn.float() if x_mn.is_cuda else x_mn.double()
+        dtype = torch.float32 if x_mn.is_cuda else torch.float64
         if len(self._shift) == model:
             n = x_mn.shape[1]
-            self._shift.append(x_mn.mean(0))
+            self._shift.append(x_mn.to(dtype).mean(0))
             self._sum.append(torch.zeros(n, dtype=torch.float64))
             self._own.append(torch.zeros(n, n, dtype=torch.float64))
             self._with.append(torch.zeros(n, n, dtype=torch.float64))
-        x_mn = x_mn - self._shift[model]
+        x_mn = (x_mn - self._shift[model]).to(dtype)  # float32 less float64 is float64, in one pass
         self._sum[model] += x_mn.sum(0, dtype=torch.float64).cpu()
-        self._own[model] += (x_mn.T @ x_mn).double().cpu()
+        _add_product(self._own[model], x_mn, x_mn)
         if model == 0:
             self.samples += len(x_mn)
         else:
             assert reference_mn is not None
-            self._with[model] += (reference_mn.T @ x_mn).double().cpu()
+            _add_product(self._with[model], reference_mn, x_mn)
         return x_mn
 
     def covariances(self, model: int) -> Covariances:
@@ -110,6 +110,14 @@ class Moments:
         yy = self._own[model] / m - mean_y.outer(mean_y)
         xy = self._with[model] / m - mean_x.outer(mean_y)
         return Covariances(_settled(xx), xy, _settled(yy), m)
+
+
+def _add_product(total_nn: Tensor, x_mn: Tensor, y_mn: Tensor) -> None:
+    """Add X'Y to a float64 sum that lies in main memory."""
+    if x_mn.dtype == total_nn.dtype and not x_mn.is_cuda:
+        total_nn.addmm_(x_mn.T, y_mn)
+    else:
+        total_nn += (x_mn.T @ y_mn).double().cpu()
 
 
 def _settled(s_nn: Tensor) -> Tensor:

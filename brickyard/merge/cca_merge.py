@@ -323,6 +323,11 @@ def mapped(
         kind, reference = kind_of(point, method), None
         for maps, by_point in zip(out, known, strict=True):
             found = by_point[point.name]
+            if not found.scale > 0:
+                raise Refused(
+                    f"point {point.name}: none of the reference's {point.width} features changes on these inputs; "
+                    "there is nothing to align with. Give other inputs, or another reference."
+                )
             ridge = gamma * (found.scale if relative else 1.0)
             if kind == "cca" and not point.heads:
                 try:
