@@ -16,14 +16,24 @@ def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     p.add_argument(
         "--bricks", nargs="+", required=True, metavar="DIR", help="bricks, PEFT adapters, or full checkpoints"
     )
-    p.add_argument("--data", nargs="+", default=[], metavar="D", help="one data set a task: score every input on each")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="one data set a task: score every input on each (cca-merge compares features on its training rows)",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
     p.add_argument(
         "--as", dest="form", choices=("auto", "model", "adapter"), default="auto", help="adapters may stay one (auto)"
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result; lets dtypes differ")
     p.add_argument("--heads", choices=("own", "base"), default="own", help="each brick's, or fitted on the base")
-    p.add_argument("--force", action="store_true", help="go on although an input does not look like the base's child")
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although an input does not look like the base's child (cca-merge: although it does)",
+    )
     p.add_argument("--threads", type=count, help="workers (default: the cores, at least 2)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="where the scores are computed")
     p.add_argument("--max-length", type=count, help="tokens a row; longer rows are truncated and counted")
@@ -82,6 +92,9 @@ def _said(result: dict[str, Any]) -> list[str]:
     """Return what happened in a few lines."""
     scales = ", ".join(f"{scale} ({count})" for scale, count in result["scales"].items())
     lines = [f"{len(result['inputs'])} inputs merged by {result['arm']}; scales of tensors: {scales}"]
+    if "alignment" in result:
+        lines = [f"{result['arm']}: the base and {len(result['inputs'])} inputs, aligned and averaged"]
+        lines += _aligned(result["alignment"])
     for edit in result["edits"]:
         blocks = ", ".join(f"{name} ({count})" for name, count in edit["blocks"].items())
         lines.append(f"blocks: {blocks}; {len(edit['outside'])} tensors outside of them")
@@ -91,6 +104,31 @@ def _said(result: dict[str, Any]) -> list[str]:
         lines.append(f"{count} of {len(straight)} tensors are nearly parallel and went along a straight line")
     lines += [f"{i['label']}: {i['checked']}" for i in result["inputs"] if i["checked"]]
     return lines
+
+
+def _aligned(found: dict[str, Any]) -> list[str]:
+    """Return what an alignment found in a few lines."""
+    rows = f"{found['rows']:,} of {found['of_rows']:,} training rows of {found['data']}"
+    lines = [f"features compared on {rows}; no label was read"]
+    by_map: dict[str, list[dict[str, Any]]] = {}
+    for point in found["points"]:
+        by_map.setdefault(point["map"], []).append(point)
+    for kind, points in by_map.items():
+        known = [point["correlations"]["mean"] for point in points if point["correlations"]]
+        mean = f", mean correlation {sum(known) / len(known):.2f}" if known else ""
+        worst = max(point["condition"] for point in points)
+        spread = f", condition at most {worst:.3g}" if kind == "cca" else ""
+        lines.append(f"{kind}: {len(points)} maps{mean}{spread}")
+    dead = sum(sum(point["dead"]) for point in found["points"])
+    if dead:
+        lines.append(f"{dead} features never change on these rows")
+    if found["agreement"]:
+        tried = ", ".join(f"{gamma}: {100 * share:.1f} %" for gamma, share in found["agreement"].items())
+        lines.append(f"gamma {found['gamma']:g} agrees most with the ensemble ({tried})")
+    lines.append(f"exact maps change an input's answers by {found['parity']:.1g} of the largest")
+    if found["unties"]:
+        lines.append("input and output embeddings are no longer tied: the rotated stream needs one of each")
+    return [*lines, *(f"warning: {text}" for text in found["warnings"])]
 
 
 def _table(scores: dict[str, Any]) -> Any:

@@ -37,11 +37,15 @@ _COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".co
 
 @dataclass(frozen=True)
 class Recipe:
-    """An arm of merges, resolved: one rule that combines, and the edits that follow it."""
+    """An arm of merges, resolved: one rule that combines, and the edits that follow it.
+
+    alignment: the config of a rule for independently trained models, which are aligned before they are combined.
+    """
 
     text: str
     rule: Rule
     edits: tuple[Edit, ...]
+    alignment: Any = None
 
 
 def resolve(arm: str) -> Recipe:
@@ -55,6 +59,7 @@ def resolve(arm: str) -> Recipe:
         raise UsageError(f"{arm!r}: nothing trains in a merge; leave out {', '.join(wanted.training)}.")
     rules: list[Rule] = []
     edits: list[Edit] = []
+    alignment = None
     for piece in wanted.pieces:
         module = registry.load(registry.find(piece.name, "merge").record.name)
         config = registry.config(piece.name, piece.options)
@@ -64,9 +69,11 @@ def resolve(arm: str) -> Recipe:
             raise UsageError(f"{arm!r}: {piece.name} combines models, as the first piece of an arm does; give one.")
         else:
             rules.append(module.rule(config))
+            if registry.find(piece.name).record.ancestry == "independent":
+                alignment = config
     if not rules:
         rules.append(registry.load("average").rule(registry.config("average", {})))
-    return Recipe(str(wanted), rules[0], tuple(edits))
+    return Recipe(str(wanted), rules[0], tuple(edits), alignment)
 
 
 def merge(
@@ -95,7 +102,8 @@ def merge(
         base: the base that all of them were fine-tuned from: a folder, a hub id, or `embedded:NAME`.
         bricks: the inputs, in the order in which weights by model are given.
         out: a new folder; it becomes a model for any --base, or an adapter. Heads of single inputs lie in OUT/heads.
-        data: one data set a task; then every input and the merge are scored on the test rows of each.
+        data: one data set a task; then every input and the merge are scored on the test rows of each. A merge of
+            independently trained models (cca-merge) takes one, and compares features on its training rows.
         form: "model" writes weights, "adapter" an adapter; "auto" an adapter where all inputs are LoRA and the rule is
             a weighted sum, which is exact: the ranks add up.
         dtype: float32, bfloat16 or float16 for the result, and lets checkpoints differ in it; None: the base's own.
@@ -121,14 +129,24 @@ def merge(
     for part in (recipe.rule, *recipe.edits):
         part.check(len(bricks))
     ground = open_ground(base, trust_remote_code=trust_remote_code)
-    inputs = open_inputs(list(map(str, bricks)), ground, mixed=dtype is not None, force=force)
+    reading = {"task": task, "metric": metric, "max_length": max_length}
+    aligned = None
+    if recipe.alignment is not None:
+        from brickyard.merging_aligned import open_aligned
+
+        if form == "adapter":
+            raise Refused(f"{recipe.text} changes all weights, which no adapter holds; leave out --as.")
+        aligned = open_aligned(recipe.alignment, ground, list(map(str, bricks)), data, reading, force, device)
+        ground, inputs = aligned.ground, aligned.inputs
+    else:
+        inputs = open_inputs(list(map(str, bricks)), ground, mixed=dtype is not None, force=force)
     plan = Merge(
         ground.stored,
         [given.source for given in inputs],
         recipe.rule,
         recipe.edits,
         threads or max(2, torch.get_num_threads()),
-        ground.heads,
+        ground.heads if aligned is None else frozenset(),
     )
     about = {
         "schema": SCHEMA,
@@ -138,9 +156,12 @@ def merge(
         "base": {"spec": ground.spec},
         "inputs": [{"label": i.label, "spec": i.spec, "kind": i.kind, "checked": i.checked} for i in inputs],
         "forced": force,
+        **({} if aligned is None else {"alignment": aligned.about}),
     }
-    reading = {"heads": heads, "task": task, "metric": metric, "max_length": max_length}
-    score = _scorer(ground, inputs, data, reading, device) if data else None
+    if aligned is not None:
+        score = aligned.scorer()
+    else:
+        score = _scorer(ground, inputs, data, {"heads": heads, **reading}, device) if data else None
     if _as_adapter(form, recipe, inputs):
         result = _write_adapter(plan, inputs, folder, about)
     else:
