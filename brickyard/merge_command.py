@@ -16,7 +16,13 @@ def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     p.add_argument(
         "--bricks", nargs="+", required=True, metavar="DIR", help="bricks, PEFT adapters, or full checkpoints"
     )
-    p.add_argument("--data", nargs="+", default=[], metavar="D", help="one data set a task: score every input on each")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="one data set a task: score every input on each; a strength given as search is chosen on validation rows",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
     p.add_argument(
         "--as", dest="form", choices=("auto", "model", "adapter"), default="auto", help="adapters may stay one (auto)"
@@ -63,6 +69,8 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
         return DONE
     console = Console()
+    if "search" in result:
+        console.print(_curve(result["search"]))
     for line in _said(result):
         console.print(escape(line), soft_wrap=True, highlight=False)
     if "scores" in result:
@@ -75,6 +83,8 @@ def _said(result: dict[str, Any]) -> list[str]:
     """Return what happened in a few lines."""
     scales = ", ".join(f"{scale} ({count})" for scale, count in result["scales"].items())
     lines = [f"{len(result['inputs'])} inputs merged by {result['arm']}; scales of tensors: {scales}"]
+    if result.get("search", {}).get("edge"):
+        lines.append(f"{result['search']['option']}: the best is the last of the grid; a larger one may be better")
     for edit in result["edits"]:
         blocks = ", ".join(f"{name} ({count})" for name, count in edit["blocks"].items())
         lines.append(f"blocks: {blocks}; {len(edit['outside'])} tensors outside of them")
@@ -85,6 +95,26 @@ def _said(result: dict[str, Any]) -> list[str]:
         lines.append(f"{count} of {len(straight)} tensors are nearly parallel and went along a straight line")
     lines += [f"{i['label']}: {i['checked']}" for i in result["inputs"] if i["checked"]]
     return lines
+
+
+def _curve(search: dict[str, Any]) -> Any:
+    """Return the curve of a search: a line for every point of the grid."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    name = search["option"].partition(":")[2]
+    table = Table(title=f"{search['option']} on validation rows", caption=f"chosen: {search['chosen']:g}")
+    table.add_column(name, justify="right")
+    for task in search["tasks"]:
+        rows = f"{task['rows']} rows{' cut from train' if task['cut'] else ''}"
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}\n{rows}", justify="right")
+    table.add_column("mean", justify="right")
+    for i, strength in enumerate(search["grid"]):
+        cells = [f"{of_task[i]:.4f}" for of_task in search["scores"]]
+        style = "bold green" if strength == search["chosen"] else None
+        mark = " <" if strength == search["chosen"] else "  "
+        table.add_row(f"{strength:g}", *cells, f"{search['means'][i]:.4f}{mark}", style=style)
+    return table
 
 
 def _table(scores: dict[str, Any]) -> Any:

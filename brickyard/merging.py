@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from brickyard.core.files import Lock, complete_folder, plain_file, read_json, w
 from brickyard.merge._engine import SHARD, Edit, Merge, Rule
 from brickyard.merge._inputs import Factors, LowRank
 from brickyard.merging_inputs import ADAPTER_WEIGHTS, Ground, Input, open_ground, open_inputs
+from brickyard.merging_search import asked, search
 
 MANIFEST = "merge.json"
 FORMS = ("auto", "model", "adapter")
@@ -95,7 +96,8 @@ def merge(
         base: the base that all of them were fine-tuned from: a folder, a hub id, or `embedded:NAME`.
         bricks: the inputs, in the order in which weights by model are given.
         out: a new folder; it becomes a model for any --base, or an adapter. Heads of single inputs lie in OUT/heads.
-        data: one data set a task; then every input and the merge are scored on the test rows of each.
+        data: one data set a task; then every input and the merge are scored on the test rows of each. A strength that
+            the arm leaves to a search, as "ties:scale=search", is chosen on their validation rows.
         form: "model" writes weights, "adapter" an adapter; "auto" an adapter where all inputs are LoRA and the rule is
             a weighted sum, which is exact: the ranks add up.
         dtype: float32, bfloat16 or float16 for the result, and lets checkpoints differ in it; None: the base's own.
@@ -111,13 +113,19 @@ def merge(
     Raises Refused with a table of what does not fit, WrongBase, NotFinite naming the tensor, NoEffect where an input or
     the merge changes nothing, DiskFull, Changed where the folder's unfinished merge is another one.
     """
-    folder, recipe = Path(out), resolve(arm)
+    folder, wanted = Path(out), asked(arm)
+    recipe = resolve(arm if wanted is None else wanted.at(wanted.grid[0]))
     if form not in FORMS:
         raise UsageError(f"form={form!r}; expected {', '.join(FORMS)}.")
     if heads not in ("own", "base"):
         raise UsageError(f"heads={heads!r}; expected own or base.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty; give a new folder.")
+    if wanted is not None and not data:
+        raise UsageError(
+            f"{arm!r}: {wanted.name} is chosen on the validation rows of the tasks; give one --data a task, or fix the "
+            f"strength, as {wanted.at(wanted.grid[0])!r}."
+        )
     for part in (recipe.rule, *recipe.edits):
         part.check(len(bricks))
     ground = open_ground(base, trust_remote_code=trust_remote_code)
@@ -130,35 +138,41 @@ def merge(
         threads or max(2, torch.get_num_threads()),
         ground.heads,
     )
+    as_adapter = _as_adapter(form, recipe, inputs)
+    columns = []
+    if data:
+        from brickyard.merging_scores import columns_of, score
+
+        reading = {"heads": heads, "task": task, "metric": metric, "max_length": max_length}
+        columns = columns_of(ground, inputs, data, splits=("validation",) if wanted else (), **reading)
+    found = {}
+    if wanted is not None:
+        found = {"search": search(wanted, plan, _parts, ground, columns, dtype=dtype, device=device)}
+        recipe = resolve(wanted.at(found["search"]["chosen"]))
+        plan = replace(plan, rule=recipe.rule, edits=recipe.edits)
     about = {
         "schema": SCHEMA,
         "family": "merge",
         "slot": "",
         "arm": recipe.text,
+        **found,
         "base": {"spec": ground.spec},
         "inputs": [{"label": i.label, "spec": i.spec, "kind": i.kind, "checked": i.checked} for i in inputs],
         "forced": force,
     }
-    reading = {"heads": heads, "task": task, "metric": metric, "max_length": max_length}
-    score = _scorer(ground, inputs, data, reading, device) if data else None
-    if _as_adapter(form, recipe, inputs):
+    if as_adapter:
         result = _write_adapter(plan, inputs, folder, about)
     else:
         result = _write_model(plan, ground, inputs, folder, about, dtype, shard_bytes)
-    if score is not None:
-        result["scores"] = score(folder)
+    if data:
+        result["scores"] = score(ground, inputs, folder, columns, device=device)
         write_json(folder / MANIFEST, result)
     return result
 
 
-def _scorer(
-    ground: Ground, inputs: Sequence[Input], data: Sequence[Any], reading: dict[str, Any], device: str | None
-) -> Callable[[Path], dict[str, Any]]:
-    """Open the tasks, so that what is wrong with them is known first; return what scores the finished merge on them."""
-    from brickyard.merging_scores import columns_of, score
-
-    columns = columns_of(ground, inputs, data, **reading)
-    return lambda folder: score(ground, inputs, folder, columns, device=device)
+def _parts(arm: str) -> tuple[Rule, tuple[Edit, ...]]:
+    recipe = resolve(arm)
+    return recipe.rule, recipe.edits
 
 
 def _as_adapter(form: str, recipe: Recipe, inputs: Sequence[Input]) -> bool:
