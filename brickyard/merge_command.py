@@ -85,6 +85,10 @@ def _said(result: dict[str, Any]) -> list[str]:
     lines = [f"{len(result['inputs'])} inputs merged by {result['arm']}; scales of tensors: {scales}"]
     if result.get("search", {}).get("edge"):
         lines.append(f"{result['search']['option']}: the best is the last of the grid; a larger one may be better")
+    for task in result.get("data", {}).get("tasks", ()):
+        of = f"{task['rows']:,} of {task['train_rows']:,}" if task["rows"] < task["train_rows"] else f"{task['rows']:,}"
+        lines.append(f"{task['input']} read {of} train rows of {task['data']}, without labels; head: {task['head']}")
+    lines += [result["data"]["detail"]] if "data" in result else []
     for edit in result["edits"]:
         blocks = ", ".join(f"{name} ({count})" for name, count in edit["blocks"].items())
         lines.append(f"blocks: {blocks}; {len(edit['outside'])} tensors outside of them")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from brickyard.core.checkpoint import differences
 from brickyard.core.errors import Changed, NoEffect, NotFinite, Refused, UsageError
 from brickyard.core.files import Lock, complete_folder, plain_file, read_json, write_json, write_tensors
 from brickyard.merge._engine import SHARD, Edit, Merge, Rule
+from brickyard.merge._from_data import OfData
 from brickyard.merge._inputs import Factors, LowRank
 from brickyard.merging_inputs import ADAPTER_WEIGHTS, Ground, Input, open_ground, open_inputs
 from brickyard.merging_search import asked, search
@@ -97,7 +98,8 @@ def merge(
         bricks: the inputs, in the order in which weights by model are given.
         out: a new folder; it becomes a model for any --base, or an adapter. Heads of single inputs lie in OUT/heads.
         data: one data set a task; then every input and the merge are scored on the test rows of each. A strength that
-            the arm leaves to a search, as "ties:scale=search", is chosen on their validation rows.
+            the arm leaves to a search, as "ties:scale=search", is chosen on their validation rows. Methods of data
+            (fisher, regmean) read train rows of every input's task without their labels.
         form: "model" writes weights, "adapter" an adapter; "auto" an adapter where all inputs are LoRA and the rule is
             a weighted sum, which is exact: the ranks add up.
         dtype: float32, bfloat16 or float16 for the result, and lets checkpoints differ in it; None: the base's own.
@@ -126,6 +128,12 @@ def merge(
             f"{arm!r}: {wanted.name} is chosen on the validation rows of the tasks; give one --data a task, or fix the "
             f"strength, as {wanted.at(wanted.grid[0])!r}."
         )
+    of_data = isinstance(recipe.rule, OfData)
+    if of_data and len(data) != len(bricks):
+        raise UsageError(
+            f"{arm!r} reads unlabelled train rows of every input's own task: {len(bricks)} inputs and {len(data)} data "
+            "sets were given; give one --data for each of the --bricks, in their order."
+        )
     for part in (recipe.rule, *recipe.edits):
         part.check(len(bricks))
     ground = open_ground(base, trust_remote_code=trust_remote_code)
@@ -144,12 +152,20 @@ def merge(
         from brickyard.merging_scores import columns_of, score
 
         reading = {"heads": heads, "task": task, "metric": metric, "max_length": max_length}
-        columns = columns_of(ground, inputs, data, splits=("validation",) if wanted else (), **reading)
-    found = {}
+        columns = columns_of(
+            ground, inputs, data, splits=("validation",) * bool(wanted) + ("train",) * of_data, **reading
+        )
+    found: dict[str, Any] = {}
+    if isinstance(recipe.rule, OfData):
+        from brickyard.merging_data import made_of_data
+
+        made, found["data"] = made_of_data(recipe.rule, plan, ground, inputs, columns, arm=arm, device=device)
+        plan = replace(plan, rule=made)
     if wanted is not None:
-        found = {"search": search(wanted, plan, _parts, ground, columns, dtype=dtype, device=device)}
+        found["search"] = search(wanted, plan, _parts(plan), ground, columns, dtype=dtype, device=device)
         recipe = resolve(wanted.at(found["search"]["chosen"]))
-        plan = replace(plan, rule=recipe.rule, edits=recipe.edits)
+        rule, edits = _parts(plan)(recipe.text)
+        plan = replace(plan, rule=rule, edits=edits)
     about = {
         "schema": SCHEMA,
         "family": "merge",
@@ -170,9 +186,14 @@ def merge(
     return result
 
 
-def _parts(arm: str) -> tuple[Rule, tuple[Edit, ...]]:
-    recipe = resolve(arm)
-    return recipe.rule, recipe.edits
+def _parts(plan: Merge) -> Callable[[str], tuple[Rule, tuple[Edit, ...]]]:
+    """Return what reads an arm's rule and edits; a rule that was made of data stays that of `plan`."""
+
+    def read(arm: str) -> tuple[Rule, tuple[Edit, ...]]:
+        recipe = resolve(arm)
+        return plan.rule if isinstance(recipe.rule, OfData) else recipe.rule, recipe.edits
+
+    return read
 
 
 def _as_adapter(form: str, recipe: Recipe, inputs: Sequence[Input]) -> bool:
