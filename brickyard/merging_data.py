@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from brickyard.core.errors import Refused, UsageError
@@ -56,7 +58,8 @@ def made_of_data(
         overwrite(column.model, ground, given.source)
         model, names = column.model.to(place).eval(), set(plan.changed)
         tensors = {name: tensor for name, tensor in shared(model, ground).items() if name in names}
-        experts.append(Expert(given.label, model, tensors, column.task, column.train, column.data.name))
+        bounds = _bounds(ground.opened.processor) if column.task.reads == "image" else None
+        experts.append(Expert(given.label, model, tensors, column.task, column.train, column.data.name, bounds))
     rule = waiting.from_data(Stage(experts, lambda: _base(plan, ground, place)))
     about: dict[str, Any] = dict(getattr(rule, "about", {}))
     rows = about.pop("rows")
@@ -72,6 +75,13 @@ def made_of_data(
         for i, expert in enumerate(experts)
     ]
     return rule, {"device": place.type, "tasks": tasks, **about}
+
+
+def _bounds(processor: Any) -> tuple[Tensor, Tensor]:
+    """Return what a processor makes of black and of white pixels: [C, 1, 1] each."""
+    ends = [Image.new("RGB", (32, 32), (level,) * 3) for level in (0, 255)]
+    low, high = torch.from_numpy(np.asarray(processor(images=ends, return_tensors="np")["pixel_values"])).float()
+    return low.amin((1, 2), keepdim=True), high.amax((1, 2), keepdim=True)
 
 
 def _base(plan: Merge, ground: Ground, place: torch.device) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ def stage(experts: list[Expert]) -> Stage:
 def test_regmean_is_the_least_squares_solution_over_all_inputs() -> None:
     """With the whole Gram matrices it minimises what the experts' answers differ by, layer by layer."""
     experts = two([noise(0, 40, 4), 3 * noise(1, 30, 4)])
-    made = regmean.RegMean(regmean.Config(off_diagonal=1.0, batch=7)).from_data(stage(experts))
+    made = regmean.RegMean(regmean.Config(off_diagonal=1.0, at_once=7)).from_data(stage(experts))
     assert isinstance(made, Made) and made.about["solved"] == ["body.0.weight", "body.2.weight"]
     assert made.about["rows"] == [40, 30] and "2 linear layers" in made.about["detail"]
     inputs: list[Any] = [e.rows.x for e in experts]  # type: ignore[attr-defined]
@@ -193,7 +193,7 @@ def test_inputs_that_determine_nothing_are_refused() -> None:
     with pytest.raises(Refused, match=r"body.0.weight: .* off_diagonal below 1"):
         regmean.RegMean(regmean.Config(off_diagonal=1.0)).from_data(stage(experts))
     regmean.RegMean(regmean.Config()).from_data(stage(experts))
-    for options in ({"rows": 0}, {"off_diagonal": 1.1}, {"batch": 0}):
+    for options in ({"rows": 0}, {"off_diagonal": 1.1}, {"at_once": 0}):
         with pytest.raises(UsageError, match="regmean: "):
             regmean.Config(**options)  # type: ignore[arg-type]
 
@@ -203,7 +203,7 @@ def test_padding_and_shared_weights_do_not_count() -> None:
     experts = two([x, x], [mask, mask])
     layers = regmean.linear_layers(experts[0])
     assert layers.keys() == {"body.0.weight", "body.2.weight"}  # the head is no part of what is merged
-    found = regmean.grams_of(experts[0], layers, regmean.Config(batch=4))
+    found = regmean.grams_of(experts[0], layers, regmean.Config(at_once=4))
     kept = x[:, :2].reshape(-1, 4).double()
     torch.testing.assert_close(found["body.0.weight"], kept.T @ kept, rtol=1e-5, atol=1e-5)
     assert not [hook for m in experts[0].model.modules() for hook in m._forward_pre_hooks.values()]

@@ -34,7 +34,8 @@ IGNORED = -100  # target of a position that is not predicted, as in `core.encode
 class Expert:
     """One fine-tuned model with its task's head on it, and rows of that task without their labels.
 
-    `tensors` are the model's live tensors that a merge may change, by the base's names; `data` names the rows.
+    `tensors` are the model's live tensors that a merge may change, by the base's names; `data` names the rows. Of
+    images `bounds` are what black and white pixels become, [C, 1, 1] each; None for text.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Expert:
     task: Task
     rows: Encoded
     data: str = ""
+    bounds: tuple[Tensor, Tensor] | None = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

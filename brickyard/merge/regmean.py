@@ -53,14 +53,16 @@ class Config:
     """unlabelled train rows of each task, at most; each costs a forward pass"""
     off_diagonal: float = 0.9
     """factor of what is beside the diagonal of each Gram matrix, in [0, 1]; the paper's for T5 is 0.1"""
-    batch: int = 32
+    at_once: int = 32
     """rows of a forward pass"""
     seed: int = 0
     """of the rows drawn"""
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.batch < 1 or self.seed < 0:
-            raise UsageError(f"regmean: rows={self.rows}, batch={self.batch}, seed={self.seed}; expected 1, 1 and 0.")
+        if self.rows < 1 or self.at_once < 1 or self.seed < 0:
+            raise UsageError(
+                f"regmean: rows={self.rows}, at_once={self.at_once}, seed={self.seed}; expected 1, 1 and 0."
+            )
         if not 0 <= self.off_diagonal <= 1:
             raise UsageError(f"regmean: off_diagonal={self.off_diagonal}; expected 0 to 1.")
 
@@ -134,7 +136,7 @@ def grams_of(expert: Expert, layers: Mapping[str, nn.Module], config: Config) ->
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(reader(name)).remove)
-        for batch, predicted in expert.batches(expert.drawn(config.rows, config.seed), config.batch):
+        for batch, predicted in expert.batches(expert.drawn(config.rows, config.seed), config.at_once):
             mask = predicted if predicted is not None else batch.get("attention_mask")
             counts[0] = mask.bool() if mask is not None and mask.ndim == 2 else None
             expert.model(**batch)
