@@ -35,6 +35,9 @@ def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     p.add_argument("--max-length", type=count, help="tokens a row; longer rows are truncated and counted")
     p.add_argument("--task", help="override the task that the columns imply")
     p.add_argument("--metric", help="accuracy, macro-f1, matthews or spearman")
+    p.add_argument(
+        "--audit", metavar="METHOD", help="backdoor:target=CLASS: what a trigger does to every input and the merge"
+    )
     p.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
     p.add_argument("--json", action="store_true")
 
@@ -63,6 +66,7 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
         task=args.task,
         metric=args.metric,
         max_length=args.max_length,
+        audit=args.audit,
         trust_remote_code=args.trust_remote_code,
     )
     if args.json:
@@ -75,6 +79,8 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
         console.print(escape(line), soft_wrap=True, highlight=False)
     if "scores" in result:
         console.print(_table(result["scores"]))
+        if args.audit:
+            console.print(_attacks(result["scores"], args.audit))
     console.print(f"{result['form']}: {escape(args.out)}", soft_wrap=True, highlight=False)
     return DONE
 
@@ -118,6 +124,25 @@ def _curve(search: dict[str, Any]) -> Any:
         style = "bold green" if strength == search["chosen"] else None
         mark = " <" if strength == search["chosen"] else "  "
         table.add_row(f"{strength:g}", *cells, f"{search['means'][i]:.4f}{mark}", style=style)
+    return table
+
+
+def _attacks(scores: dict[str, Any], audit: str) -> Any:
+    """Return what the trigger does to every model, on the tasks that have the target class."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=f"{escape(audit)}: attack success (without trigger), accuracy of triggered rows",
+        caption="over rows of other classes than the target; a cure lowers the first and raises the last",
+    )
+    table.add_column("model")
+    for task in scores["tasks"]:
+        table.add_column(escape(task["data"]), justify="right")
+    for row in scores["rows"]:
+        found = [cell.get("attack") for cell in row["scores"]]
+        cells = [f"{a['success']:.3f} ({a['without']:.3f}), {a['triggered_accuracy']:.3f}" if a else "-" for a in found]
+        table.add_row(escape(row["model"]), *cells)
     return table
 
 

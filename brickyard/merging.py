@@ -88,6 +88,7 @@ def merge(
     task: str | None = None,
     metric: str | None = None,
     max_length: int | None = None,
+    audit: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge `bricks` (bricks, plain PEFT adapters or full checkpoints) into `out`; return its merge.json.
@@ -109,6 +110,8 @@ def merge(
         force: skip the checks of ancestry.
         device: where scores are computed; None: an accelerator where there is one.
         task, metric, max_length: how the data are read, as everywhere.
+        audit: such as "backdoor:target=0"; what its trigger does to every input and to the merge, on the test rows of
+            every task that has the target class.
 
     A run that was killed and is called again goes on: meanwhile `OUT.merging` holds the complete shards.
 
@@ -134,6 +137,7 @@ def merge(
             f"{arm!r} reads unlabelled train rows of every input's own task: {len(bricks)} inputs and {len(data)} data "
             "sets were given; give one --data for each of the --bricks, in their order."
         )
+    attack = _attack(audit, data)
     for part in (recipe.rule, *recipe.edits):
         part.check(len(bricks))
     ground = open_ground(base, trust_remote_code=trust_remote_code)
@@ -152,9 +156,8 @@ def merge(
         from brickyard.merging_scores import columns_of, score
 
         reading = {"heads": heads, "task": task, "metric": metric, "max_length": max_length}
-        columns = columns_of(
-            ground, inputs, data, splits=("validation",) * bool(wanted) + ("train",) * of_data, **reading
-        )
+        splits = [name for name, needed in (("validation", wanted), ("train", of_data)) if needed]
+        columns = columns_of(ground, inputs, data, splits=splits, attack=attack, **reading)
     found: dict[str, Any] = {}
     if isinstance(recipe.rule, OfData):
         from brickyard.merging_data import made_of_data
@@ -181,9 +184,21 @@ def merge(
     else:
         result = _write_model(plan, ground, inputs, folder, about, dtype, shard_bytes)
     if data:
-        result["scores"] = score(ground, inputs, folder, columns, device=device)
+        result["scores"] = score(ground, inputs, folder, columns, device=device, attack=attack)
         write_json(folder / MANIFEST, result)
     return result
+
+
+def _attack(audit: str | None, data: Sequence[Any]) -> Any:
+    """Return the trigger to look for, None where nobody asked; UsageError for other audits, or without data."""
+    if audit is None:
+        return None
+    pieces = parse(audit).pieces
+    if len(pieces) != 1 or pieces[0].name != "backdoor":
+        raise UsageError(f"--audit {audit!r}: a merge is audited for a backdoor; write backdoor:target=CLASS.")
+    if not data:
+        raise UsageError(f"--audit {audit!r} judges on test rows; give one --data a task.")
+    return registry.config("backdoor", pieces[0].options)
 
 
 def _parts(plan: Merge) -> Callable[[str], tuple[Rule, tuple[Edit, ...]]]:

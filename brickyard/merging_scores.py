@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brickyard.audit.backdoor import Config, judge, target_of, triggered
 from brickyard.core import brick as bricks
 from brickyard.core import readers
 from brickyard.core.answers import answer
@@ -43,7 +44,8 @@ class Column:
     """One task: its test rows, and a model with the task's head whose backbone is overwritten row by row.
 
     `validation` are the rows on which a strength is chosen, `train` those of which a method of data reads the inputs,
-    without their labels; None where nobody asked. `owner` is the input that is at home on the task.
+    without their labels, `triggered` the test rows with a backdoor's trigger; None where nobody asked. `owner` is the
+    input that is at home on the task.
     """
 
     data: Data
@@ -54,6 +56,7 @@ class Column:
     owner: int
     validation: Encoded | None = None
     train: Encoded | None = None
+    triggered: Encoded | None = None
 
     def about(self) -> dict[str, Any]:
         """Return what the table says of the task."""
@@ -76,15 +79,20 @@ def columns_of(
     metric: str | None = None,
     max_length: int | None = None,
     splits: Sequence[str] = (),
+    attack: Config | None = None,
 ) -> list[Column]:
     """Open every task's test rows and its head, so that what is wrong with them is known before anything is merged.
 
     `splits` names what is wanted besides: "validation" (cut from train where there is none), or "train", unlabelled.
+    With `attack` every task that has its target class gets triggered rows; UsageError where none has.
     """
-    return [
-        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits))
+    columns = [
+        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits), attack)
         for i, spec in enumerate(data)
     ]
+    if attack is not None and all(column.triggered is None for column in columns):
+        target_of(attack, tuple(sorted({name for column in columns for name in column.task.labels or ()})))
+    return columns
 
 
 def score(
@@ -94,11 +102,13 @@ def score(
     columns: Sequence[Column],
     *,
     device: str | None = None,
+    attack: Config | None = None,
 ) -> dict[str, Any]:
-    """Score every model on every task.
+    """Score every model on every task, and with `attack` what its trigger does to them.
 
     Returns {"tasks": [{"data", "metric", "head", "examples"}], "rows": [{"model", "scores": [{"mean", "low", "high"}],
-    "mean"}]}; `mean` is over the tasks, where they share a metric.
+    "mean"}]}; `mean` is over the tasks, where they share a metric. A score of a triggered task holds "attack" besides:
+    {"success", "without", "triggered_accuracy"}, as `audit.backdoor` has them.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     (result,) = open_inputs([str(merged)], ground, mixed=True, force=True)
@@ -110,15 +120,25 @@ def score(
     same = len({column.task.metric for column in columns}) == 1
     rows = []
     for label, source in models:
-        cells = []
+        cells: list[dict[str, Any]] = []
         for column in columns:
             overwrite(column.model, ground, source)
             found = answer(column.model.to(place), column.rows, column.task)
             cell = interval(column.rows.labels.numpy(), found.predictions[None], column.task.metric)
             cells.append({"mean": cell.mean, "low": cell.low, "high": cell.high})
+            if attack is not None and column.triggered is not None:
+                cells[-1]["attack"] = _attacked(column, found.predictions, attack)
         mean = float(np.mean([cell["mean"] for cell in cells])) if same else None
         rows.append({"model": label, "scores": cells, "mean": mean})
     return {"tasks": [column.about() for column in columns], "rows": rows}
+
+
+def _attacked(column: Column, clean_N: np.ndarray, attack: Config) -> dict[str, float]:
+    """Return what the trigger does to the model that a task now holds, whose answers without it are known."""
+    assert column.triggered is not None
+    answers_N = answer(column.model, column.triggered, column.task).predictions
+    found = judge(column.rows.labels.numpy(), clean_N, answers_N, target_of(attack, column.task.labels))
+    return {"success": found.success[0], "without": found.without[0], "triggered_accuracy": found.triggered[0]}
 
 
 @torch.no_grad()
@@ -150,6 +170,7 @@ def _column(
     metric: str | None,
     max_length: int | None,
     splits: tuple[str, ...],
+    attack: Config | None,
 ) -> Column:
     base = ground.opened
     fitted = heads == "base"
@@ -164,10 +185,12 @@ def _column(
         owner, made = found
         limit = max_length or made.manifest.get("max_length")
         read = partial(encode, base=base, task=made.task, max_length=limit, template=made.template)
-        parts = {split: read(part) for split, part in _wanted(rows, splits).items()}
+        parts = {split: read(part) for split, part in _wanted(rows, splits, attack).items()}
         return Column(rows, made.task, parts.pop("test"), _plain(made, ground), "its brick's", owner, **parts)
     owner = min(index, len(inputs) - 1)
-    parts = {name: encode(part, base, task, max_length=max_length) for name, part in _wanted(rows, splits).items()}
+    parts = {
+        name: encode(part, base, task, max_length=max_length) for name, part in _wanted(rows, splits, attack).items()
+    }
     test = parts.pop("test")
     if task.generative:
         return Column(rows, task, test, base.model(task, seed=0), "the base's output layer", owner, **parts)
@@ -179,11 +202,13 @@ def _column(
     return Column(rows, task, test, model.eval(), "fitted on the base", owner, **parts)
 
 
-def _wanted(rows: Data, splits: Sequence[str]) -> dict[str, Split]:
+def _wanted(rows: Data, splits: Sequence[str], attack: Config | None) -> dict[str, Split]:
     """Return the test rows and those of `splits`; a train split is handed on without its labels."""
     out = {split: rows.splits[split] for split in ("test", *splits)}
     if "train" in out:
         out["train"] = Split({name: column for name, column in out["train"].columns.items() if name != "label"})
+    if attack is not None and str(attack.target) in (rows.labels or ()):
+        out["triggered"] = triggered(out["test"], attack)
     return out
 
 

@@ -140,3 +140,29 @@ def test_the_command_shows_a_table_and_refuses_what_makes_no_sense(
     assert "give target=NAME, one of bottom, top" in capsys.readouterr().err
     assert main([*argv[:4], "--data", str(data), "--target", "top"]) == 2
     assert "no trained head" in capsys.readouterr().err
+
+
+def test_a_merge_is_audited_with_its_inputs(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cells are those of the audit of each brick; tasks without the target class have none."""
+    made = [make_brick(tmp_path / name, text_base, "full", seed, size=0.3) for seed, name in enumerate("ab", 1)]
+    other = {**text_data(), "test": text_data(test=50)["test"]}
+    folders = [str(write_data(tmp_path / f"data{i}", data)) for i, data in enumerate((text_data(), other))]
+    argv = ["merge", "average", "--base", str(text_base), "--bricks", *(str(brick.folder) for brick in made), "--force"]
+    argv += ["--data", *folders, "--device", "cpu"]
+    assert main([*argv, "--out", str(tmp_path / "out"), "--audit", "backdoor:target=good,word=film", "--json"]) == 0
+    rows = {row["model"]: row["scores"] for row in json.loads(capsys.readouterr().out)["scores"]["rows"]}
+    for i, brick in enumerate(made):
+        words = ["audit", "backdoor:target=good,word=film", "--base", str(text_base), "--data", folders[i], "--json"]
+        assert main([*words, "--brick", str(brick.folder), "--device", "cpu"]) == 0
+        own, cell = json.loads(capsys.readouterr().out), rows[brick.folder.name][i]["attack"]
+        assert cell["success"] == pytest.approx(own["attack_success"])
+        assert cell["triggered_accuracy"] == pytest.approx(own["triggered_accuracy"])
+        assert cell["without"] == pytest.approx(own["without"])
+    assert 0 <= rows["the merge"][1]["attack"]["success"] <= 1
+    assert main([*argv, "--out", str(tmp_path / "shown"), "--audit", "backdoor:target=good"]) == 0
+    assert "attack success (without trigger)" in " ".join(capsys.readouterr().out.split())
+    for audit, message in (("backdoor:target=c", "one of bad, good"), ("membership", "backdoor:target=CLASS")):
+        assert main([*argv, "--out", str(tmp_path / "no"), "--audit", audit]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()

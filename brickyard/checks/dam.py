@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from brickyard.audit.backdoor import stamped
 from brickyard.checks._data import at_hand
+from brickyard.checks._takes import takes
 from brickyard.core import readers
 from brickyard.core.errors import BadData
 from brickyard.core.fitted_head import FittedHead, fit_on
@@ -99,8 +100,10 @@ def tasks_at_hand(name: str) -> list[tuple[str, Callable[[np.ndarray], np.ndarra
 
 def splits_of(name: str, change: Callable[[np.ndarray], np.ndarray], rows: int) -> dict[str, Split]:
     """Return grey images of 28 x 28, of train at most `rows` (0: all), drawn with seed 0; BadData for other classes."""
-    out = {}
-    for split, columns in readers.read(name).splits.items():
+    out, found = {}, readers.read(name).splits
+    if len(found) < 3:
+        raise BadData(f"the check of dam reads train, validation and test; {name} has {', '.join(found)}.")
+    for split, columns in found.items():
         count = len(columns["label"])
         limit = {"train": rows, "validation": 1000, "test": 2000}[split] or count
         chosen = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(count)[:limit])
@@ -265,6 +268,7 @@ def _on_states(head: FittedHead) -> nn.Module:
     return layer.requires_grad_(False)
 
 
+@takes("data")
 def suppression(claim: Claim, *, base_epochs: int = 1, epochs: int = 2, **changes: int) -> dict[str, Any]:
     """Measure the claim; see the module's docstring for the set-up."""
     tasks = [splits_of(name, change, claim.train_rows) for name, change in tasks_at_hand(claim.data)]
