@@ -56,8 +56,11 @@ def pooled_states(backbone: nn.Module, rows: Examples) -> Tensor:
     return torch.cat(out)
 
 
-def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2) -> FittedHead:
-    """Fit a head on pooled states; see `fit_head`."""
+def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2, smoothing: float = 0.0) -> FittedHead:
+    """Fit a head on pooled states; see `fit_head`.
+
+    smoothing: the share of each label's mass that is spread evenly over all classes.
+    """
     center_D, spread_D = v_ND.double().mean(0), v_ND.double().std(0).clamp_min(1e-12)
     x_ND = (v_ND.double() - center_D) / spread_D
     weight = torch.zeros(task.width, x_ND.shape[1], dtype=torch.float64, requires_grad=True)
@@ -70,7 +73,7 @@ def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2) -> Fitte
         if task.regression:
             loss = (logits.squeeze(-1) - labels_N.double()).square().mean()
         else:
-            loss = nn.functional.cross_entropy(logits, labels_N)
+            loss = nn.functional.cross_entropy(logits, labels_N, label_smoothing=smoothing)
         loss = loss + l2 / 2 * weight.square().sum()
         loss.backward()
         return loss
