@@ -125,7 +125,7 @@ def _scores(scores: dict[str, Any]) -> Any:
     for task in scores["tasks"]:
         table.add_column(f"{escape(task['task'])}\n{task['metric']}", justify="right")
     for row in scores["rows"]:
-        cells = [f"{cell['mean']:.4f} ({cell['low']:.4f} to {cell['high']:.4f})" for cell in row["scores"]]
+        cells = [f"{cell['mean']:.4f}\n({cell['low']:.3f} to {cell['high']:.3f})" for cell in row["scores"]]
         table.add_row(row["model"], *cells)
     table.add_section()
     table.add_row("prompts routed right", *(f"{task['routed_right']:.1%}" for task in scores["tasks"]))

@@ -22,6 +22,7 @@ from brickyard.core.answers import Answers, answer
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Data, read_data
+from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import Refused, UsageError, WrongBase
 from brickyard.core.generate import Decoding
 from brickyard.core.measure import environment, precision
@@ -110,10 +111,8 @@ def evaluate(
         tokens = found.answers.weights.sum()
         score["nats_per_token"] = float(found.answers.predictions.sum() / tokens)
     if predictions is not None:
-        if wanted.kind == "causal-lm":
-            raise UsageError(
-                "documents under different experts are packed apart, out of order; leave out --predictions."
-            )
+        if len(found.labels) != len(routes.best_N):
+            raise UsageError("a handful of long documents is judged in pieces, out of order; leave out --predictions.")
         trial.write_answers(Path(predictions), found.answers, found.labels)
     return {
         "score": score,
@@ -208,35 +207,45 @@ def reading(model: RoutedModel, wanted: Task) -> list[str]:
     return fits
 
 
-@torch.no_grad()
 def _written(
     model: RoutedModel, test: Split, wanted: Task, w_NT: np.ndarray, max_length: int | None, kind: str
 ) -> Judged:
-    """Let the language model answer, one set of weights after the other; documents come in the order of these."""
+    """Let the language model answer, one set of weights after the other.
+
+    Documents are packed once, as for any other model. Pieces of a block do not see each other, so of the blocks that
+    hold a group's documents only these documents' own nats count.
+    """
     if model.language is None:
         raise UsageError(f"the data is for {wanted.kind}; this routed model is no language model.")
-    parts: list[tuple[np.ndarray, Answers, np.ndarray]] = []
-    packed = wanted.kind == "causal-lm"
-    whole = None if packed else encode(test, model.base, wanted, max_length=max_length)
-    report: dict[str, Any] = {} if whole is None else whole.report
+    whole = encode(test, model.base, wanted, max_length=max_length)
+    if isinstance(whole, EncodedBlocks) and len(whole.labels) != len(test):
+        return _pieces(model, test, wanted, w_NT, max_length, kind)
+    joined: dict[str, np.ndarray] = {}
     for which, index in model.groups(w_NT):
-        own = (
-            encode(test.take(index), model.base, wanted, max_length=max_length) if whole is None else whole.take(index)
-        )
-        report = report or own.report
+        packed = isinstance(whole, EncodedBlocks)
+        own = whole.take(np.flatnonzero(np.isin(whole.columns["units"], index).any(axis=1)) if packed else index)
         with model.activate(which) if which else nullcontext():
             found = answer(model.language, own, wanted, precision=kind)
-        parts.append((index, found, own.labels.numpy()))
-    # One row an example, in the order of the data; documents are units of their own, packed group by group.
-    order = np.arange(sum(len(found.losses) for _, found, _ in parts))
-    if not packed:
-        order = np.argsort(np.concatenate([index for index, _, _ in parts]), kind="stable")
-    joined = {
-        name: np.concatenate([getattr(found, name) for _, found, _ in parts])[order]
-        for name in ("predictions", "losses", "weights")
-    }
-    labels = np.concatenate([labels for _, _, labels in parts])[order]
-    return Judged(Answers(**joined, logits=None), labels, wanted.metric, report)
+        for name in ("predictions", "losses", "weights"):
+            part = getattr(found, name)
+            joined.setdefault(name, np.zeros(len(test), dtype=part.dtype))[index] = part[index] if packed else part
+    return Judged(Answers(**joined, logits=None), whole.labels.numpy(), wanted.metric, whole.report)
+
+
+def _pieces(
+    model: RoutedModel, test: Split, wanted: Task, w_NT: np.ndarray, max_length: int | None, kind: str
+) -> Judged:
+    """Judge a handful of long documents piece by piece, each group packed by itself; pieces come group by group."""
+    assert model.language is not None
+    found, labels, report = [], [], {}
+    for which, index in model.groups(w_NT):
+        own = encode(test.take(index), model.base, wanted, max_length=max_length)
+        report = report or own.report
+        with model.activate(which) if which else nullcontext():
+            found.append(answer(model.language, own, wanted, precision=kind))
+        labels.append(own.labels.numpy())
+    joined = {n: np.concatenate([getattr(part, n) for part in found]) for n in ("predictions", "losses", "weights")}
+    return Judged(Answers(**joined, logits=None), np.concatenate(labels), wanted.metric, report)
 
 
 def predict(

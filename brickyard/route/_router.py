@@ -58,7 +58,7 @@ def uncertainty(p_NT: np.ndarray) -> np.ndarray:
     if p_NT.shape[1] == 1:
         return np.zeros(len(p_NT))
     log_NT = np.log(p_NT, out=np.zeros_like(p_NT), where=p_NT > 0)
-    return np.clip(-(p_NT * log_NT).sum(axis=1) / np.log(p_NT.shape[1]), 0.0, 1.0)
+    return np.clip(0.0 - (p_NT * log_NT).sum(axis=1) / np.log(p_NT.shape[1]), 0.0, 1.0)
 
 
 def blend(p_NT: np.ndarray, u0: float, *, mass: float = 0.9, top_k: int = 0) -> np.ndarray:
