@@ -34,7 +34,7 @@ MANIFEST = "merge.json"
 FORMS = ("auto", "model", "adapter")
 SCHEMA = 1
 _PREFIX = "base_model.model."
-_NOT_COPIED = frozenset({CONFIG, INDEX, ADAPTER, "brick.json", MANIFEST})
+_NOT_COPIED = frozenset({CONFIG, INDEX, ADAPTER, "brick.json", "route.json", MANIFEST})
 _COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".codes", ".tiktoken"})
 
 

@@ -30,10 +30,11 @@ from brickyard.core.data import Data, read_data
 from brickyard.core.encoded import Encoded
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.fitted_head import fit_head
+from brickyard.core.names import same_names
 from brickyard.core.split import Split
 from brickyard.core.stats import interval
 from brickyard.core.task import Task, task_of
-from brickyard.merge._inputs import FLOATS, PIECE, Files, Source, same_names, whole
+from brickyard.merge._inputs import FLOATS, PIECE, Files, Source, whole
 from brickyard.merging_inputs import Ground, Input, open_inputs
 
 MERGE = "the merge"
