@@ -291,5 +291,7 @@ def of_images(claim: Claim, *, aligned: int = ALIGNED, tested: int = TESTED, **_
         done = align(pair, inputs)
         stale = ConvNet(classes).eval()
         stale.load_state_dict(average(done.states))
+        released = merge(pair, inputs, folds=False)[0]
+        errors.add("cca, norms as released", error(logits_of(released, test[0]), test[1]))
         errors.add("cca, statistics averaged", error(logits_of(stale, test[0]), test[1]))
     return judged(errors, 1.0, -4.0)

@@ -36,6 +36,11 @@ class Map:
         """The condition number of `forward`: by how much it can stretch noise."""
         return float(torch.linalg.cond(self.forward))
 
+    @property
+    def permutes(self) -> bool:
+        """Whether it only changes the order of features."""
+        return bool(((self.forward == 0) | (self.forward == 1)).all())
+
     def then(self, second: Map) -> Map:
         """Return this map followed by another."""
         return Map(second.forward @ self.forward, self.inverse @ second.inverse)

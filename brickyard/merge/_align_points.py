@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
 from brickyard.core.errors import Refused, Unmatched, UsageError
 from brickyard.merge._align import Map, heads_only, moved, repeated
+from brickyard.merge._align_norms import Pair, into, out_of
 
 Kind = Literal["any", "permute", "orthogonal"]
 Names = tuple[Sequence[str], Sequence[str]] | Mapping[str, Sequence[str]]
@@ -110,20 +112,34 @@ class Point:
     kind: Kind = "any"
     heads: int = 0
     keep_mean: bool = False
+    pairs: tuple[Pair, ...] = ()  # its producers with the BatchNorm that alone reads each
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The points of an architecture and how a state is rewritten at them. `judged`: its outputs are logits."""
+    """The points of an architecture and how a state is rewritten at them.
+
+    judged: its outputs are logits. folds: BatchNorms are passed as `_align_norms` does it; False: as the released code.
+    """
 
     points: tuple[Point, ...]
     judged: bool = True
+    folds: bool = True
 
     def rewrite(
         self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor], maps: Mapping[str, Map]
     ) -> dict[str, Tensor]:
         """Return a network's state in the reference's spaces; neither is changed."""
-        return rewritten(state, self.points, maps)
+        # A permutation commutes with every norm as it is.
+        mixed = [p for p in self.points if self.folds and p.pairs and not maps[p.name].permutes]
+        pairs = [pair for point in mixed for pair in point.pairs]
+        out = dict(state)
+        for pair in pairs:
+            into(out, pair)
+        out = rewritten(out, self.points, maps)
+        for pair in pairs:
+            out_of(out, reference, pair)
+        return {name: tensor.to(state[name].dtype) for name, tensor in out.items()}
 
 
 def rewritten(state: Mapping[str, Tensor], points: Iterable[Point], maps: Mapping[str, Map]) -> dict[str, Tensor]:
@@ -161,6 +177,12 @@ def carried(module: nn.Module, name: str, width: int) -> list[Use]:
     ]
 
 
+def paired(layer: str, writer: nn.Module, norm: str, module: Any) -> Pair | None:
+    """Return a layer and the BatchNorm behind it, where that holds statistics; else None."""
+    fits = isinstance(module, NORMS) and isinstance(writer, (nn.Linear, *CONVS)) and module.running_var is not None
+    return Pair(layer, norm, module.eps) if fits else None
+
+
 def sizes(module: Any) -> tuple[int, int]:
     """Return the features that a layer writes and reads."""
     if isinstance(module, nn.Linear):
@@ -173,9 +195,9 @@ def sizes(module: Any) -> tuple[int, int]:
 def by_name(model: nn.Module, points: Mapping[str, Names]) -> list[Point]:
     """Return the points that somebody names: point -> (producers, consumers), each the names of modules.
 
-    Producers are Linear, Conv and Embedding layers, and the norms behind them; consumers Linear and Conv layers, at
-    whose inputs the space is seen. Raises Unmatched with the nearest names, Refused for a layer that no map can
-    rewrite, UsageError where widths differ or a layer writes into two points.
+    Producers are Linear, Conv and Embedding layers, and the norms behind them, each named behind its layer; consumers
+    Linear and Conv layers, at whose inputs the space is seen. Raises Unmatched with the nearest names, Refused for a
+    layer that no map can rewrite, UsageError where widths differ or a layer writes into two points.
     """
     out = []
     for point, names in points.items():
@@ -204,7 +226,8 @@ def by_name(model: nn.Module, points: Mapping[str, Names]) -> list[Point]:
             sites.append(Site(name, -1 if isinstance(m, nn.Linear) else 1, block=uses[-1].block))
         for name, m in (*producers, *consumers):
             _assert_whole(m, name)
-        out.append(Point(point, width, tuple(uses), tuple(sites), kind))
+        pairs = [p for a, b in pairwise(producers) if a in writers and (p := paired(*a, *b)) is not None]
+        out.append(Point(point, width, tuple(uses), tuple(sites), kind, pairs=tuple(pairs)))
     return assert_apart(out)
 
 
@@ -319,6 +342,17 @@ class _Walk:
         self.odd.append(f"{node.name} ({name})")
         return tensors[0]
 
+    def pairs(self) -> list[Pair]:
+        """Return every layer that a BatchNorm alone reads, with it."""
+        out = []
+        for norm in self.carries:
+            source = self.sources[norm]
+            layer = str(source.target)
+            if source.op == "call_module" and layer in self.writes and len(source.users) == 1:
+                pair = paired(layer, self.modules[layer], norm, self.modules[norm])
+                out += [] if pair is None else [pair]
+        return out
+
     def layer(self, name: str, x: _Value) -> _Value:
         """Follow a value through a leaf module."""
         module = self.modules[name]
@@ -399,7 +433,8 @@ def _points(walk: _Walk) -> list[Point]:
         for name in (*writers, *readers):
             _assert_whole(modules[name], name)
         kind: Kind = "permute" if spaces.among(space, spaces.permuted) else "any"
-        out.append(Point(writers[0], width, (*uses, *reads), tuple(sites), kind))
+        pairs = tuple(pair for pair in walk.pairs() if pair.layer in writers)
+        out.append(Point(writers[0], width, (*uses, *reads), tuple(sites), kind, pairs=pairs))
     if not out:
         raise Refused("the network has no hidden space between two layers; there is nothing to align.")
     return out

@@ -137,7 +137,7 @@ def transformer(model: nn.Module, probe: Any, *, residual: str = "auto", judged:
         points += [_values(model, modules, name, layers), _hidden(modules, name, layers)]
     points += _behind(modules, flow, [name for name, _ in found])
     unties = residual == "orthogonal" and _tied(model)
-    return Transformer(tuple(assert_apart(points)), judged, norms, unties)
+    return Transformer(tuple(assert_apart(points)), judged, norms=norms, unties=unties)
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:

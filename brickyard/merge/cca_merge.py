@@ -12,7 +12,8 @@ sample); T [n, n]. Layers that write into one residual stream share one T. No la
 What keeps a network's function: T of a linear space (values of attention), permutations everywhere, and the orthogonal
 T of a residual stream that norms read. T does not commute with an activation function, so where that stands in between
 the mapped network is an approximation, the better the closer the spaces are. The averaged statistics of a BatchNorm
-mean nothing: they are estimated anew on the inputs. The merge of transformers is described in `_align_transformer`.
+mean nothing: they are estimated anew on the inputs. How T passes a BatchNorm is described in `_align_norms` (the
+released code does it otherwise: folds=False), transformers in `_align_transformer`.
 
 Source: Horoi, Camacho, Belilovsky, Wolf, "Harmony in Diversity: Merging Neural Networks with Canonical Correlation
 Analysis", arXiv 2407.05385. Headline claim: ResNet20 x8 of two seeds on CIFAR-100: direct average about 14 %,
@@ -188,6 +189,7 @@ def align(
     points: Mapping[str, Names] | Layout | None = None,
     *,
     relative: bool = True,
+    folds: bool = True,
     force: bool = False,
 ) -> Alignment:
     """Bring every model after the first into the first one's features.
@@ -201,6 +203,8 @@ def align(
             one of GRID whose merge answers most often as the ensemble of all models does; outputs are read as logits
             over their last axis, or, where that has one entry, as values.
         points: point -> (producers, consumers), names of modules; None: found by `torch.fx`.
+        folds: pass a BatchNorm so that the mapped layer gives T z (`_align_norms`); False: T on its scale and shift, as
+            the released code has it.
         force: align although two models look fine-tuned from one another.
 
     Raises Refused for models of different architectures or of one ancestor, and where the network cannot be traced or
@@ -213,7 +217,7 @@ def align(
     if not force:
         assert_strangers(states)
     batches = batches_of(inputs)
-    layout = points if isinstance(points, Layout) else _layout(models[0], points)
+    layout = points if isinstance(points, Layout) else _layout(models[0], points, folds)
     if method == "identity":
         maps = [{p.name: identity(p.width, p.heads) for p in layout.points} for _ in models[1:]]
         return Alignment(states, layout.points, maps, [], method)
@@ -424,8 +428,8 @@ def _assert_fitting(models: Sequence[nn.Module], states: Sequence[Mapping[str, T
                 )
 
 
-def _layout(model: nn.Module, points: Mapping[str, Names] | None) -> Layout:
-    return Layout(tuple(discover(model) if points is None else by_name(model, points)))
+def _layout(model: nn.Module, points: Mapping[str, Names] | None, folds: bool) -> Layout:
+    return Layout(tuple(discover(model) if points is None else by_name(model, points)), folds=folds)
 
 
 @dataclass(frozen=True)
