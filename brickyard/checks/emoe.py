@@ -73,7 +73,14 @@ def transfer(claim: Claim, *, test_rows: int = 800, workers: int = 2) -> dict[st
         shuffled = asdict(Setting(arm=arms["emoe"], seed=1, shuffle_labels=True, **asked))
         job = {"setting": shuffled, "folder": str(folder / "shuffled-1")}
         finished([Job(key="shuffled", function="brickyard.core.trial:run", argument=job)], workers)
-        found = {where: _answered(base, task, rows, folder, arms, claim.seeds) for where, rows in places.items()}
+        kept = {name: answers(folder, name, claim.seeds) for name in arms}  # of the test rows the runs left them
+        found = {
+            where: {
+                **(kept if where == "at home" else _answered(base, task, rows, folder, arms, claim.seeds)),
+                "to-dense": _to_dense(base, task, rows, folder, claim.seeds),
+            }
+            for where, rows in places.items()
+        }
         found["at home"]["shuffled"] = answers(folder, "shuffled", 1)
         count = counted(bricks.load(folder / "emoe-1" / "brick").apply(base).model, places["at home"], arms["emoe"])
         steps = ladder(bricks.load(folder / "full-1" / "brick").apply(base).model, places["at home"], arms["emoe"])
@@ -107,16 +114,22 @@ def _elsewhere(claim: Claim, task: Task) -> Data | None:
 def _answered(
     base: Base, task: Task, rows: Encoded, folder: Path, arms: dict[str, str], seeds: int
 ) -> dict[str, Answers]:
-    """What every arm's seeds answer to `rows`, as they are served; and "to-dense": those of emoe with all experts."""
-    given: dict[str, list[np.ndarray]] = {}
+    """What every arm's seeds answer to `rows`, as they are served."""
+    found = {}
     for name in arms:
-        for seed in range(1, seeds + 1):
-            model = bricks.load(folder / f"{name}-{seed}" / "brick").apply(base).model
-            given.setdefault(name, []).append(answer(model, rows, task).predictions)
-            if name == "emoe":
-                to_dense(model)
-                given.setdefault("to-dense", []).append(answer(model, rows, task).predictions)
-    return {name: Answers(rows.labels.numpy(), np.stack(each)) for name, each in given.items()}
+        models = (bricks.load(folder / f"{name}-{seed}" / "brick").apply(base).model for seed in range(1, seeds + 1))
+        found[name] = Answers(rows.labels.numpy(), np.stack([answer(m, rows, task).predictions for m in models]))
+    return found
+
+
+def _to_dense(base: Base, task: Task, rows: Encoded, folder: Path, seeds: int) -> Answers:
+    """What emoe's seeds answer to `rows` with all experts."""
+    given = []
+    for seed in range(1, seeds + 1):
+        model = bricks.load(folder / f"emoe-{seed}" / "brick").apply(base).model
+        to_dense(model)
+        given.append(answer(model, rows, task).predictions)
+    return Answers(rows.labels.numpy(), np.stack(given))
 
 
 @torch.no_grad()

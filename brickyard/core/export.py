@@ -46,7 +46,7 @@ def export(
     """
     made = bricks.load(folder)
     opened = open_base(base or made.manifest["base"]["spec"])
-    if made.structure:
+    if made.structure and to in ("peft", "merged"):
         raise Refused(
             f"{made.manifest['arm']} runs a part of its layers ({made.structure}), of which no plain adapter or model "
             "can tell; load the brick with Brickyard, or tune with keep=dense for one that is served whole."
