@@ -6,7 +6,7 @@
     m_i(x) = 1 for the k largest s_i, else 0                    ties: the expert with the lower number
     h = (act(a) * m) W2' + b2                                   gated networks: (act(gate) * up * m) W2'
 
-This is the mask form, in which no token is dropped: the same numbers as a dispatch to k experts whose outputs are summed
+In this mask form no token is dropped: the same numbers as a dispatch to k experts whose outputs are summed
 with weight 1. Gates read the pre-activations, so they follow every update of weights or adapters. No parameter is added
 (but for gate=learn), none is renamed or moved; a token's k F/N neurons alone work, and alone get a gradient from it. It
 is no faster: what is masked is still multiplied.
