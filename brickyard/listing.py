@@ -15,9 +15,13 @@ from brickyard.core.files import cache_clear, cache_list
 
 
 def measured(name: str) -> dict[str, Any] | None:
-    """Return the last measured claims of a method, or None."""
+    """Return the last measured claims of a method, or None; what a claim does not say is "" or None."""
     path = resources.files("brickyard") / "claims" / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    absent: dict[str, Any] = {"inequality": "", "low": None, "high": None, "detail": ""}
+    return result | {"claims": [absent | claim for claim in result["claims"]]}
 
 
 def verdict_of(name: str) -> str:
@@ -95,9 +99,8 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
             continue
         holds = {True: "holds", False: "does not hold"}.get(found["holds"], found["holds"])
         interval = f"{_number(found['low'])} to {_number(found['high'])}"
-        write(
-            f"    {holds}: {found['inequality']}; measured {_number(found['measured'])} ({interval}), {found['kind']}\n"
-        )
+        judged = found["inequality"] or found["detail"]
+        write(f"    {holds}: {judged}; measured {_number(found['measured'])} ({interval}), {found['kind']}\n")
         if found.get("control"):
             gone = "destroyed" if found["control"]["destroyed"] else "NOT destroyed"
             write(f"    control: {found['control']['what']}: gain {gone}\n")

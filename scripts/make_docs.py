@@ -46,7 +46,8 @@ def page(entry: registry.Entry) -> str:
         return "\n".join([*lines, f"Not measured yet; run `brickyard check {record.name}`.", ""])
     for claim in result["claims"]:
         holds = {True: "**holds**", False: "**does not hold**"}.get(claim["holds"], f"**{claim['holds']}**")
-        lines += [f"- {claim['text']} {holds}: `{claim['inequality']}`; {claim['detail']} ({claim['kind']})."]
+        judged = f"`{claim['inequality']}`; " if claim["inequality"] else ""
+        lines += [f"- {claim['text']} {holds}: {judged}{claim['detail']} ({claim['kind']})."]
         for label, arm in claim.get("arms", {}).items():
             # A check of its own kind may compare other things than trained arms; its figures stand in the detail.
             if not (isinstance(arm, dict) and {"arm", "mean", "trainable_parameters"} <= arm.keys()):
@@ -56,9 +57,8 @@ def page(entry: registry.Entry) -> str:
             )
         if claim.get("control"):
             said = "destroyed" if claim["control"]["destroyed"] else "NOT destroyed"
-            lines.append(
-                f"  - control: {claim['control']['what']}; the gain is {said} (`{claim['control']['inequality']}`)."
-            )
+            judged = f" (`{claim['control']['inequality']}`)" if claim["control"].get("inequality") else ""
+            lines.append(f"  - control: {claim['control']['what']}; the gain is {said}{judged}.")
     env = result["environment"]
     where = f"{env.get('cpu', 'unknown processor')}, torch {env.get('torch')}"
     return "\n".join([*lines, "", f"Measured {result['date']} on {where}.", ""])

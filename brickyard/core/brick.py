@@ -20,6 +20,7 @@ from brickyard.core.build import Plan, build, resolve
 from brickyard.core.errors import BadBrick, NotFinite, WrongBase
 from brickyard.core.files import complete_folder, plain_file, read_tensors, sha256, write_json, write_tensors
 from brickyard.core.measure import folder_bytes
+from brickyard.core.structure import Structure
 from brickyard.core.task import Task
 from brickyard.core.template import Template
 
@@ -115,7 +116,8 @@ def save(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NotFinite(f"tensor {name} of the brick holds NaN or infinity; nothing was saved in {folder}.")
-    adapter = attached.peft and not _serves(attached)  # plain PEFT would run all of the layers, without a word
+    structure = _served(attached)
+    adapter = attached.peft and structure is None  # plain PEFT would run all of the layers, without a word
     weights = "adapter_model.safetensors" if adapter else "weights.safetensors"
     with complete_folder(folder) as temporary:
         write_tensors(temporary / weights, tensors)
@@ -134,15 +136,17 @@ def save(
             "seed": seed,
             "weights": weights,
             "files": files,
-            **({"structure": attached.structure.about} if _serves(attached) else {}),
+            **({"structure": structure.about} if structure else {}),
             **about,
         }
         write_json(temporary / MANIFEST, manifest)
     return load(folder)
 
 
-def _serves(attached: Attached) -> bool:
-    return attached.structure is not None and attached.structure.serves
+def _served(attached: Attached) -> Structure | None:
+    """The structure that is at work at serving too."""
+    structure = attached.structure
+    return structure if structure is not None and structure.serves else None
 
 
 def _write_adapter_config(folder: Path, attached: Attached, base: Base) -> None:

@@ -6,10 +6,10 @@
     m_i(x) = 1 for the k largest s_i, else 0                    ties: the expert with the lower number
     h = (act(a) * m) W2' + b2                                   gated networks: (act(gate) * up * m) W2'
 
-The mask form, which runs no token less often and drops none: the same numbers as a dispatch to k experts, whose outputs
-are summed with weight 1. As gates are read from the pre-activations, they follow every update of weights or adapters.
-No parameter is added, none is renamed or moved; a token's k F/N neurons are the only ones that work and get a gradient.
-It is no faster: what is masked is still multiplied.
+In this mask form no token is dropped: the same numbers as a dispatch to k experts whose outputs are summed
+with weight 1. Gates read the pre-activations, so they follow every update of weights or adapters. No parameter is added
+(but for gate=learn), none is renamed or moved; a token's k F/N neurons alone work, and alone get a gradient from it. It
+is no faster: what is masked is still multiplied.
 
 `full + emoe` or `lora + emoe` trains so. With keep=sparse the model is also served so: the brick holds the split, so
 that the same neurons work together as in training. With keep=dense all experts run from the first evaluation on
