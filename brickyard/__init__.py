@@ -21,6 +21,7 @@ __all__ = [
     "merge",
     "plan",
     "predict",
+    "route",
     "run",
     "shrink",
     "tune",

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from brickyard import routed
 from brickyard.compare.plan import Request, code_digest, key_of
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
-from brickyard.core import measure, readers, registry, trial
+from brickyard.core import readers, registry, trial
 from brickyard.core.answers import Answers, answer, nats
 from brickyard.core.answers import predict as logits_of
 from brickyard.core.arm import parse
@@ -35,7 +36,7 @@ from brickyard.core.curate import Request as Curation
 from brickyard.core.curate import curate
 from brickyard.core.data import Data, read_data
 from brickyard.core.documents import EncodedBlocks
-from brickyard.core.errors import BadBrick, UsageError
+from brickyard.core.errors import UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.measure import environment, precision
@@ -47,6 +48,7 @@ from brickyard.core.task import PER_TEXT, Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 from brickyard.planning import plan
+from brickyard.route._routed_model import is_routed
 
 __all__ = [
     "audit",
@@ -230,8 +232,12 @@ def evaluate(
     """Score a base (with its own trained head) or a brick on the test rows of `data`.
 
     Returns {"score": {"metric", "mean", "low", "high"}, "examples", "environment"}; with `scale` ("0:2:0.25") also
-    {"scale": [{"scale", "mean", "low", "high"}, ...]} for the strength of the brick's change.
+    {"scale": [{"scale", "mean", "low", "high"}, ...]} for the strength of the brick's change. `brick` may be a folder
+    of `brickyard route` too: see `routed.evaluate`.
     """
+    if brick is not None and is_routed(brick):
+        given = {"base": base, "scale": scale, "predictions": predictions, "dtype": dtype, "force": force}
+        return routed.evaluate(brick, data, device=device, max_length=max_length, task=task, metric=metric, **given)
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, known, made = _model(opened, brick, force, device)
     source = readers.read(data)
@@ -343,8 +349,12 @@ def predict(
 ) -> dict[str, Any]:
     """Write predictions for rows that need no labels: index, prediction (the class's name, or a number), logits.
 
-    A language model continues each row's text instead, as `decoding` says (greedy by default).
+    A language model continues each row's text instead, as `decoding` says (greedy by default). Of a folder of
+    `brickyard route`, each row also gets its task and the router's uncertainty.
     """
+    if brick is not None and is_routed(brick):
+        asked = {"dtype": dtype, "force": force, "device": device, "max_length": max_length, "decoding": decoding}
+        return routed.predict(brick, data, out=out, base=base, **asked)
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, task, made = _model(opened, brick, force, device)
     if task is None and opened.generative:
@@ -479,22 +489,4 @@ def build_arm(arm: str, base: str, task: Task, seed: int = 0) -> Any:
 
 def bricks_in(folder: str | Path, base: str) -> list[dict[str, Any]]:
     """List the bricks under `folder` that were made for `base`: their arm, bytes, scores and place."""
-    wanted, out = open_base(base).fingerprint, []
-    for path in sorted(Path(folder).rglob(bricks.MANIFEST)):
-        try:
-            found = load(path.parent)
-        except BadBrick:
-            continue
-        if found.manifest["base"]["fingerprint"] == wanted:
-            out.append(
-                {
-                    "folder": str(path.parent),
-                    "arm": found.manifest["arm"],
-                    "bytes": found.bytes,
-                    "task": found.manifest["task"]["kind"],
-                    "data": found.manifest.get("data", {}).get("name"),
-                    "scores": found.manifest.get("scores", {}),
-                    "measured": measure.folder_bytes(path.parent),
-                }
-            )
-    return out
+    return bricks.listed(folder, open_base(base).fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ VERBS = {
     "grow": "train a model that grows: weights that are not there at first train later (grow spdf: pre-training from "
     "scratch under a sparse mask)",
     "merge": "combine models fine-tuned from one base into one, and say which tasks it kept",
+    "route": "keep several fine-tuned models of one base in one folder and choose among them prompt by prompt",
     "data": "filter, de-duplicate, mix or select the rows of a data set, with a card of what was dropped and why",
     "shrink": "make a smaller model of the same kind that keeps what a larger one can do",
     "evaluate": "score a base, with or without a brick, on test data",
@@ -124,11 +126,13 @@ def _grow(p: Parser) -> None:
     _one_run(p)
 
 
-def _merge(p: Parser) -> None:
-    from brickyard.merge_command import options
-
+def _merge(p: Parser, verb: str = "merge") -> None:
     _input(p, data=False)
-    options(p, positive(int))
+    importlib.import_module(f"brickyard.{verb}_command").options(p, positive(int))
+
+
+def _route(p: Parser) -> None:
+    _merge(p, "route")
 
 
 def _run(p: Parser) -> None:
@@ -313,7 +317,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}."
         raise UsageError(f"unknown command {verb!r}; {advice}")
     parser = parser_of(verb)
-    if verb in ("tune", "grow", "merge", "shrink", "audit") and rest and not rest[0].startswith("-"):
+    if verb in ("tune", "grow", "merge", "route", "shrink", "audit") and rest and not rest[0].startswith("-"):
         rest = _own_options(parser, rest, verb)
     if verb == "data" and rest and not rest[0].startswith("-"):
         _step_options(parser, rest[0])
@@ -476,6 +480,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 process.settle()
             if args.verb == "run":
                 from brickyard import recipe_command as verbs
+            elif args.verb == "route":
+                from brickyard import route_command as verbs
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -299,6 +299,10 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         f"on {result['examples']:,} examples",
         highlight=False,
     )
+    if routing := result.get("routing"):
+        shares = ", ".join(f"{task} {share:.1%}" for task, share in routing["most_probable"].items())
+        said = f"prompts routed to: {shares}; under several experts: {routing['blended']:.1%}"
+        console.print(escape(said), highlight=False)
     for point in result.get("scale", []):
         console.print(
             f"  strength {point['scale']:5.2f}: {point['mean']:.4f} ({point['low']:.4f} to {point['high']:.4f})",

@@ -16,19 +16,32 @@ def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     p.add_argument(
         "--bricks", nargs="+", required=True, metavar="DIR", help="bricks, PEFT adapters, or full checkpoints"
     )
-    p.add_argument("--data", nargs="+", default=[], metavar="D", help="one data set a task: score every input on each")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="one data set a task: score every input on each, and whatever else the merge reads of them",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
     p.add_argument(
         "--as", dest="form", choices=("auto", "model", "adapter"), default="auto", help="adapters may stay one (auto)"
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result; lets dtypes differ")
     p.add_argument("--heads", choices=("own", "base"), default="own", help="each brick's, or fitted on the base")
-    p.add_argument("--force", action="store_true", help="go on although an input does not look like the base's child")
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although an input does not look like the base's child (cca-merge: although it does)",
+    )
     p.add_argument("--threads", type=count, help="workers (default: the cores, at least 2)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="where the scores are computed")
     p.add_argument("--max-length", type=count, help="tokens a row; longer rows are truncated and counted")
     p.add_argument("--task", help="override the task that the columns imply")
     p.add_argument("--metric", help="accuracy, macro-f1, matthews or spearman")
+    p.add_argument(
+        "--audit", metavar="METHOD", help="backdoor:target=CLASS: what a trigger does to every input and the merge"
+    )
     p.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
     p.add_argument("--json", action="store_true")
 
@@ -57,16 +70,21 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
         task=args.task,
         metric=args.metric,
         max_length=args.max_length,
+        audit=args.audit,
         trust_remote_code=args.trust_remote_code,
     )
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
         return DONE
     console = Console()
+    if "search" in result:
+        console.print(_curve(result["search"]))
     for line in _said(result):
         console.print(escape(line), soft_wrap=True, highlight=False)
     if "scores" in result:
         console.print(_table(result["scores"]))
+        if args.audit:
+            console.print(_attacks(result["scores"], args.audit))
     console.print(f"{result['form']}: {escape(args.out)}", soft_wrap=True, highlight=False)
     return DONE
 
@@ -82,6 +100,15 @@ def _said(result: dict[str, Any]) -> list[str]:
     """Return what happened in a few lines."""
     scales = ", ".join(f"{scale} ({count})" for scale, count in result["scales"].items())
     lines = [f"{len(result['inputs'])} inputs merged by {result['arm']}; scales of tensors: {scales}"]
+    if "alignment" in result:
+        lines = [f"{result['arm']}: the base and {len(result['inputs'])} inputs, aligned and averaged"]
+        lines += _aligned(result["alignment"])
+    if result.get("search", {}).get("edge"):
+        lines.append(f"{result['search']['option']}: the best is the last of the grid; a larger one may be better")
+    for task in result.get("data", {}).get("tasks", ()):
+        of = f"{task['rows']:,} of {task['train_rows']:,}" if task["rows"] < task["train_rows"] else f"{task['rows']:,}"
+        lines.append(f"{task['input']} read {of} train rows of {task['data']}, without labels; head: {task['head']}")
+    lines += [result["data"]["detail"]] if "data" in result else []
     for edit in result["edits"]:
         blocks = ", ".join(f"{name} ({count})" for name, count in edit["blocks"].items())
         lines.append(f"blocks: {blocks}; {len(edit['outside'])} tensors outside of them")
@@ -91,6 +118,70 @@ def _said(result: dict[str, Any]) -> list[str]:
         lines.append(f"{count} of {len(straight)} tensors are nearly parallel and went along a straight line")
     lines += [f"{i['label']}: {i['checked']}" for i in result["inputs"] if i["checked"]]
     return lines
+
+
+def _aligned(found: dict[str, Any]) -> list[str]:
+    """Return what an alignment found in a few lines."""
+    rows = f"{found['rows']:,} of {found['of_rows']:,} training rows of {found['data']}"
+    lines = [f"features compared on {rows}; no label was read"]
+    by_map: dict[str, list[dict[str, Any]]] = {}
+    for point in found["points"]:
+        by_map.setdefault(point["map"], []).append(point)
+    for kind, points in by_map.items():
+        known = [point["correlations"]["mean"] for point in points if point["correlations"]]
+        mean = f", mean correlation {sum(known) / len(known):.2f}" if known else ""
+        worst = max(point["condition"] for point in points)
+        spread = f", condition at most {worst:.3g}" if kind == "cca" else ""
+        lines.append(f"{kind}: {len(points)} maps{mean}{spread}")
+    dead = sum(sum(point["dead"]) for point in found["points"])
+    if dead:
+        lines.append(f"{dead} features never change on these rows")
+    if found["agreement"]:
+        tried = ", ".join(f"{gamma}: {100 * share:.1f} %" for gamma, share in found["agreement"].items())
+        lines.append(f"gamma {found['gamma']:g} agrees most with the ensemble ({tried})")
+    lines.append(f"exact maps change an input's answers by {found['parity']:.1g} of the largest")
+    if found["unties"]:
+        lines.append("input and output embeddings are no longer tied: the rotated stream needs one of each")
+    return [*lines, *(f"warning: {text}" for text in found["warnings"])]
+
+
+def _curve(search: dict[str, Any]) -> Any:
+    """Return the curve of a search: a line for every point of the grid."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    name = search["option"].partition(":")[2]
+    table = Table(title=f"{search['option']} on validation rows", caption=f"chosen: {search['chosen']:g}")
+    table.add_column(name, justify="right")
+    for task in search["tasks"]:
+        rows = f"{task['rows']} rows{' cut from train' if task['cut'] else ''}"
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}\n{rows}", justify="right")
+    table.add_column("mean", justify="right")
+    for i, strength in enumerate(search["grid"]):
+        cells = [f"{of_task[i]:.4f}" for of_task in search["scores"]]
+        style = "bold green" if strength == search["chosen"] else None
+        mark = " <" if strength == search["chosen"] else "  "
+        table.add_row(f"{strength:g}", *cells, f"{search['means'][i]:.4f}{mark}", style=style)
+    return table
+
+
+def _attacks(scores: dict[str, Any], audit: str) -> Any:
+    """Return what the trigger does to every model, on the tasks that have the target class."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=f"{escape(audit)}: attack success (without trigger), accuracy of triggered rows",
+        caption="over rows of other classes than the target; a cure lowers the first and raises the last",
+    )
+    table.add_column("model")
+    for task in scores["tasks"]:
+        table.add_column(escape(task["data"]), justify="right")
+    for row in scores["rows"]:
+        found = [cell.get("attack") for cell in row["scores"]]
+        cells = [f"{a['success']:.3f} ({a['without']:.3f}), {a['triggered_accuracy']:.3f}" if a else "-" for a in found]
+        table.add_row(escape(row["model"]), *cells)
+    return table
 
 
 def _table(scores: dict[str, Any]) -> Any:

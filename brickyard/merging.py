@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,30 @@ from brickyard.core.checkpoint import differences
 from brickyard.core.errors import Changed, NoEffect, NotFinite, Refused, UsageError
 from brickyard.core.files import Lock, complete_folder, plain_file, read_json, write_json, write_tensors
 from brickyard.merge._engine import SHARD, Edit, Merge, Rule
+from brickyard.merge._from_data import OfData
 from brickyard.merge._inputs import Factors, LowRank
 from brickyard.merging_inputs import ADAPTER_WEIGHTS, Ground, Input, open_ground, open_inputs
+from brickyard.merging_search import asked, search
 
 MANIFEST = "merge.json"
 FORMS = ("auto", "model", "adapter")
 SCHEMA = 1
 _PREFIX = "base_model.model."
-_NOT_COPIED = frozenset({CONFIG, INDEX, ADAPTER, "brick.json", MANIFEST})
+_NOT_COPIED = frozenset({CONFIG, INDEX, ADAPTER, "brick.json", "route.json", MANIFEST})
 _COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".codes", ".tiktoken"})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An arm of merges, resolved: one rule that combines, and the edits that follow it."""
+    """An arm of merges, resolved: one rule that combines, and the edits that follow it.
+
+    alignment: the config of a rule for independently trained models, which are aligned before they are combined.
+    """
 
     text: str
     rule: Rule
     edits: tuple[Edit, ...]
+    alignment: Any = None
 
 
 def resolve(arm: str) -> Recipe:
@@ -55,6 +62,7 @@ def resolve(arm: str) -> Recipe:
         raise UsageError(f"{arm!r}: nothing trains in a merge; leave out {', '.join(wanted.training)}.")
     rules: list[Rule] = []
     edits: list[Edit] = []
+    alignment = None
     for piece in wanted.pieces:
         module = registry.load(registry.find(piece.name, "merge").record.name)
         config = registry.config(piece.name, piece.options)
@@ -64,9 +72,11 @@ def resolve(arm: str) -> Recipe:
             raise UsageError(f"{arm!r}: {piece.name} combines models, as the first piece of an arm does; give one.")
         else:
             rules.append(module.rule(config))
+            if registry.find(piece.name).record.ancestry == "independent":
+                alignment = config
     if not rules:
         rules.append(registry.load("average").rule(registry.config("average", {})))
-    return Recipe(str(wanted), rules[0], tuple(edits))
+    return Recipe(str(wanted), rules[0], tuple(edits), alignment)
 
 
 def merge(
@@ -86,6 +96,7 @@ def merge(
     task: str | None = None,
     metric: str | None = None,
     max_length: int | None = None,
+    audit: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge `bricks` (bricks, plain PEFT adapters or full checkpoints) into `out`; return its merge.json.
@@ -95,7 +106,10 @@ def merge(
         base: the base that all of them were fine-tuned from: a folder, a hub id, or `embedded:NAME`.
         bricks: the inputs, in the order in which weights by model are given.
         out: a new folder; it becomes a model for any --base, or an adapter. Heads of single inputs lie in OUT/heads.
-        data: one data set a task; then every input and the merge are scored on the test rows of each.
+        data: one data set a task; then every input and the merge are scored on the test rows of each. A strength that
+            the arm leaves to a search, as "ties:scale=search", is chosen on their validation rows. Methods of data
+            (fisher, regmean) read train rows of every input's task without their labels; a merge of independently
+            trained models (cca-merge) takes one set, and compares features on its training rows.
         form: "model" writes weights, "adapter" an adapter; "auto" an adapter where all inputs are LoRA and the rule is
             a weighted sum, which is exact: the ranks add up.
         dtype: float32, bfloat16 or float16 for the result, and lets checkpoints differ in it; None: the base's own.
@@ -105,43 +119,93 @@ def merge(
         force: skip the checks of ancestry.
         device: where scores are computed; None: an accelerator where there is one.
         task, metric, max_length: how the data are read, as everywhere.
+        audit: such as "backdoor:target=0"; what its trigger does to every input and to the merge, on the test rows of
+            every task that has the target class.
 
     A run that was killed and is called again goes on: meanwhile `OUT.merging` holds the complete shards.
 
     Raises Refused with a table of what does not fit, WrongBase, NotFinite naming the tensor, NoEffect where an input or
     the merge changes nothing, DiskFull, Changed where the folder's unfinished merge is another one.
     """
-    folder, recipe = Path(out), resolve(arm)
+    folder, wanted = Path(out), asked(arm)
+    recipe = resolve(arm if wanted is None else wanted.at(wanted.grid[0]))
     if form not in FORMS:
         raise UsageError(f"form={form!r}; expected {', '.join(FORMS)}.")
     if heads not in ("own", "base"):
         raise UsageError(f"heads={heads!r}; expected own or base.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty; give a new folder.")
+    if wanted is not None and not data:
+        raise UsageError(
+            f"{arm!r}: {wanted.name} is chosen on the validation rows of the tasks; give one --data a task, or fix the "
+            f"strength, as {wanted.at(wanted.grid[0])!r}."
+        )
+    of_data = isinstance(recipe.rule, OfData)
+    if of_data and len(data) != len(bricks):
+        raise UsageError(
+            f"{arm!r} reads unlabelled train rows of every input's own task: {len(bricks)} inputs and {len(data)} data "
+            "sets were given; give one --data for each of the --bricks, in their order."
+        )
+    attack = _attack(audit, data)
     for part in (recipe.rule, *recipe.edits):
         part.check(len(bricks))
     ground = open_ground(base, trust_remote_code=trust_remote_code)
-    inputs = open_inputs(list(map(str, bricks)), ground, mixed=dtype is not None, force=force)
+    reading = {"task": task, "metric": metric, "max_length": max_length}
+    aligned = None
+    if recipe.alignment is not None:
+        from brickyard.merging_aligned import open_aligned
+
+        if form == "adapter":
+            raise Refused(f"{recipe.text} changes all weights, which no adapter holds; leave out --as.")
+        aligned = open_aligned(recipe.alignment, ground, list(map(str, bricks)), data, reading, force, device)
+        ground, inputs = aligned.ground, aligned.inputs
+    else:
+        inputs = open_inputs(list(map(str, bricks)), ground, mixed=dtype is not None, force=force)
     plan = Merge(
         ground.stored,
         [given.source for given in inputs],
         recipe.rule,
         recipe.edits,
         threads or max(2, torch.get_num_threads()),
-        ground.heads,
+        ground.heads if aligned is None else frozenset(),
     )
+    as_adapter = _as_adapter(form, recipe, inputs)
+    columns: list[Any] = []
+    score: Callable[[Path], dict[str, Any]] | None = None
+    if aligned is not None:
+        if wanted is not None or attack is not None:
+            raise UsageError(f"{arm!r} aligns independent models: it takes no strength to search, and no --audit.")
+        score = aligned.scorer()
+    elif data:
+        from brickyard.merging_scores import columns_of
+        from brickyard.merging_scores import score as score_all
+
+        splits = [name for name, needed in (("validation", wanted), ("train", of_data)) if needed]
+        columns = columns_of(ground, inputs, data, splits=splits, attack=attack, heads=heads, **reading)
+        score = partial(score_all, ground, inputs, columns=columns, device=device, attack=attack)
+    found: dict[str, Any] = {}
+    if isinstance(recipe.rule, OfData):
+        from brickyard.merging_data import made_of_data
+
+        made, found["data"] = made_of_data(recipe.rule, plan, ground, inputs, columns, arm=arm, device=device)
+        plan = replace(plan, rule=made)
+    if wanted is not None:
+        found["search"] = search(wanted, plan, _parts(plan), ground, columns, dtype=dtype, device=device)
+        recipe = resolve(wanted.at(found["search"]["chosen"]))
+        rule, edits = _parts(plan)(recipe.text)
+        plan = replace(plan, rule=rule, edits=edits)
     about = {
         "schema": SCHEMA,
         "family": "merge",
         "slot": "",
         "arm": recipe.text,
+        **found,
         "base": {"spec": ground.spec},
         "inputs": [{"label": i.label, "spec": i.spec, "kind": i.kind, "checked": i.checked} for i in inputs],
         "forced": force,
+        **({} if aligned is None else {"alignment": aligned.about}),
     }
-    reading = {"heads": heads, "task": task, "metric": metric, "max_length": max_length}
-    score = _scorer(ground, inputs, data, reading, device) if data else None
-    if _as_adapter(form, recipe, inputs):
+    if as_adapter:
         result = _write_adapter(plan, inputs, folder, about)
     else:
         result = _write_model(plan, ground, inputs, folder, about, dtype, shard_bytes)
@@ -151,14 +215,26 @@ def merge(
     return result
 
 
-def _scorer(
-    ground: Ground, inputs: Sequence[Input], data: Sequence[Any], reading: dict[str, Any], device: str | None
-) -> Callable[[Path], dict[str, Any]]:
-    """Open the tasks, so that what is wrong with them is known first; return what scores the finished merge on them."""
-    from brickyard.merging_scores import columns_of, score
+def _attack(audit: str | None, data: Sequence[Any]) -> Any:
+    """Return the trigger to look for, None where nobody asked; UsageError for other audits, or without data."""
+    if audit is None:
+        return None
+    pieces = parse(audit).pieces
+    if len(pieces) != 1 or pieces[0].name != "backdoor":
+        raise UsageError(f"--audit {audit!r}: a merge is audited for a backdoor; write backdoor:target=CLASS.")
+    if not data:
+        raise UsageError(f"--audit {audit!r} judges on test rows; give one --data a task.")
+    return registry.config("backdoor", pieces[0].options)
 
-    columns = columns_of(ground, inputs, data, **reading)
-    return lambda folder: score(ground, inputs, folder, columns, device=device)
+
+def _parts(plan: Merge) -> Callable[[str], tuple[Rule, tuple[Edit, ...]]]:
+    """Return what reads an arm's rule and edits; a rule that was made of data stays that of `plan`."""
+
+    def read(arm: str) -> tuple[Rule, tuple[Edit, ...]]:
+        recipe = resolve(arm)
+        return plan.rule if isinstance(recipe.rule, OfData) else recipe.rule, recipe.edits
+
+    return read
 
 
 def _as_adapter(form: str, recipe: Recipe, inputs: Sequence[Input]) -> bool:

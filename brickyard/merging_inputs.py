@@ -20,12 +20,12 @@ from brickyard.core import base_files
 from brickyard.core.base_files import ADAPTER, CONFIG
 from brickyard.core.errors import BadBrick, Refused, UnsafeFile, UsageError, WrongBase
 from brickyard.core.files import check_safetensors, plain_file, read_json, read_tensors, sha256
+from brickyard.core.names import Names, same_names
 from brickyard.merge._inputs import (
     FLOATS,
     Factors,
     Held,
     LowRank,
-    Names,
     Places,
     Source,
     Stored,
@@ -33,7 +33,6 @@ from brickyard.merge._inputs import (
     heads_among,
     misfits,
     refuse,
-    same_names,
     tensors_at,
     unmergeable,
 )

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from brickyard.audit.backdoor import Config, judge, target_of, triggered
 from brickyard.core import brick as bricks
 from brickyard.core import readers
 from brickyard.core.answers import answer
@@ -28,9 +30,11 @@ from brickyard.core.data import Data, read_data
 from brickyard.core.encoded import Encoded
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.fitted_head import fit_head
+from brickyard.core.names import same_names
+from brickyard.core.split import Split
 from brickyard.core.stats import interval
 from brickyard.core.task import Task, task_of
-from brickyard.merge._inputs import FLOATS, PIECE, Files, Source, same_names, whole
+from brickyard.merge._inputs import FLOATS, PIECE, Files, Source, whole
 from brickyard.merging_inputs import Ground, Input, open_inputs
 
 MERGE = "the merge"
@@ -38,13 +42,22 @@ MERGE = "the merge"
 
 @dataclass
 class Column:
-    """One task: its test rows, and a model with the task's head whose backbone is overwritten row by row."""
+    """One task: its test rows, and a model with the task's head whose backbone is overwritten row by row.
+
+    `validation` are the rows on which a strength is chosen, `train` those of which a method of data reads the inputs,
+    without their labels, `triggered` the test rows with a backdoor's trigger; None where nobody asked. `owner` is the
+    input that is at home on the task.
+    """
 
     data: Data
     task: Task
     rows: Encoded
     model: nn.Module
     head: str
+    owner: int
+    validation: Encoded | None = None
+    train: Encoded | None = None
+    triggered: Encoded | None = None
 
     def about(self) -> dict[str, Any]:
         """Return what the table says of the task."""
@@ -66,9 +79,21 @@ def columns_of(
     task: str | None = None,
     metric: str | None = None,
     max_length: int | None = None,
+    splits: Sequence[str] = (),
+    attack: Config | None = None,
 ) -> list[Column]:
-    """Open every task's test rows and its head, so that what is wrong with them is known before anything is merged."""
-    return [_column(ground, inputs, i, len(data), spec, heads, task, metric, max_length) for i, spec in enumerate(data)]
+    """Open every task's test rows and its head, so that what is wrong with them is known before anything is merged.
+
+    `splits` names what is wanted besides: "validation" (cut from train where there is none), or "train", unlabelled.
+    With `attack` every task that has its target class gets triggered rows; UsageError where none has.
+    """
+    columns = [
+        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits), attack)
+        for i, spec in enumerate(data)
+    ]
+    if attack is not None and all(column.triggered is None for column in columns):
+        target_of(attack, tuple(sorted({name for column in columns for name in column.task.labels or ()})))
+    return columns
 
 
 def score(
@@ -78,11 +103,13 @@ def score(
     columns: Sequence[Column],
     *,
     device: str | None = None,
+    attack: Config | None = None,
 ) -> dict[str, Any]:
-    """Score every model on every task.
+    """Score every model on every task, and with `attack` what its trigger does to them.
 
     Returns {"tasks": [{"data", "metric", "head", "examples"}], "rows": [{"model", "scores": [{"mean", "low", "high"}],
-    "mean"}]}; `mean` is over the tasks, where they share a metric.
+    "mean"}]}; `mean` is over the tasks, where they share a metric. A score of a triggered task holds "attack" besides:
+    {"success", "without", "triggered_accuracy"}, as `audit.backdoor` has them.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     (result,) = open_inputs([str(merged)], ground, mixed=True, force=True)
@@ -94,29 +121,43 @@ def score(
     same = len({column.task.metric for column in columns}) == 1
     rows = []
     for label, source in models:
-        cells = []
+        cells: list[dict[str, Any]] = []
         for column in columns:
             overwrite(column.model, ground, source)
             found = answer(column.model.to(place), column.rows, column.task)
             cell = interval(column.rows.labels.numpy(), found.predictions[None], column.task.metric)
             cells.append({"mean": cell.mean, "low": cell.low, "high": cell.high})
+            if attack is not None and column.triggered is not None:
+                cells[-1]["attack"] = _attacked(column, found.predictions, attack)
         mean = float(np.mean([cell["mean"] for cell in cells])) if same else None
         rows.append({"model": label, "scores": cells, "mean": mean})
     return {"tasks": [column.about() for column in columns], "rows": rows}
 
 
+def _attacked(column: Column, clean_N: np.ndarray, attack: Config) -> dict[str, float]:
+    """Return what the trigger does to the model that a task now holds, whose answers without it are known."""
+    assert column.triggered is not None
+    answers_N = answer(column.model, column.triggered, column.task).predictions
+    found = judge(column.rows.labels.numpy(), clean_N, answers_N, target_of(attack, column.task.labels))
+    return {"success": found.success[0], "without": found.without[0], "triggered_accuracy": found.triggered[0]}
+
+
 @torch.no_grad()
 def overwrite(model: nn.Module, ground: Ground, source: Source | None) -> None:
     """Give the backbone of `model`, in place, the weights of a source (None: the base); its head stays as it is."""
-    base = ground.stored
-    floats = [name for name, (_, info) in base.places.items() if info.dtype in FLOATS and name not in ground.heads]
-    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
     files, raw = Files(), torch.empty(8 * PIECE, dtype=torch.uint8)
     try:
-        for name, own in same_names(floats, state).own.items():
-            state[own].data.copy_(whole(files, base, source, name, raw))
+        for name, tensor in shared(model, ground).items():
+            tensor.data.copy_(whole(files, ground.stored, source, name, raw))
     finally:
         files.close()
+
+
+def shared(model: nn.Module, ground: Ground) -> dict[str, Tensor]:
+    """Return the live tensors of `model` that a merge may change, by the base's names."""
+    floats = [n for n, (_, info) in ground.stored.places.items() if info.dtype in FLOATS and n not in ground.heads]
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    return {name: state[own] for name, own in same_names(floats, state).own.items()}
 
 
 def _column(
@@ -129,45 +170,64 @@ def _column(
     kind: str | None,
     metric: str | None,
     max_length: int | None,
+    splits: tuple[str, ...],
+    attack: Config | None,
 ) -> Column:
     base = ground.opened
     fitted = heads == "base"
     source = readers.read(spec)
     if kind is None and base.generative and all("label" not in names for names in source.found.values()):
         kind = "causal-lm" if any("text" in names for names in source.found.values()) else None
-    rows = read_data(source, task=kind, metric=metric, need=("test",))
+    need = ("train",) * ("train" in splits or ("validation" in splits and "validation" not in source.splits))
+    rows = read_data(source, task=kind, metric=metric, need=(*need, *splits, "test"))
     task = task_of(rows, kind=kind, metric=metric)
-    made = None if task.generative or fitted else _brick_of(inputs, rows, task, index, count)
-    if made is not None:
+    found = None if task.generative or fitted else _brick_of(inputs, rows, task, index, count)
+    if found is not None:
+        owner, made = found
         limit = max_length or made.manifest.get("max_length")
-        test = encode(rows.splits["test"], base, made.task, max_length=limit, template=made.template)
-        return Column(rows, made.task, test, _plain(made, ground), "its brick's")
-    test = encode(rows.splits["test"], base, task, max_length=max_length)
+        read = partial(encode, base=base, task=made.task, max_length=limit, template=made.template)
+        parts = {split: read(part) for split, part in _wanted(rows, splits, attack).items()}
+        return Column(rows, made.task, parts.pop("test"), _plain(made, ground), "its brick's", owner, **parts)
+    owner = min(index, len(inputs) - 1)
+    parts = {
+        name: encode(part, base, task, max_length=max_length) for name, part in _wanted(rows, splits, attack).items()
+    }
+    test = parts.pop("test")
     if task.generative:
-        return Column(rows, task, test, base.model(task, seed=0), "the base's output layer")
+        return Column(rows, task, test, base.model(task, seed=0), "the base's output layer", owner, **parts)
     if "train" not in rows.splits:
         raise UsageError(f"{rows.name}: a head is fitted on the base's states, which needs train rows; it has none.")
     backbone = base.backbone()
     train = encode(rows.splits["train"], base, task, max_length=max_length)
     model = base.headed(fit_head(backbone, train, task))
-    return Column(rows, task, test, model.eval(), "fitted on the base")
+    return Column(rows, task, test, model.eval(), "fitted on the base", owner, **parts)
 
 
-def _brick_of(inputs: Sequence[Input], rows: Data, task: Task, index: int, count: int) -> Brick | None:
-    """Return the brick that was tuned for a task: by the name of its data, else by place; None without one."""
-    known = {given.label: bricks.load(given.spec) for given in inputs if given.kind == "brick"}
-    fits = {label: made for label, made in known.items() if made.task.labels == task.labels}
-    named = [made for made in fits.values() if made.manifest.get("data", {}).get("name") == rows.name]
+def _wanted(rows: Data, splits: Sequence[str], attack: Config | None) -> dict[str, Split]:
+    """Return the test rows and those of `splits`; a train split is handed on without its labels."""
+    out = {split: rows.splits[split] for split in ("test", *splits)}
+    if "train" in out:
+        out["train"] = Split({name: column for name, column in out["train"].columns.items() if name != "label"})
+    if attack is not None and str(attack.target) in (rows.labels or ()):
+        out["triggered"] = triggered(out["test"], attack)
+    return out
+
+
+def _brick_of(inputs: Sequence[Input], rows: Data, task: Task, index: int, count: int) -> tuple[int, Brick] | None:
+    """Return the brick that was tuned for a task, and its place: by the name of its data, else by its own place."""
+    known = {place: bricks.load(given.spec) for place, given in enumerate(inputs) if given.kind == "brick"}
+    fits = {place: made for place, made in known.items() if made.task.labels == task.labels}
+    named = [item for item in fits.items() if item[1].manifest.get("data", {}).get("name") == rows.name]
     if len(named) == 1:
         return named[0]
-    if count == len(inputs) and inputs[index].label in fits:
-        return fits[inputs[index].label]
+    if count == len(inputs) and index in fits:
+        return index, fits[index]
     if len(fits) > 1:
         raise UsageError(
-            f"{rows.name}: bricks {', '.join(fits)} all know its labels; give one --data for each brick, in their "
-            "order, or --heads base."
+            f"{rows.name}: bricks {', '.join(inputs[place].label for place in fits)} all know its labels; give one "
+            "--data for each brick, in their order, or --heads base."
         )
-    return next(iter(fits.values()), None)
+    return next(iter(fits.items()), None)
 
 
 def _plain(made: Brick, ground: Ground) -> nn.Module:

@@ -94,6 +94,7 @@ def test_every_method_file_declares_records_of_literals() -> None:
         ["tune", "--help"],
         ["grow", "--help"],
         ["merge", "--help"],
+        ["route", "--help"],
         ["run", "--help"],
     ],
 )

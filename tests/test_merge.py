@@ -206,6 +206,11 @@ def test_a_fitted_head_finds_what_separates_and_what_is_linear() -> None:
     states[:, 2] = 1e6  # a token that does not count
     logits = head(states, mask.expand(200, -1))
     assert float((logits.argmax(-1) == labels).float().mean()) > 0.98
+    # What differs by rounding alone is no feature, even where it would separate the classes.
+    rounding = torch.where(labels == 1, 1e-7, -1e-7)[:, None]
+    beside = fit_on(torch.cat([v_ND, rounding, torch.zeros(200, 1)], dim=1), labels, TASK)
+    assert not beside.weight_KD[:, 5:].any()
+    assert torch.allclose(beside.weight_KD[:, :5], head.weight_KD, rtol=1e-3, atol=1e-3)
     assert not any(p.requires_grad for p in head.parameters())
     number = Task("regression", "spearman", None, 1, "text")
     head = fit_on(v_ND, 3 * v_ND[:, 0] - v_ND[:, 2] + 7, number, l2=1e-8)

@@ -153,9 +153,7 @@ class Base:
             return None
         limits = [getattr(self.config, name, None) for name in ("max_position_embeddings", "max_sequence_length")]
         limits.append(self.tokenizer.model_max_length)
-        with quiet(), self._explained():
-            skeleton = self._skeleton(AutoModel, self.config)
-        for name, module in skeleton.named_modules():
+        for name, module in self.outline().named_modules():
             if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
                 # Where a padding index exists, positions are counted from behind it.
                 limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
@@ -246,6 +244,11 @@ class Base:
                 f"base {self.spec} is an encoder-decoder; a head on token states needs one or the other alone."
             )
         return self._load(AutoModel, copy.deepcopy(self.config), 0, attention)
+
+    def outline(self) -> nn.Module:
+        """Return the backbone's modules without memory for their weights, to look at names, shapes and blocks."""
+        with quiet(), self._explained():
+            return self._skeleton(AutoModel, copy.deepcopy(self.config))
 
     def headed(self, head: nn.Module, attention: str = "sdpa") -> HeadedModel:
         """Return the base with `head` on its last token states."""

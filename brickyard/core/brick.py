@@ -19,6 +19,7 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.build import Plan, build, resolve
 from brickyard.core.errors import BadBrick, NotFinite, WrongBase
 from brickyard.core.files import complete_folder, plain_file, read_tensors, sha256, write_json, write_tensors
+from brickyard.core.measure import folder_bytes
 from brickyard.core.structure import Structure
 from brickyard.core.task import Task
 from brickyard.core.template import Template
@@ -175,3 +176,26 @@ def load(folder: str | Path) -> Brick:
             f"{folder} has schema {manifest['schema']}; this release reads up to {SCHEMA}. Update Brickyard."
         )
     return Brick(folder, manifest)
+
+
+def listed(folder: str | Path, fingerprint: str) -> list[dict[str, Any]]:
+    """Return the bricks under `folder` that were made for a base: their arm, bytes, scores and place."""
+    out = []
+    for path in sorted(Path(folder).rglob(MANIFEST)):
+        try:
+            found = load(path.parent)
+        except BadBrick:
+            continue
+        if found.manifest["base"]["fingerprint"] == fingerprint:
+            out.append(
+                {
+                    "folder": str(path.parent),
+                    "arm": found.manifest["arm"],
+                    "bytes": found.bytes,
+                    "task": found.manifest["task"]["kind"],
+                    "data": found.manifest.get("data", {}).get("name"),
+                    "scores": found.manifest.get("scores", {}),
+                    "measured": folder_bytes(path.parent),
+                }
+            )
+    return out

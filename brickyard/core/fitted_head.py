@@ -19,6 +19,7 @@ from brickyard.core.errors import NotFinite
 from brickyard.core.task import Task
 
 _L2 = 1e-3  # on scaled features: a mild prior, so that separable classes have a finite solution
+_CONSTANT = 1e-5  # spread against the largest one below which a dimension says nothing: a hundred float32 roundings
 _ROUNDS = 200  # of L-BFGS; it stops by itself long before
 _BATCH = 64
 
@@ -56,9 +57,15 @@ def pooled_states(backbone: nn.Module, rows: Examples) -> Tensor:
     return torch.cat(out)
 
 
-def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2) -> FittedHead:
-    """Fit a head on pooled states; see `fit_head`."""
-    center_D, spread_D = v_ND.double().mean(0), v_ND.double().std(0).clamp_min(1e-12)
+def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2, smoothing: float = 0.0) -> FittedHead:
+    """Fit a head on pooled states; see `fit_head`.
+
+    smoothing: the share of each label's mass that is spread evenly over all classes.
+    """
+    center_D, spread_D = v_ND.double().mean(0), v_ND.double().std(0)
+    # Some backbones have dimensions that are constant but for rounding (all-MiniLM-L6-v2 has three): scaled to unit
+    # variance they would be noise with weights of 10^7, and no model but the base could be read through the head.
+    spread_D = spread_D.where(spread_D > _CONSTANT * spread_D.max(), torch.inf)
     x_ND = (v_ND.double() - center_D) / spread_D
     weight = torch.zeros(task.width, x_ND.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(task.width, dtype=torch.float64, requires_grad=True)
@@ -70,7 +77,7 @@ def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2) -> Fitte
         if task.regression:
             loss = (logits.squeeze(-1) - labels_N.double()).square().mean()
         else:
-            loss = nn.functional.cross_entropy(logits, labels_N)
+            loss = nn.functional.cross_entropy(logits, labels_N, label_smoothing=smoothing)
         loss = loss + l2 / 2 * weight.square().sum()
         loss.backward()
         return loss

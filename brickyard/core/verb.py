@@ -13,7 +13,12 @@ from types import ModuleType
 from typing import Any
 
 # The others are in brickyard.api.
-_ELSEWHERE = {"grow": "brickyard.growing", "merge": "brickyard.merging", "run": "brickyard.recipe"}
+_ELSEWHERE = {
+    "grow": "brickyard.growing",
+    "merge": "brickyard.merging",
+    "route": "brickyard.routing",
+    "run": "brickyard.recipe",
+}
 
 
 def function_of(verb: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from brickyard.core.errors import NotFinite, Refused
 from brickyard.core.forwards import refuse_readers, refuse_tuner
 from brickyard.core.loop import State, Training, autocast, batch_loss
 from brickyard.distribute._members import Members, launched
-from brickyard.distribute.one_byte import Config, Log, Member, replay
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +45,7 @@ class Together:
 
 
 class OneByteStep:
-    """The loop's step: a round of `Member`, every estimate of which asks about this member's whole batch.
+    """The loop's step: a round of a member, whose every estimate asks about the member's whole batch.
 
     The log lies in a temporary file and in the checkpoints; a brick takes it along as `run.zolog`.
     """
@@ -54,7 +53,9 @@ class OneByteStep:
     backward = False
     optimiser = None
 
-    def __init__(self, config: Config, attached: Attached, training: Training, rows: int) -> None:
+    def __init__(
+        self, config: Any, attached: Attached, training: Training, rows: int, member: Callable[..., Any]
+    ) -> None:
         refuse_tuner(attached.model)
         launched()
         self.attached, self.training = attached, training
@@ -72,7 +73,7 @@ class OneByteStep:
         self.start = {name: theta.clone() for name, theta in self.parameters.items()}
         self.place = tempfile.TemporaryDirectory(prefix="brickyard-one-byte-")
         self.path = Path(self.place.name) / LOG
-        self.member: Member | None = None
+        self.make, self.member = member, None
         self.last = math.nan
 
     def sampler(self, lengths: np.ndarray, training: Training) -> Order:
@@ -101,11 +102,11 @@ class OneByteStep:
         state.hooks("after_step", state)
         return self.last
 
-    def _join(self) -> Member:
+    def _join(self) -> Any:
         """Meet the others at the weights of the base, and come back by the log: which proves it at every resume."""
         copy_into(self.parameters, self.start, "one-byte")
         self.start = {}
-        self.member = Member(
+        self.member = self.make(
             self.parameters, self.config, seed=self.training.seed, log=self.path, model=self.attached.model
         )
         return self.member
@@ -139,11 +140,6 @@ class OneByteStep:
         """Take `state_dict` back; the next round replays it from the base."""
         self.path.write_bytes(tensors["log"].numpy().tobytes())
         self.last = float(tensors["last"])
-
-
-def rebuild(attached: Attached, path: Path) -> None:
-    """Replay a log onto an arm that was attached with the run's seed; WrongBase where it did not begin there."""
-    replay(named(attached), Log(path))
 
 
 def _scale(attached: Attached, training: Training) -> float:

@@ -53,6 +53,7 @@ from brickyard.core import noise
 from brickyard.core.errors import NotFinite, ParityBroken, Refused, RunFailed, UnknownName, UsageError, WrongBase
 from brickyard.core.forwards import refuse_unlike_forwards
 from brickyard.core.method import Claim, Record
+from brickyard.distribute._arm_step import OneByteStep, named
 from brickyard.distribute._members import Members
 from brickyard.distribute._zolog import LogFile, same_header
 
@@ -295,16 +296,12 @@ def _bound(log: Log, t: int) -> float:
 
 def step(config: Config, attached: Attached, training: Training, *, rows: int, task: Task) -> Step:
     """Return the step of an arm; Refused where members disagree on its length, or a log could not rebuild it."""
-    from brickyard.distribute._arm_step import OneByteStep
-
-    return OneByteStep(config, attached, training, rows)
+    return OneByteStep(config, attached, training, rows, Member)
 
 
 def rebuild(attached: Attached, path: Path) -> None:
     """Replay the log at `path` onto an arm as its run attached it, in place; WrongBase where it began elsewhere."""
-    from brickyard.distribute._arm_step import rebuild as run
-
-    run(attached, path)
+    replay(named(attached), Log(path))
 
 
 class Member:

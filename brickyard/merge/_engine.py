@@ -228,6 +228,11 @@ class Merge:
         with self._working() as work:
             return self._scales(work, self._survey_model(work))
 
+    def norms(self) -> Norms:
+        """Return the L1 norms that a post-edit may ask for."""
+        with self._working() as work:
+            return self._norms(work, self._survey_model(work))
+
     def write(self, folder: Path, *, dtype: str | None = None, shard_bytes: int = SHARD) -> dict[str, Any]:
         """Write the merged model's shards and index into `folder`; return what was seen.
 

@@ -35,9 +35,10 @@ RECORD = Record(
     family="merge",
     title="Changes thinned out at random and rescaled",
     paper="arXiv 2311.03099",
-    search={"p": (0.5, 0.7, 0.9)},
+    search={"p": (0.5, 0.7, 0.9), "scale": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)},
     part_of="lines",
 )
+STRENGTH = "scale"  # the option that a search chooses on validation rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Config:
     p: float = 0.9
     """probability that an entry is dropped, in [0, 1)"""
     scale: float = 0.3
-    """final scale of the merged change; with signs=true, 1 is usual"""
+    """final scale of the merged change; with signs=true, 1 is usual; or search: chosen on validation rows (--data)"""
     signs: bool = False
     """elect signs and average what agrees, as TIES does, in place of the sum"""
     seed: int = 0

@@ -16,8 +16,8 @@ blocks keep most.
 Source: Wang, Dimitriadis, Favero, Ortiz-Jimenez, Fleuret, Frossard, "LiNeS: Post-training Layer Scaling Prevents
 Forgetting and Enhances Model Merging", arXiv 2410.17146, sections 3 and 4; as in the released code, tensors after the
 last block get alpha too. Headline claim: of one fine-tuned CLIP ViT-B/32, 99.8 % of the target's and 97.9 % of the
-control tasks' accuracy stay; eight of them merged by task arithmetic rise from 69.7 % to 74.2 %. Left out: beta is not
-searched here.
+control tasks' accuracy stay; eight of them merged by task arithmetic rise from 69.7 % to 74.2 %. Left out: alpha of one
+model is not searched here.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ RECORD = Record(
         ),
     ),
 )
+STRENGTH = "beta"  # the option that a search chooses on validation rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Config:
     alpha: float | None = None
     """scale of the first block and of what is outside the blocks; none: the closed form, which needs several models"""
     beta: float | None = None
-    """what the last block's scale has more; none: 1 - alpha"""
+    """what the last block's scale has more; none: 1 - alpha; search: chosen on validation rows (--data)"""
     reverse: bool = False
     """count the blocks from the output: the negative control"""
 

@@ -39,9 +39,10 @@ RECORD = Record(
     family="merge",
     title="Trimmed changes, averaged where their signs agree",
     paper="arXiv 2306.01708",
-    search={"scale": (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8)},
+    search={"scale": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)},
     part_of="lines",
 )
+STRENGTH = "scale"  # the option that a search chooses on validation rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Config:
     density: float = 0.2
     """share of the entries of each change that stays, in (0, 1]"""
     scale: float = 1.0
-    """final scale of the merged change"""
+    """final scale of the merged change, or search: chosen on validation rows (--data)"""
     trim: Literal["global", "tensor"] = "global"
     """rank the entries over the whole model, or within each tensor"""
 
