@@ -101,7 +101,7 @@ def _said(result: dict[str, Any]) -> list[str]:
     scales = ", ".join(f"{scale} ({count})" for scale, count in result["scales"].items())
     lines = [f"{len(result['inputs'])} inputs merged by {result['arm']}; scales of tensors: {scales}"]
     if "alignment" in result:
-        lines = [f"{result['arm']}: the base and {len(result['inputs'])} inputs, aligned and averaged"]
+        lines = [f"{result['arm']}: the base and {_count(len(result['inputs']), 'input')}, aligned and averaged"]
         lines += _aligned(result["alignment"])
     if result.get("search", {}).get("edge"):
         lines.append(f"{result['search']['option']}: the best is the last of the grid; a larger one may be better")
@@ -120,6 +120,10 @@ def _said(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _aligned(found: dict[str, Any]) -> list[str]:
     """Return what an alignment found in a few lines."""
     rows = f"{found['rows']:,} of {found['of_rows']:,} training rows of {found['data']}"
@@ -132,7 +136,7 @@ def _aligned(found: dict[str, Any]) -> list[str]:
         mean = f", mean correlation {sum(known) / len(known):.2f}" if known else ""
         worst = max(point["condition"] for point in points)
         spread = f", condition at most {worst:.3g}" if kind == "cca" else ""
-        lines.append(f"{kind}: {len(points)} maps{mean}{spread}")
+        lines.append(f"{kind}: {_count(len(points), 'map')}{mean}{spread}")
     dead = sum(sum(point["dead"]) for point in found["points"])
     if dead:
         lines.append(f"{dead} features never change on these rows")

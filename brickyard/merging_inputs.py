@@ -139,7 +139,8 @@ def open_inputs(specs: Sequence[str], ground: Ground, *, mixed: bool, force: boo
             if far >= FAR:
                 raise WrongBase(
                     f"{made.label} does not look fine-tuned from {ground.spec}: its weights differ by {far:.2f} times "
-                    f"the base's own size (expected below {FAR}). Give its base as --base, or --force."
+                    f"the base's own size (expected below {FAR}). Give its base as --base, merge models that were "
+                    "trained apart by cca-merge, or --force."
                 )
     return out
 
