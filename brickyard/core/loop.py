@@ -346,8 +346,8 @@ def train(
     state.hooks("end", state)
     model.eval()
     best = state.best["step"] if state.best else state.step
-    if hasattr(step, "files"):
-        attached.beside = step.files(best)
+    if (files := getattr(step, "files", None)) is not None:
+        attached.beside = files(best)
     only_last = bool(getattr(step, "only_last", False))
     return Trained(state.history, state.step, seconds, best, stopped, step.report(), only_last)
 
