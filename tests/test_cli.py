@@ -15,6 +15,8 @@ from conftest import text_data, write_data
 from brickyard.cli import main, parse
 from brickyard.core.errors import UsageError
 
+RESULTS = Path(__file__).parent.parent / "brickyard" / "claims" / "results"
+
 
 @pytest.mark.parametrize(
     ("argv", "words"),
@@ -225,3 +227,13 @@ def test_the_tuned_run_resumes_after_a_kill(text_base: Path, tmp_path: Path) -> 
     assert main([*argv, "--out", str(tmp_path / "cut")]) == 0
     weights = "brick/adapter_model.safetensors"
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RESULTS.glob("*.json")))
+def test_every_measured_claim_is_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", name]) == 0
+    said = capsys.readouterr().out
+    claims = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["claims"]
+    assert claims and "measured 20" in said
+    for claim in claims:
+        assert claim["text"] in said
