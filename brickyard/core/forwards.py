@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -44,3 +45,16 @@ def refuse_readers(callbacks: Iterable[Any]) -> None:
         if getattr(callback, "needs_gradients", False):
             reader = type(callback).__name__
             raise Refused(f"{reader} works on gradients, of which a zeroth-order step has none; use lora.")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put every module of the models into evaluation mode, and each back into the mode that it was in."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -11,7 +11,6 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from brickyard.core.attached import Attached
 from brickyard.core.errors import NoEffect, NotFinite, ParityBroken, Refused, Unmatched
+from brickyard.core.forwards import evaluating
 
 SAMPLES = 1024  # elements of a frozen tensor that its fingerprint reads
 DECAY_RESIDUAL = 1e-2  # share of a change that may deviate from pure shrinking and still be called weight decay
@@ -119,23 +119,9 @@ def logit_distance(logits: Any, base_logits: Any) -> dict[str, Any]:
     return {"max": float(gap.max()), "mean": float(gap.mean()), "kl": kl, "rows": int(a.shape[0]), "finite": finite}
 
 
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's flag is restored."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def probe_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits of `model` on `batch` in evaluation mode, without gradients; `labels` are not given to the model."""
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         return model(**{name: value for name, value in batch.items() if name != "labels"}).logits.detach()
 
 
@@ -317,7 +303,7 @@ def parity(
     kind = max(kinds & TOLERANCE.keys(), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
     limit = TOLERANCE[kind] if tolerance is None else tolerance
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with _evaluating(model_a, model_b):
+    with evaluating(model_a, model_b), torch.no_grad():
         a, b = model_a(**inputs).logits.double().cpu(), model_b(**inputs).logits.double().cpu()
         if a.shape != b.shape:
             raise ParityBroken(f"logits have shape {tuple(a.shape)} before and {tuple(b.shape)} after the hand-over.")

@@ -21,7 +21,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from brickyard.core import files
 from brickyard.core.errors import BadData, DiskFull, NotFinite, Refused, UnknownName, UnsafeFile, UsageError
+from brickyard.core.forwards import evaluating
 from brickyard.core.locks import waiting
 
 LIMIT = 4 * 2**30  # bytes of one entry
@@ -368,7 +368,7 @@ class _Source:
     def _run(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Run the backbone on `rows`: float32 states [B,T,layers*width] and mask_BT."""
         inputs = {k: v.to(self.parameter.device) for k, v in self.encoded.collate(rows).items() if k != "labels"}
-        with _evaluating(self.backbone):
+        with evaluating(self.backbone):
             output = self.backbone(**inputs, **({"output_hidden_states": True} if self.layers != (-1,) else {}))
         self.forwards += 1
         found = [_layer(output, layer) for layer in self.layers]
@@ -401,18 +401,6 @@ def _layer(output: Any, layer: int) -> Tensor:
         many = "none" if hidden is None else f"0 to {len(hidden) - 1}"
         raise Refused(f"the backbone has no hidden state {layer}; it gives {many}, and -1 for the final state.")
     return tokens(hidden[layer])
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule into evaluation mode, and each back into the mode that it was in."""
-    flags = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, flag in flags.items():
-            m.training = flag
 
 
 def entry_limit() -> int:

@@ -29,20 +29,6 @@ def batches_of(inputs: Any) -> Iterable[Any]:
     return inputs
 
 
-@contextmanager
-def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put networks in evaluation mode, without gradients; every module is put back after."""
-    before = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
 def measured(models: Sequence[nn.Module], points: Sequence[Point], batches: Iterable[Any]) -> dict[str, Moments]:
     """Return the moments of every point, from one pass of every model over the batches.
 

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.core.errors import ParityBroken, Refused
+from brickyard.core.forwards import evaluating
 from brickyard.core.roles import blocks, roles
 from brickyard.merge._align import Map
-from brickyard.merge._align_measure import evaluating, output_of
+from brickyard.merge._align_measure import output_of
 from brickyard.merge._align_points import Layout, Point, Site, Use, assert_apart, carried, rewritten, written
 
 RESIDUAL = "residual stream"
@@ -200,7 +201,7 @@ class _Flow:
         last = found[-1][1]
         end = last.register_forward_hook(lambda m, g, out: ends.append(out))
         try:
-            with evaluating([model]):
+            with evaluating(model), torch.no_grad():
                 output_of(model, probe)
         finally:
             for handle in (*handles, end):
@@ -349,7 +350,7 @@ def assert_same(
     """
     exact = {p.name: maps[p.name] for p in layout.points if p.kind != "any" or p.heads}
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with evaluating([model]):
+    with evaluating(model), torch.no_grad():
         before = output_of(model, probe).double()
         try:
             model.load_state_dict(layout.rewrite(reference, own, exact))

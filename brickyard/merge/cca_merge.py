@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brickyard.core.errors import Refused, UnknownName, UsageError
+from brickyard.core.forwards import evaluating
 from brickyard.core.method import Claim, Record
 from brickyard.merge._align import (
     Covariances,
@@ -47,7 +48,7 @@ from brickyard.merge._align import (
     procrustes,
     ridged,
 )
-from brickyard.merge._align_measure import batches_of, evaluating, measured, output_of
+from brickyard.merge._align_measure import batches_of, measured, output_of
 from brickyard.merge._align_points import Layout, Names, Point, by_name, discover
 from brickyard.merge._align_weights import weight_matching
 
@@ -224,7 +225,7 @@ def align(
     if method == "weight-matching":
         maps = [weight_matching(states[0], state, layout.points) for state in states[1:]]
         return Alignment(_rewritten(layout, states, maps), layout.points, maps, [], method)
-    with evaluating(models):
+    with evaluating(*models), torch.no_grad():
         moments = measured(models, layout.points, batches)
         known = [{p.name: moments[p.name].covariances(k) for p in layout.points} for k in range(1, len(models))]
         ridges = [p for p in layout.points if kind_of(p, method) == "cca"]
@@ -267,7 +268,7 @@ def recalibrate(model: nn.Module, inputs: Any) -> None:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with evaluating([model]):
+    with evaluating(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the cumulative average

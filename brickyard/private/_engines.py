@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.errors import Refused
+from brickyard.core.forwards import evaluating
 from brickyard.private._per_sample import Lookup, Made, Outer, Term, cheaper, together
 
 LEFT, RIGHT = " left", " right"  # a matrix's two factors among the sums
@@ -263,14 +264,14 @@ def choose(model: nn.Module, named: Mapping[str, nn.Parameter], losses: Losses, 
     """
     reference = RowByRow(model, named)
     with _moved(named):
-        with _evaluating(model):
+        with evaluating(model):
             expected, norms = _proof(reference, losses, inputs)
         for kind in (Hooked, Vectorised):
             try:
                 engine = kind(model, named)
                 with torch.random.fork_rng(devices=[]):
                     _proof(engine, losses, inputs)
-                with _evaluating(model):
+                with evaluating(model):
                     found, found_norms = _proof(engine, losses, inputs)
                 _compare(expected, found, norms, found_norms)
             except (Uncovered, RuntimeError, TypeError, KeyError, NotImplementedError) as reason:
@@ -313,17 +314,6 @@ def _moved(named: Mapping[str, nn.Parameter]) -> Iterator[None]:
     finally:
         for name, p in named.items():
             p.copy_(held[name])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was: Sequence[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was:
-            module.training = training
 
 
 def refuse_mixing(model: nn.Module) -> None:
