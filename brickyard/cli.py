@@ -338,7 +338,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         from brickyard import recipe_steps
 
         recipe_steps.read(args.recipe)
-    _check_arms([*(getattr(args, "methods", None) or ()), *([args.arm] if "arm" in args else ())])
+    one = [args.arm] if "arm" in args else []
+    _check_arms([*(getattr(args, "methods", None) or ()), *one, *getattr(args, "others", ())])
     return args
 
 
