@@ -87,8 +87,8 @@ def narrow(backbone: Any, r: int, layers: list[int]) -> nn.Module:
             setattr(config, name, 0)
     pooling = "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters
     options = {"add_pooling_layer": False} if pooling else {}
-    # Whatever the wide one uses: no narrow weight is ever asked for, and with unfused attention those of heads that keep
-    # their number, not their width, would be more than a third of all that the narrow network saves for backward.
+    # Whatever the wide one uses: nobody asks for narrow attention weights, and as heads keep their number, unfused ones
+    # would be more than a third of all that the narrow network saves for backward.
     attention = "sdpa" if getattr(backbone, "_supports_sdpa", False) else "eager"
     return type(backbone)._from_config(config, attn_implementation=attention, **options)
 
