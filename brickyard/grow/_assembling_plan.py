@@ -242,10 +242,10 @@ def _splits(depth: int, parts: int, splits: Sequence[int] | None, meta_depth: in
             )
         splits = [depth // parts] * parts
     if len(splits) != parts:
-        raise UsageError(f"splits={tuple(splits)} names {len(splits)} parts, parts={parts}; make them agree.")
+        raise UsageError(f"splits={list(splits)} names {len(splits)} parts, parts={parts}; make them agree.")
     if sum(splits) != depth or min(splits) < 1:
         raise UsageError(
-            f"splits={tuple(splits)} adds up to {sum(splits)} blocks, the model has {depth}; each part needs at least "
+            f"splits={list(splits)} adds up to {sum(splits)} blocks, the model has {depth}; each part needs at least "
             "one, and all of them must have an owner."
         )
     if meta_depth > min(splits):
@@ -258,7 +258,7 @@ def _splits(depth: int, parts: int, splits: Sequence[int] | None, meta_depth: in
 
 def _near(depth: int, parts: int) -> str:
     each, more = divmod(depth, parts)
-    return str(tuple(each + (i < more) for i in range(parts))).replace(" ", "")
+    return str([each + (i < more) for i in range(parts)]).replace(" ", "")
 
 
 def _made_up(model: nn.Module) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class Config:
     parts: int = 4
     """K: parts that are trained separately"""
     splits: tuple[int, ...] = ()
-    """blocks of each part, such as (4,4,2,2); empty: depth / parts each"""
+    """blocks of each part, such as [4,4,2,2]; empty: depth / parts each"""
     meta_depth: int = 1
     """blocks of each part's stand-in in the meta network"""
     budget: float = 0.6
