@@ -368,6 +368,10 @@ def test_cuts_that_make_no_sense_are_refused() -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_kv=8, num_layers=2, d_ff=16, num_heads=2))
     with pytest.raises(Refused, match="2 lists"):
         plan(t5, 2)
+    places = GPT2Config(vocab_size=40, n_embd=16, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0)
+    places.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(Refused, match="by their place"):
+        plan(GPT2LMHeadModel(places), 2)
     for bad in ({"parts": 0}, {"budget": 0.0}, {"pretrain": 0.0}, {"tune": -1.0}, {"budget": float("inf")}):
         with pytest.raises(UsageError, match="above 0"):
             Config(**bad)  # type: ignore[arg-type]

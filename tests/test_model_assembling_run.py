@@ -97,6 +97,7 @@ def test_the_command_leaves_a_model_that_transformers_loads(
         "parts (longest",
         "2 x 9",
         "140 block-steps together, 58.3% of the 240",
+        "a part trains at most",
         "mean / std",
         "test accuracy: meta network",
     ):
@@ -231,6 +232,7 @@ def test_one_part_is_ordinary_training(text_base: Path, tmp_path: Path) -> None:
     ready = ready_of(text_base, text_data(), device="cpu", max_length=16)
     made, steps = assembly(ready, Config(parts=1, tune=0.0, budget=1.0), tmp_path, {})
     assert steps.pretrain == 0 and steps.incubate == 40 and made.plan.shared == () and made.plan.depth == 2
+    assert made.training("tune").warmup == 0 < made.training("incubate").warmup == made.training("pretrain").warmup
     made.pretrain()
     shard = made.incubate(1)
     plain = made.plan.build(range(2), seed=made.plan.seed(0, 1))

@@ -104,8 +104,9 @@ class Plan:
     def build(self, sources: Sequence[int], *, seed: int) -> nn.Module:
         """Return a network of the target's class with one block for each of `sources`, its weights drawn from `seed`.
 
-        In float32 and training mode; the global random state stays as it was. Refused where the class does not build
-        blocks of these shapes.
+        In float32 and training mode; the global random state stays as it was. What a class scales by its depth when it
+        draws weights (GPT-2 does) follows the depth of this network. Refused where the class does not build blocks of
+        these shapes.
         """
         config = copy.deepcopy(self.config)
         depth = int(config.num_hidden_layers)
@@ -214,7 +215,7 @@ def plan(
     names = [name for name, _ in blocks(model)]
     lists = {name.rpartition(".")[0] for name in names}
     config: Any = getattr(model, "config", None)
-    if len(lists) != 1 or not isinstance(getattr(config, "num_hidden_layers", None), int):
+    if len(lists) != 1 or getattr(config, "num_hidden_layers", None) != len(names):
         raise Refused(
             f"{type(model).__name__} has {len(names)} blocks in {len(lists)} lists; model-assembling cuts a single "
             "list of blocks of equal width whose length the configuration says (num_hidden_layers)."
@@ -279,12 +280,17 @@ def _owned(made: Plan, batch: dict[str, Any]) -> Plan:
     A tensor is the stem's where the state that enters the blocks depends on it, the head's where the output depends on
     it with the blocks' state held fixed. It is shared where it is both, or where blocks read it by another way.
     """
-    model = made.build([0], seed=0).eval()
-    flow = _Flow(model, made.path)
+    # Some stacks begin with a block of its own kind (without its first norm, say), so two of the last kind follow it.
+    sources = [0, *[made.depth - 1] * 2] if made.depth > 1 else [0]
+    model: Any = made.build(sources, seed=0).eval()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # a block that is run twice would find its own keys there
+    flow = _Flow(model, [model.get_submodule(f"{made.path}.{slot}") for slot in range(len(sources))], made.path)
+    flow.assert_placeless(batch)
     stem, beside = flow.run(batch, cut=False)
     _, head = flow.run(batch, cut=True)
     shared = (stem & head) | (beside - head)
-    inside = f"{made.path}.0."
+    inside = f"{made.path}."
     outside = [name for name in tensors_of(model) if not name.startswith(inside)]
     parameters = dict(model.named_parameters())
     modules_of_head = {name.rpartition(".")[0] for name in head - shared}
@@ -312,16 +318,40 @@ def _owned(made: Plan, batch: dict[str, Any]) -> Plan:
 
 
 class _Flow:
-    """Runs a network of one block and follows what its output depends on."""
+    """Runs a network of a few blocks, the last two of one kind, and follows what its output depends on."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self.model, self.block, self.inside = model, model.get_submodule(f"{path}.0"), f"{path}."
+    def __init__(self, model: nn.Module, stack: Sequence[nn.Module], path: str) -> None:
+        self.model, self.stack, self.inside = model, stack, f"{path}."
         self.early: set[str] = set()
         self.late: set[str] = set()
 
+    @torch.no_grad()
+    def assert_placeless(self, batch: dict[str, Any]) -> None:
+        """Raise Refused where two blocks of the same weights differ by their place, which is another in a hybrid."""
+        called: list[tuple[Any, Any]] = []
+        handle = self.stack[-1].register_forward_pre_hook(lambda _, *given: called.append(given), with_kwargs=True)
+        try:
+            self.model(**batch)
+        finally:
+            handle.remove()
+        if not called:
+            raise Refused(f"the blocks of {type(self.model).__name__} did not run in a pass through it.")
+        if len(self.stack) == 1:
+            return
+        last, other = self.stack[-1], self.stack[-2]
+        other.load_state_dict(last.state_dict())
+        args, kwargs = called[0]
+        states = [block(*args, **kwargs) for block in (last, other)]
+        one, two = (state if isinstance(state, Tensor) else state[0] for state in states)
+        if not torch.equal(one, two):
+            raise Refused(
+                f"the blocks of this {type(self.model).__name__} compute by their place in the stack, beside their "
+                "weights; a part would be another function in its hybrid than in the target."
+            )
+
     def run(self, batch: dict[str, Any], *, cut: bool) -> tuple[set[str], set[str]]:
-        """Return which parameters the state before the block depends on, and which the output does with that state held
-        fixed; with `cut` the state behind the block is held fixed too."""
+        """Return which parameters the state before the blocks depends on, and which the output does with that state
+        held fixed; with `cut` the state behind the blocks is held fixed too."""
         seen: dict[str, Tensor] = {}
 
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -341,8 +371,8 @@ class _Flow:
             return lambda *_: (self.late if "left" in seen else self.early).add(name)
 
         handles = [
-            self.block.register_forward_pre_hook(entering, with_kwargs=True),
-            self.block.register_forward_hook(leaving),
+            self.stack[0].register_forward_pre_hook(entering, with_kwargs=True),
+            self.stack[-1].register_forward_hook(leaving),
             *(
                 module.register_forward_pre_hook(placed(name))
                 for name, module in self.model.named_modules()
@@ -354,8 +384,6 @@ class _Flow:
         finally:
             for handle in handles:
                 handle.remove()
-        if "left" not in seen:
-            raise Refused(f"the blocks of {type(self.model).__name__} did not run in a pass through it.")
         return self._below(seen["entered"]), self._below(logits)
 
     def _below(self, output: Tensor) -> set[str]:
