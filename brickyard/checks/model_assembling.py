@@ -315,6 +315,7 @@ def of_images(part: str, table: Table, where: str) -> dict[str, Any]:
     )
 
 
+@takes("data")
 def language(claim: Claim, *, depth: int = 12, width: int = 256, heads: int = 4, workers: int = 2) -> dict[str, Any]:
     """Measure assembling on a language model of Python code with the tokenizer of `embedded:pylm`; under --full alone.
 
