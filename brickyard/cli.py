@@ -17,8 +17,8 @@ from brickyard.option_types import positive, size
 VERBS = {
     "compare": "run several methods side by side on your model and data, and say which to use",
     "tune": "train one arm and keep it as a brick",
-    "grow": "train a model that grows: weights that are not there at first train later (grow spdf: pre-training from "
-    "scratch under a sparse mask)",
+    "grow": "train a new model that grows: under a sparse mask that is lifted later (grow spdf), or part by part (grow "
+    "model-assembling)",
     "merge": "combine models fine-tuned from one base into one, and say which tasks it kept",
     "route": "keep several fine-tuned models of one base in one folder and choose among them prompt by prompt",
     "data": "filter, de-duplicate, mix or select the rows of a data set, with a card of what was dropped and why",
@@ -117,10 +117,10 @@ def _grow(p: Parser) -> None:
     p.add_argument(
         "--base",
         required=True,
-        help="a language model's folder, a hub id, or embedded:NAME; it gives the architecture and the tokenizer, and "
-        "its weights are drawn anew (with spdf:start=base they are the start)",
+        help="a model's folder, a hub id, or embedded:NAME; it gives the architecture and the tokenizer (or image "
+        "processor), and its weights are drawn anew (with spdf:start=base they are the start)",
     )
-    p.add_argument("--data", required=True, help="a folder with train files of text, a hub id, or embedded:NAME")
+    p.add_argument("--data", required=True, help="a folder with train files, a hub id, or embedded:NAME")
     p.add_argument("--trust-remote-code", action="store_true", help="let a hub model run its own Python here")
     p.add_argument("--out", metavar="DIR", required=True, help="a new folder; it becomes a model for any --base")
     _one_run(p)

@@ -127,6 +127,10 @@ class _Curve:
             highlight=False,
         )
 
+    def phase(self, said: str) -> None:
+        """Show that a phase of several has ended."""
+        self.console.print(escape(said), soft_wrap=True, highlight=False)
+
 
 def _one_run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Return the keywords that training one arm takes, whatever the verb."""

@@ -59,7 +59,8 @@ def grow(
         data=data,
         seed=seed,
         training={**fixed, **wanted.training},
-        **{**setting, "task": setting.get("task") or record.needs[0]},
+        # A method of one task reads the data as that; of several, the columns say which.
+        **{**setting, "task": setting.get("task") or (record.needs[0] if len(record.needs) == 1 else None)},
     )
     known = read_data(data, task=asked.task, metric=asked.metric, need=("train",), allow_overlap=asked.allow_overlap)
     if known.kind not in record.needs:

@@ -226,6 +226,10 @@ class _Told:
         said = f"step {point['step']} of {state.total}, {state.task.metric} {point['validation_score']:.4f}"
         self.listen({"event": "progress", "said": said})
 
+    def phase(self, said: str) -> None:
+        """Tell that a phase of several has ended."""
+        self.listen({"event": "progress", "said": said})
+
 
 def _tune(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     options = step.options

@@ -169,13 +169,14 @@ class Base:
         Raises Refused where the base does not fit the task, BadBase or NotFinite where its weights are not what its
         configuration says.
         """
-        if task.reads != self.input:
-            raise Refused(
-                f"base {self.spec} reads {self.input}, the task is about {task.input}; give a base that reads "
-                f"{task.reads}."
-            )
+        self._assert_reads(task)
         if task.generative:
             return self._language_model(attention)
+        auto, config = self._classifier(task)
+        return self._load(auto, config, seed, attention, stored_head)
+
+    def _classifier(self, task: Task) -> tuple[Any, PretrainedConfig]:
+        """Return the form of a model with `task.width` outputs, and its configuration; Refused where there is none."""
         mapping, auto = _FORMS[self.input]
         if type(self.config) not in mapping and not self.trust_remote_code:
             raise Refused(
@@ -190,7 +191,26 @@ class Base:
         config.problem_type = "regression" if regression else "single_label_classification" if task.width > 1 else None
         if self.input == "text" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        return self._load(auto, config, seed, attention, stored_head)
+        return auto, config
+
+    def skeleton(self, task: Task, *, attention: str = "sdpa") -> nn.Module:
+        """Return the model for `task` without memory for its weights: its class, configuration, names and shapes.
+
+        It lies on the meta device, with the attention that `model` would choose. Refused and BadBase as for `model`.
+        """
+        self._assert_reads(task)
+        if task.generative:
+            self._assert_generative()
+            auto, config = AutoModelForCausalLM, copy.deepcopy(self.config)
+        else:
+            auto, config = self._classifier(task)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        with quiet(), self._explained():
+            made = self._skeleton(auto, config)
+            if attention != "sdpa" or not getattr(made, "_supports_sdpa", False):
+                made.config._attn_implementation = "eager" if attention == "sdpa" else attention
+        return made
 
     def untrained(self, *, seed: int, attention: str = "sdpa") -> nn.Module:
         """Return a language model of this architecture with new weights, as its class draws them from `seed`.
@@ -216,6 +236,13 @@ class Base:
         """Return the base with its own output layer over the vocabulary."""
         self._assert_generative()
         return self._load(AutoModelForCausalLM, copy.deepcopy(self.config), 0, attention, stored_head=True)
+
+    def _assert_reads(self, task: Task) -> None:
+        if task.reads != self.input:
+            raise Refused(
+                f"base {self.spec} reads {self.input}, the task is about {task.input}; give a base that reads "
+                f"{task.reads}."
+            )
 
     def _assert_generative(self) -> None:
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code:
