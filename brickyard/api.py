@@ -36,7 +36,7 @@ from brickyard.core.curate import Request as Curation
 from brickyard.core.curate import curate
 from brickyard.core.data import Data, read_data
 from brickyard.core.documents import EncodedBlocks
-from brickyard.core.errors import UsageError
+from brickyard.core.errors import BadData, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.measure import environment, precision
@@ -455,7 +455,15 @@ def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Dat
     """Read the rows of an audit, with labels where the method wants them, and as the brick's task reads them."""
     labelled = getattr(method_file, "LABELLED", False)
     if not labelled or not getattr(method_file, "TASK_OF_BRICK", False):
-        return read_data(data, need=(), labelled=labelled)
+        source = readers.read(data)
+        columns = sorted({name for names in source.found.values() for name in names})
+        if labelled and "label" not in columns:
+            name = method_file.RECORD.name
+            raise BadData(
+                f"{source.name} has no labels, and {name} compares rows by theirs; found the columns "
+                f"{', '.join(columns)}. Give rows that have a column label too."
+            )
+        return read_data(source, need=(), labelled=labelled)
     known = changed.brick.task if isinstance(changed, Applied) and changed.brick is not None else None
     return read_data(data, need=(), task=known.kind if known else None, metric=known.metric if known else None)
 
