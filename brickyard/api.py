@@ -495,6 +495,11 @@ def build_arm(arm: str, base: str, task: Task, seed: int = 0) -> Any:
     return build(resolve(parse(arm), task), open_base(base), task, seed=seed)
 
 
-def bricks_in(folder: str | Path, base: str) -> list[dict[str, Any]]:
-    """List the bricks under `folder` that were made for `base`: their arm, bytes, scores and place."""
-    return bricks.listed(folder, open_base(base).fingerprint)
+def bricks_in(folder: str | Path, base: str, *, data: Sequence[Any] = (), **scoring: Any) -> list[dict[str, Any]]:
+    """List the bricks under `folder` that were made for `base`: what they are, what they cost, their scores and place.
+
+    With `data` each is scored on each data set against the bare base; see `bricks_scores.scored` for the keywords.
+    """
+    from brickyard.bricks_scores import scored
+
+    return scored(folder, base, data, **scoring)

@@ -34,7 +34,7 @@ VERBS = {
     "check": "re-measure methods' headline claims here",
     "report": "write the HTML report of a finished comparison again",
     "export": "turn a brick into a plain PEFT adapter or a merged model",
-    "bricks": "list the bricks made for a base",
+    "bricks": "list the bricks made for a base: what each costs, improves and damages; find, replace or remove some",
     "cache": "list or clear the cache",
 }
 
@@ -276,9 +276,9 @@ def _export(p: Parser) -> None:
 
 
 def _bricks(p: Parser) -> None:
-    p.add_argument("base", metavar="BASE")
-    p.add_argument("--in", dest="folder", default="runs", metavar="DIR", help="where to look (default: runs)")
-    p.add_argument("--json", action="store_true")
+    from brickyard.bricks_command import options
+
+    options(p, positive)
 
 
 def _cache(p: Parser) -> None:
@@ -482,6 +482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from brickyard import recipe_command as verbs
             elif args.verb == "route":
                 from brickyard import route_command as verbs
+            elif args.verb == "bricks":
+                from brickyard import bricks_command as verbs
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -459,18 +459,3 @@ def export(args: argparse.Namespace, argv: Sequence[str]) -> int:
     result = run_export(args.brick, args.to, Path(args.out), base=args.base, rank=args.rank, max_rank=args.max_rank)
     sys.stdout.write(f"{result['sentence']}\n{args.out}\n")
     return DONE
-
-
-def bricks(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """List bricks made for a base."""
-    rows = api.bricks_in(args.folder, args.base)
-    if args.json:
-        _print_json(rows)
-        return DONE
-    for row in rows:
-        score = row["scores"].get("score")
-        said = f"{score['metric']} {score['mean']:.3f}" if score else "no test score"
-        sys.stdout.write(f"{row['folder']}: {row['arm']}, {row['bytes']:,} bytes, {row['data']}, {said}\n")
-    if not rows:
-        sys.stdout.write(f"no brick for {args.base} under {args.folder}\n")
-    return DONE
