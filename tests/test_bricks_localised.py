@@ -135,6 +135,8 @@ def test_both_inequalities_must_clear_their_intervals(found: Found, holds: Any) 
     assert verdict["matrix"][0][1] == pytest.approx(found.increase_CN[0, found.label_N == 1].mean())
     assert verdict["random"][2][4] == pytest.approx(found.random_DN[4, found.label_N == 2].mean())
     assert verdict["diagonal"] == pytest.approx(np.diag(verdict["matrix"]).mean())
+    off = ~np.eye(3, dtype=bool)
+    assert verdict["off_diagonal"] == pytest.approx(np.array(verdict["matrix"])[off].mean())
     if holds == "set-up invalid":  # unless single neurons tell them apart
         assert judged(found, ("a", "b", "c"), [0.4] * 3, [0.9] * 3)["holds"] is True
 
