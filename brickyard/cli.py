@@ -478,12 +478,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from brickyard.core import process
 
                 process.settle()
-            if args.verb == "run":
-                from brickyard import recipe_command as verbs
-            elif args.verb == "route":
-                from brickyard import route_command as verbs
-            elif args.verb == "bricks":
-                from brickyard import bricks_command as verbs
+            if args.verb in (apart := {"run": "recipe", "route": "route", "bricks": "bricks"}):
+                verbs = importlib.import_module(f"brickyard.{apart[args.verb]}_command")
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")
