@@ -10,25 +10,32 @@ from typing import Any
 
 DONE = 0
 EPILOG = """\
-A brick is what one run left: an adapter, a head, changed weights, a structure, a group of neurons. The four operations
-on bricks:
+A brick is what one run left: an adapter, a head, changed weights, a structure,
+a group of neurons. The four operations on bricks:
 
-  find and route   brickyard bricks BASE --find DATA --out DIR     groups of neurons that serve a capability
-                   brickyard route METHOD --base BASE --bricks A B ...     choose among bricks prompt by prompt
-  combine          brickyard merge METHOD --base BASE --bricks A B ...     one model of several
-                   brickyard bricks BASE --conflict A B     before it: do they get in each other's way?
-  update           brickyard bricks BASE --replace OLD NEW | --remove OLD | --undo     with a record, bit for bit
-                   (to change a single fact inside the weights, locate-then-edit, is not among these)
-  grow             brickyard export OLD --to merged --out M, then brickyard tune ARM --base M ...     a new brick on the
-                   old ones, which are frozen as a part of its base
+  find     brickyard bricks BASE --find DATA --out DIR
+             the neurons that serve each capability, one brick for each
+  route    brickyard route METHOD --base BASE --bricks A B ...
+             choose among bricks prompt by prompt
+  combine  brickyard bricks BASE --conflict A B
+             do they get in each other's way?
+           brickyard merge METHOD --base BASE --bricks A B ... --out DIR
+             one model of several
+  update   brickyard bricks BASE --replace OLD NEW | --remove OLD | --undo
+             with a record in DIR/.bricks, taken back bit for bit
+             (an edit of a single fact inside the weights is not offered)
+  grow     brickyard export OLD --to merged --out M
+           brickyard tune ARM --base M --data D --out DIR
+             a new brick on the old ones, frozen as a part of its base
 
-With --data each brick is scored on each data set against the bare base: "improves" or "damages" where the paired
-difference is beyond chance (Holm over the whole table), else "undecided". A group of neurons is scored as what the base
-loses without it.
+With --data each brick is scored on each data set against the bare base. It
+"improves" or "damages" where the paired difference is beyond chance (Holm over
+the table), else it is undecided. A group of neurons is cut out when it is
+applied, so what it damages is what it served.
 """
 
 
-def options(p: argparse.ArgumentParser, positive: Callable[[Callable[[str], Any]], Callable[[str], Any]]) -> None:
+def options(p: argparse.ArgumentParser, positive: Callable[[type], Callable[[str], Any]]) -> None:
     """Add the verb's own options to its parser; `positive` makes a reader of positive numbers."""
     p.epilog, p.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     p.add_argument("base", metavar="BASE", help="a model folder, a hub id, or embedded:NAME")

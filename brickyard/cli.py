@@ -479,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 process.settle()
             if args.verb in (apart := {"run": "recipe", "route": "route", "bricks": "bricks"}):
-                verbs = importlib.import_module(f"brickyard.{apart[args.verb]}_command")
+                verbs: Any = importlib.import_module(f"brickyard.{apart[args.verb]}_command")
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -159,6 +159,19 @@ def test_find_writes_the_neurons_that_serve_each_capability(yard: tuple[Path, Pa
         find(str(base), {"test": labelled()}, folder / "groups", tokens=10)
 
 
+def test_a_base_with_a_brick_on_it_is_audited_in_its_place(yard: tuple[Path, Path], text_base: Path) -> None:
+    base, folder = yard
+    asked = {"base": str(base), "data": {"test": labelled()}, "device": "cpu"}
+    audit = lambda **more: api.audit("configurable-bricks:share=0.1,tokens=10", **asked, **more)  # noqa: E731
+    bare, tuned_ = audit(), audit(brick=folder / "lora" / "brick")
+    group = audit(brick=folder / "groups" / "second")
+    assert bare["localisation"]["loss"] != tuned_["localisation"]["loss"]
+    assert np.ptp([x["neurons"]["in_all"] for x in (bare, tuned_, group)]) == 0
+    assert group["localisation"]["loss"] != bare["localisation"]["loss"]
+    with pytest.raises(Refused, match="give a decoder"):
+        audit(brick=str(text_base))
+
+
 # the table
 
 
