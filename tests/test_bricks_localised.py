@@ -244,6 +244,9 @@ def test_the_check_runs_from_end_to_end_and_its_control_and_gate_can_fail(causal
     assert fine["holds"] is True and fine["control"]["destroyed"] and fine["detail"].startswith("1% (1 of 64")
     assert checks.verdict({0.01: good, 0.03: bad}, bad, words)["holds"] is False
     assert not checks.verdict({0.01: good, 0.03: good}, good, words)["control"]["destroyed"]
+    # Meaningless sets that hurt their own twice as much as the others would be no control, whatever random ones do.
+    half = judged(found_of(0.5, 0.1, 0.4), ("a", "b", "c"), [0.4] * 3, [0.9] * 3)
+    assert half["holds"] is False and not checks.verdict({0.01: good}, half, words)["control"]["destroyed"]
     nothing = judged(found_of(0.5, 0.1, 0.1, apart=0.0), ("a", "b", "c"), [0.4] * 3, [0.4] * 3)
     assert checks.verdict({0.01: nothing, 0.03: nothing}, bad, words)["holds"] == "set-up invalid"
 

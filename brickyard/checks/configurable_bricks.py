@@ -76,7 +76,7 @@ def verdict(found: dict[float, dict[str, Any]], control: dict[str, Any], cut: di
         "control": {
             "what": "neurons scored by labels dealt out anew: their sets mean nothing",
             **{key: shuffled[key] for key in ("inequality", "measured", "low", "high")},
-            "destroyed": control["holds"] is not True,
+            "destroyed": shuffled["holds"] is not True,
         },
         "figures": {f"{share:g}": judgement for share, judgement in found.items()} | {"shuffled": control},
         "detail": said if holds is True else f"{NONE}; {said}",
