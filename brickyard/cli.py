@@ -168,6 +168,11 @@ def _data(p: Parser) -> None:
         default="remove",
         help="what is done with rows of train that stand in test, exactly or nearly (default remove)",
     )
+    p.add_argument(
+        "--baseline",
+        metavar="DIR",
+        help="write random rows beside it, as many tokens as are left: what the step must beat",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     p.add_argument("--no-cache", action="store_true", help="keep hidden states in memory only (private data)")
     p.add_argument("--config", metavar="FILE", help="a YAML or TOML file of these options; the command line wins")
@@ -338,7 +343,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         from brickyard import recipe_steps
 
         recipe_steps.read(args.recipe)
-    _check_arms([*(getattr(args, "methods", None) or ()), *([args.arm] if "arm" in args else ())])
+    one = [args.arm] if "arm" in args else []
+    _check_arms([*(getattr(args, "methods", None) or ()), *one, *getattr(args, "others", ())])
     return args
 
 

@@ -210,6 +210,7 @@ def data(args: argparse.Namespace, argv: Sequence[str]) -> int:
         device=args.device,
         cache=not args.no_cache,
         contamination=args.contamination,
+        baseline=args.baseline,
     )
     if args.json:
         _print_json(card)
@@ -230,6 +231,11 @@ def data(args: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         said = f"train was not compared with test: {checked['why']}"
     console.print(said, highlight=False)
+    if beside := card.get("baseline"):
+        said = (
+            f"random subset: {beside['rows']:,} rows, {beside['tokens']:,} tokens of {beside['budget']:,} in the result"
+        )
+        console.print(f"{said}; {escape(beside['folder'])}", soft_wrap=True, highlight=False)
     card_path = str(Path(args.out) / "data_card.json")
     console.print(f"card: {escape(card_path)}", soft_wrap=True, highlight=False)
     return DONE

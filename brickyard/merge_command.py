@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 DONE = 0
+_TABLE = "merges.json"
 
 
 def options(p: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     """Add the verb's own options to its parser; `count` reads a positive number."""
     p.add_argument("arm", metavar="ARM", help="e.g. ties:density=0.2 or 'task-arithmetic + lines'; options may follow")
+    p.add_argument(
+        "others", nargs="*", metavar="ARM", help="more merges of the same inputs: one table says which keeps what"
+    )
     p.add_argument(
         "--bricks", nargs="+", required=True, metavar="DIR", help="bricks, PEFT adapters, or full checkpoints"
     )
@@ -55,24 +59,26 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     from brickyard.merging import merge as run_merge
 
-    result = run_merge(
-        args.arm,
-        base=args.base,
-        bricks=args.bricks,
-        data=args.data,
-        out=args.out,
-        form=args.form,
-        dtype=args.dtype,
-        heads=args.heads,
-        threads=args.threads,
-        force=args.force,
-        device=args.device,
-        task=args.task,
-        metric=args.metric,
-        max_length=args.max_length,
-        audit=args.audit,
-        trust_remote_code=args.trust_remote_code,
-    )
+    given: dict[str, Any] = {
+        "base": args.base,
+        "bricks": args.bricks,
+        "data": args.data,
+        "out": args.out,
+        "form": args.form,
+        "dtype": args.dtype,
+        "heads": args.heads,
+        "threads": args.threads,
+        "force": args.force,
+        "device": args.device,
+        "task": args.task,
+        "metric": args.metric,
+        "max_length": args.max_length,
+        "audit": args.audit,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.others:
+        return _several([args.arm, *args.others], given, args)
+    result = run_merge(args.arm, **given)
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
         return DONE
@@ -87,6 +93,79 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
             console.print(_attacks(result["scores"], args.audit))
     console.print(f"{result['form']}: {escape(args.out)}", soft_wrap=True, highlight=False)
     return DONE
+
+
+def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespace) -> int:
+    """Make several merges of the same inputs and show one table."""
+    import json
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from brickyard.merging_compare import merge_all
+
+    console, progress = Console(), Console(stderr=True)
+
+    def said(text: str) -> None:
+        progress.print(escape(text), soft_wrap=True, highlight=False)
+
+    result = merge_all(arms, **given, said=said)
+    if args.json:
+        sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
+        return DONE
+    console.print(_kept(result))
+    for failure in result["failed"]:
+        console.print(escape(f"{failure['arm']}: {failure['why']}"), soft_wrap=True, highlight=False)
+    for task in result["tasks"]:
+        if task["gain"] <= 0:
+            said = f"{task['data']}: the input {task['expert']} gains nothing there, so nothing can be kept"
+            console.print(escape(said), soft_wrap=True, highlight=False)
+    if result["best"] is not None:
+        alike = f"; not told apart from it: {', '.join(result['alike'])}" if result["alike"] else ""
+        console.print(escape(f"{result['best']} keeps most{alike}"), soft_wrap=True, highlight=False, style="bold")
+    console.print(f"models and {_TABLE}: {escape(args.out)}", soft_wrap=True, highlight=False)
+    return DONE
+
+
+def _kept(result: dict[str, Any]) -> Any:
+    """Return the table of several merges: scores with how they stand to the task's own expert, and what is kept."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    tasks = result["tasks"]
+    table = Table(
+        title=f"test rows; heads: {', '.join(dict.fromkeys(task['head'] for task in tasks))}",
+        caption="kept: share of what its expert gained on a task over the base, mean over tasks; "
+        "- below the expert of the task, + above it, = not told apart (95 %, paired)",
+    )
+    table.add_column("model")
+    for task in tasks:
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}", justify="right")
+    table.add_column("kept", justify="right")
+    merges = len(result["rows"]) - len(result["about"]["inputs"]) - 1
+    for i, row in enumerate(result["rows"]):
+        cells = [
+            f"{cell['mean']:.4f} {_mark(cell, row['model'] == task['expert'], task['metric'])}"
+            for cell, task in zip(row["scores"], tasks, strict=True)
+        ]
+        kept = "" if row["mean_kept"] is None else f"{100 * row['mean_kept']:.0f} %"
+        style = "bold" if row["model"] == result["best"] or row["model"] in result["alike"] else None
+        table.add_row(
+            escape(row["model"]), *cells, kept, style=style, end_section=i == len(result["rows"]) - merges - 1
+        )
+    return table
+
+
+def _mark(cell: dict[str, float], own: bool, metric: str) -> str:
+    """Return how a score stands to that of the task's expert: better or worse by the metric's own direction."""
+    from brickyard.core.influence import LOWER_IS_BETTER
+
+    low, high = cell["to_expert_low"], cell["to_expert_high"]
+    if own:
+        return " "
+    if low <= 0 <= high:
+        return "="
+    return "+" if (low > 0) != (metric in LOWER_IS_BETTER) else "-"
 
 
 def straight_lines(result: dict[str, Any]) -> list[bool]:

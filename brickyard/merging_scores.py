@@ -111,27 +111,58 @@ def score(
     "mean"}]}; `mean` is over the tasks, where they share a metric. A score of a triggered task holds "attack" besides:
     {"success", "without", "triggered_accuracy"}, as `audit.backdoor` has them.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    (result,) = open_inputs([str(merged)], ground, mixed=True, force=True)
     models: list[tuple[str, Source | None]] = [
         ("the base", None),
         *((given.label, given.source) for given in inputs),
-        (MERGE, result.source),
+        (MERGE, source_of(merged, ground)),
     ]
+    rows = [answered(ground, source, columns, device=device, attack=attack) for _, source in models]
+    cells = [[found.cell for found in row] for row in rows]
     same = len({column.task.metric for column in columns}) == 1
-    rows = []
-    for label, source in models:
-        cells: list[dict[str, Any]] = []
-        for column in columns:
-            overwrite(column.model, ground, source)
-            found = answer(column.model.to(place), column.rows, column.task)
-            cell = interval(column.rows.labels.numpy(), found.predictions[None], column.task.metric)
-            cells.append({"mean": cell.mean, "low": cell.low, "high": cell.high})
-            if attack is not None and column.triggered is not None:
-                cells[-1]["attack"] = _attacked(column, found.predictions, attack)
-        mean = float(np.mean([cell["mean"] for cell in cells])) if same else None
-        rows.append({"model": label, "scores": cells, "mean": mean})
-    return {"tasks": [column.about() for column in columns], "rows": rows}
+    means = [float(np.mean([cell["mean"] for cell in row])) if same else None for row in cells]
+    return {
+        "tasks": [column.about() for column in columns],
+        "rows": [
+            {"model": label, "scores": row, "mean": mean}
+            for (label, _), row, mean in zip(models, cells, means, strict=True)
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one model answers on the test rows of one task: predictions [N, ...] and the cell of the table."""
+
+    predictions: np.ndarray
+    cell: dict[str, Any]
+
+
+def source_of(merged: Path, ground: Ground) -> Source:
+    """Return the weights of a merge that lies in a folder, as a model or as an adapter."""
+    (result,) = open_inputs([str(merged)], ground, mixed=True, force=True)
+    return result.source
+
+
+def answered(
+    ground: Ground,
+    source: Source | None,
+    columns: Sequence[Column],
+    *,
+    device: str | None = None,
+    attack: Config | None = None,
+) -> list[Answered]:
+    """Answer the test rows of every task with the weights of a source (None: the base), and score the answers."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = []
+    for column in columns:
+        overwrite(column.model, ground, source)
+        found = answer(column.model.to(place), column.rows, column.task).predictions
+        score = interval(column.rows.labels.numpy(), found[None], column.task.metric)
+        cell: dict[str, Any] = {"mean": score.mean, "low": score.low, "high": score.high}
+        if attack is not None and column.triggered is not None:
+            cell["attack"] = _attacked(column, found, attack)
+        out.append(Answered(found, cell))
+    return out
 
 
 def _attacked(column: Column, clean_N: np.ndarray, attack: Config) -> dict[str, float]:

@@ -187,7 +187,14 @@ def language_model(size: str, arch: str, end: int) -> PreTrainedModel:
         use_cache=False,
         **SIZES[size] | {"intermediate_size": feed_forward[size]},
     )
-    return make_model._from_config(config, attn_implementation="sdpa" if arch == "llama" else "eager")
+    model = make_model._from_config(config, attn_implementation="sdpa" if arch == "llama" else "eager")
+    # The token between documents pads too, so torch would keep its embedding as it is, at zero: a vector at which
+    # RMSNorm multiplies gradients by 1 / sqrt(eps), layer after layer.
+    table: Any = model.get_input_embeddings()
+    table.padding_idx = None
+    with torch.no_grad():
+        table.weight[end].normal_(std=config.initializer_range)
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:

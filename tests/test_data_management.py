@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,13 +15,15 @@ from conftest import WORDS, text_data, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brickyard import api
 from brickyard.cli import main
 from brickyard.core import pool, registry
+from brickyard.core.base import open_base
 from brickyard.core.curate import Request, curate
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, BrickyardError, Refused, UsageError
 from brickyard.core.minhash import normalised
-from brickyard.core.pool import Outcome, Pool
+from brickyard.core.pool import Outcome, Pool, read_pool
 from brickyard.data import data_management, dedup, mix, quality_filter
 from brickyard.data import select as selection
 from brickyard.data._ngrams import counts, nats_per_character
@@ -367,6 +370,32 @@ def test_the_command_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert "160 of 160 rows" in said and "left in train" in said
     steps = json.loads((tmp_path / "r" / "data_card.json").read_text())["report"]["steps"]
     assert steps["dedup:threshold=0.7"]["would_drop"]["exact duplicate"] == 1 and "agreement" in steps
+
+
+def test_a_random_subset_has_as_many_tokens(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["data", "select", "--by", "random", "--budget", "0.4", "--data", str(folder), "--seed", "3"]
+    places = {name: tmp_path / name for name in ("chosen", "drawn", "again", "drawn2")}
+    assert main([*argv, "--out", str(places["chosen"]), "--baseline", str(places["drawn"])]) == 0
+    assert "random subset:" in capsys.readouterr().out
+    assert main([*argv, "--out", str(places["again"]), "--baseline", str(places["drawn2"])]) == 0
+    read = {name: read_pool(str(place)).splits for name, place in places.items()}
+    assert read["drawn"] == read["drawn2"] and read["drawn"]["test"] == read["chosen"]["test"]
+    assert read["drawn"]["train"] != read["chosen"]["train"]
+    tokenizer: Any = open_base("embedded:minilm").tokenizer
+    count = {
+        name: sum(len(ids) for ids in tokenizer(part["train"]["text"], add_special_tokens=False)["input_ids"])
+        for name, part in read.items()
+    }
+    longest = max(len(ids) for ids in tokenizer(read["chosen"]["train"]["text"])["input_ids"])
+    assert abs(count["drawn"] - count["chosen"]) <= longest
+    card = json.loads((places["chosen"] / "data_card.json").read_text())["baseline"]
+    assert (card["tokens"], card["budget"]) == (count["drawn"], count["chosen"])
+    beside = json.loads((places["drawn"] / "data_card.json").read_text())
+    assert beside["step"] == "random subset" and beside["options"] == {"tokens": count["chosen"], "of": "select"}
+    test = set(read["drawn"]["test"]["text"])
+    assert not test & set(read["drawn"]["train"]["text"])
+    with pytest.raises(UsageError, match="folder of its own"):
+        api.data("dedup", data=str(folder), out=tmp_path / "x", baseline=tmp_path / "x")
 
 
 def test_text_files_stay_text_and_columns_are_renamed(tmp_path: Path) -> None:

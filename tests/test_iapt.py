@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import brickyard
+from brickyard.core import brick as bricks
 from brickyard.core import trial
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
-from brickyard.core.errors import BadData, Refused, UsageError
+from brickyard.core.errors import BadData, BadMix, Refused, UsageError
 from brickyard.core.loop import train_mode
 from brickyard.core.roles import blocks
 from brickyard.core.task import Task
@@ -230,6 +231,71 @@ def test_a_run_on_instructions_learns_and_its_brick_answers(causal_base: Path, t
     assert again["score"]["mean"] == pytest.approx(result["score"]["mean"], rel=1e-4)
     with pytest.raises(Refused, match="prompts are made"):
         resolve(parse("iapt"), Task("causal-lm", "bits_per_byte", None, 1, "text"))
+
+
+@pytest.fixture
+def tenants(causal_base: Path, tmp_path: Path) -> dict[str, Path]:
+    """Bricks of two tenants whose generators are unlike each other, and one of other widths."""
+    out = {}
+    for seed, (name, options) in enumerate((("ann", ""), ("bob", ""), ("cy", ",groups=1,activation=gelu"))):
+        base, plan = open_base(str(causal_base)), resolve(parse(f"iapt:bottleneck=8{options}"), INSTRUCT)
+        attached = build(plan, base, INSTRUCT, seed=seed)
+        for p in attached.parameters():
+            p.data += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        bricks.save(tmp_path / name, attached, plan, base, INSTRUCT, seed=seed, about={})
+        out[name] = tmp_path / name
+    return out
+
+
+def test_tenants_share_a_backbone_and_every_row_answers_as_alone(tenants: dict[str, Path], causal_base: Path) -> None:
+    base = open_base(str(causal_base))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    given = batch(rows=4)
+    given["attention_mask"][1, :3] = 0
+    names = ["bob", "ann", "cy", "bob"]
+    alone: dict[str, Any] = {name: bricks.load(folder).apply(base).model for name, folder in tenants.items()}
+    shared = iapt.share(base, tenants)
+    with torch.no_grad(), shared.rows(names) as model:
+        together = model(**given).logits  # type: ignore[operator]
+        answers = model.generate(**given, use_cache=True, **options)  # type: ignore[operator]
+        beams = model.generate(**given, use_cache=True, num_beams=2, **options)  # type: ignore[operator]
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in given.items()}
+            torch.testing.assert_close(together[row], alone[name](**one).logits[0], rtol=1e-4, atol=1e-5)
+            assert torch.equal(answers[row], alone[name].generate(**one, use_cache=True, **options)[0])
+            assert torch.equal(beams[row], alone[name].generate(**one, use_cache=True, num_beams=2, **options)[0])
+        other = alone["ann"](**given).logits
+    assert (together[0] - other[0]).abs().max() > 1e-3
+    shared.close()
+    with torch.no_grad():
+        plain = base.model(INSTRUCT, seed=0).eval()(**given).logits
+        torch.testing.assert_close(shared.model(**given).logits, plain)
+
+
+def test_tenants_that_cannot_share_are_refused(
+    tenants: dict[str, Path], causal_base: Path, text_base: Path, tmp_path: Path
+) -> None:
+    base = open_base(str(causal_base))
+    shared = iapt.share(base, tenants)
+    with pytest.raises(BadMix, match="one name for each row"), shared.rows(["ann", "eve"]):
+        pass
+    with pytest.raises(BadMix, match="3 rows came while 2"), shared.rows(["ann", "bob"]):
+        shared.model(**batch())
+    with pytest.raises(BadMix, match="0 tenants"):
+        shared.model(**batch())
+    shared.close()
+    with pytest.raises(UsageError, match="no tenants"):
+        iapt.share(base, {})
+    for arm, task, folder, said in (
+        ("iapt:bottleneck=8,tokens=2", INSTRUCT, causal_base, "different numbers"),
+        ("lora:r=2", INSTRUCT, causal_base, "brick of lora"),
+        ("iapt:bottleneck=8", TOPICS, text_base, "head of its own"),
+    ):
+        opened, plan = open_base(str(folder)), resolve(parse(arm), task)
+        bricks.save(tmp_path / said, build(plan, opened, task, seed=0), plan, opened, task, seed=0, about={})
+        with pytest.raises(Refused, match=said):
+            iapt.share(opened, {**(tenants if task is INSTRUCT else {}), "odd": tmp_path / said})
 
 
 def test_two_levels_learn_in_turn_on_rows_of_their_own(text_base: Path, tmp_path: Path) -> None:

@@ -225,6 +225,19 @@ def test_the_first_nan_stops_the_run_and_is_named(what: str) -> None:
         train(attached(), Rows(), None, TASK, BASIC, callbacks=[Poison(what)], device="cpu")
 
 
+def test_weights_that_have_not_moved_are_no_outcome() -> None:
+    """Training on shuffled labels only gets worse, so the start would be kept, as the first warm-up step leaves it."""
+    rows, held = Rows(), Rows(60, seed=1)
+    model = attached()
+    train(model, rows, None, TASK, replace(BASIC, epochs=12), device="cpu")
+    learned = model.tensors()
+    rows.labels = rows.labels[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    again = attach_in_place(model.model, [n for n in learned], matched={"all": ["body"]})
+    done = train(again, rows, held, TASK, replace(BASIC, steps=20, warmup=0.1, evaluate_every=1), device="cpu")
+    assert done.history[0]["validation_score"] == max(p["validation_score"] for p in done.history)
+    assert done.best_step > 1 and not torch.equal(again.tensors()["head.weight"], learned["head.weight"])
+
+
 def test_patience_stops_early() -> None:
     model = attach_in_place(Net(), ["head.weight", "head.bias"], matched={})  # nothing moves at lr 0
     done = train(model, Rows(), Rows(20, seed=1), TASK, replace(BASIC, lr=0.0, epochs=30, patience=2), device="cpu")

@@ -266,6 +266,27 @@ def test_flops_of_attention_are_equal_for_both_implementations():
     assert net.training and net.middle.training
 
 
+class OwnInput(nn.Module):
+    """Feeds a slice of its own parameter to a module, as generators of prompts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = nn.Parameter(torch.randn(2, 16))
+        self.frozen = nn.Parameter(torch.randn(1), requires_grad=False)
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.up(self.seeds[0])
+
+
+def test_a_model_that_feeds_its_own_parameters_is_counted_and_left_trainable():
+    net = Net(OwnInput())
+    assert measure.forward_flops(net, batch(8)) == 2 * 8 * 16 * 16 + 2 * 8 * 16 * 3 + 2 * 16 * 16
+    assert {name: p.requires_grad for name, p in net.middle.named_parameters()} == {
+        "seeds": True, "frozen": False, "up.weight": True, "up.bias": True,
+    }  # fmt: skip
+
+
 def test_interleaved_takes_turns_and_the_median(monkeypatch):
     calls, clock = [], iter(range(1000))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))

@@ -122,6 +122,13 @@ def test_a_zero_adapter_is_named(loras: list[Brick], text_base: Path, tmp_path: 
         merge("average", base=str(text_base), bricks=[loras[0].folder, still.folder], out=tmp_path / "out")
 
 
+def test_a_merge_of_adapters_at_scale_zero_is_no_merge(loras: list[Brick], text_base: Path, tmp_path: Path) -> None:
+    folders = [brick.folder for brick in loras]
+    with pytest.raises(NoEffect, match="every scale is 0"):
+        merge("task-arithmetic:scale=0.0", base=str(text_base), bricks=folders, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_changes_that_are_no_low_rank_product_are_taken_as_weights(text_base: Path, tmp_path: Path) -> None:
     made = make_brick(tmp_path / "mos", text_base, "mos:r=3,e=2,p=1,l=2", 1)
     merge("lines:alpha=1,beta=0", base=str(text_base), bricks=[made.folder], out=tmp_path / "out")

@@ -15,7 +15,8 @@ def saved_bytes(claim: Claim, *, batch: int = 32, tokens: int = 64) -> dict[str,
     """Count what LST at three reductions, LoRA and full tuning save for backward."""
     arms = {f"lst r={r}": f"lst:r={r},init=random" for r in (8, 4, 16)} | {"lora": LORA, "full": "full"}
     found = saved(open_base(claim.base), arms, batch, tokens)
-    return at_most(found, {"lora": 0.4}, "lst r=8", "full", batch, tokens)
+    judged = at_most(found, {"lora": 0.4}, "lst r=8", "full", batch, tokens)
+    return {**judged, "detail": f"{judged['detail']}; the ladder's own attention is fused, as it always is"}
 
 
 @takes("base")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ SCHEMA = 1  # of data_card.json
 EXAMPLES = 5  # of each rule that the card shows
 EXCERPT = 120  # characters of a text that the card shows
 IN_TEST, NEAR_TEST = "in test", "near a test row"
+RANDOM, NOT_DRAWN = "random subset", "not drawn"
 UNEVEN = 0.5  # a group that keeps less than this part of the overall rate is named
 
 
@@ -46,6 +47,16 @@ class Request:
     device: str | None = None
     cache: bool = True
     contamination: str = "remove"
+    baseline: str | Path | None = None
+    """a second new folder: random rows of the same train split, with as many tokens of `base` as the step left"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a random subset is drawn to."""
+
+    tokens: int
+    of: str
 
 
 def curate(request: Request) -> dict[str, Any]:
@@ -60,6 +71,8 @@ def curate(request: Request) -> dict[str, Any]:
         raise UsageError(f"contamination={request.contamination!r}: remove or report was expected.")
     if request.seed < 0:
         raise UsageError(f"seed={request.seed}: a seed is not negative.")
+    if request.baseline is not None and Path(request.baseline).resolve() == Path(request.out).resolve():
+        raise UsageError(f"baseline and out are both {request.out}; the random subset needs a folder of its own.")
     entry = registry.find(request.step, "data")
     if entry.record.slot:
         raise UsageError(f"{request.step} is used inside an arm (such as 'lora + {request.step}'), not as a step.")
@@ -95,12 +108,52 @@ def curate(request: Request) -> dict[str, Any]:
         raise RunFailed(f"{request.step} neither kept nor dropped some rows, or did both; nothing was written.")
     outcome = _in_numbers_of(pool, found, clean, drops)
     card = _card(request, config, source, pool, outcome, contamination, seconds)
-    with complete_folder(request.out) as folder:
+    if request.baseline is not None:
+        drawn = _random_subset(request, pool, clean, outcome, drops)
+        budget = Budget(drawn.report["budget"], request.step)
+        beside = _card(replace(request, step=RANDOM), budget, source, pool, drawn, contamination, seconds)
+        _publish(request.baseline, beside, source, pool, drawn)
+        card["baseline"] = {"folder": str(request.baseline), **drawn.report, "rows": len(drawn.rows)}
+    _publish(request.out, card, source, pool, outcome)
+    return card
+
+
+def _publish(out: str | Path, card: dict[str, Any], source: Source, pool: Pool, outcome: Outcome) -> None:
+    """Write a data folder with its card, complete or not at all."""
+    with complete_folder(out) as folder:
         _write(folder, source, pool, outcome)
         paths = sorted(p for p in folder.rglob("*") if p.is_file())
         card["files"] = {p.relative_to(folder).as_posix(): sha256(p) for p in paths}
         write_json(folder / "data_card.json", card)
-    return card
+
+
+def _random_subset(
+    request: Request, pool: Pool, clean: np.ndarray, outcome: Outcome, drops: dict[str, dict[int, str]]
+) -> Outcome:
+    """Draw rows that may be in train until they have as many tokens as the step left: what choosing must beat.
+
+    Where the step repeats rows and left more tokens than there are, every row is drawn once before any twice.
+    """
+    from brickyard.core.base import open_base
+
+    tokenizer: Any = open_base(request.base).tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{request.base} has no tokenizer to count tokens by; give a --base for text.")
+    encoded = tokenizer(pool.texts, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = np.array([len(ids) for ids in encoded], dtype=np.int64)
+    budget, whole = int(tokens[outcome.rows].sum()), int(tokens[clean].sum())
+    generator = np.random.Generator(np.random.PCG64([request.seed, *RANDOM.encode()]))
+    rounds = 1 + budget // max(whole, 1)
+    order = np.concatenate([generator.permutation(clean) for _ in range(rounds)])
+    sums = np.concatenate([[0], np.cumsum(tokens[order])])
+    count = max(1, int(np.abs(sums - budget).argmin()))
+    rows = order[:count]
+    left = np.setdiff1d(clean, rows)
+    report = {"budget": budget, "tokens": int(tokens[rows].sum()), "counted_by": request.base}
+    named = {**{rule: found for rule, found in drops.items() if found}}
+    return Outcome(
+        np.sort(rows), {**named, **({NOT_DRAWN: dict.fromkeys(left.tolist(), "")} if len(left) else {})}, {}, report
+    )
 
 
 def against_test(pool: Pool, source: Source) -> tuple[dict[str, dict[int, str]], dict[str, Any]]:

@@ -388,8 +388,10 @@ def _evaluate(state: State, validation: Examples) -> bool:
     _point(state, {"validation_score": score, "validation_loss": loss})
     assert state.hooks is not None
     found = (state.task.goodness(score), -loss)
-    # In the middle of a method's schedule neither is kept: patience would end it before what it is for.
-    if state.hooks.ready(state):
+    # In the middle of a method's schedule neither is kept: patience would end it before what it is for. Nor after the
+    # first step of a warm-up, whose learning rate is zero: weights that have not moved are no outcome of training.
+    moved = state.training.factor(state.step - 1, state.total) > 0
+    if moved and state.hooks.ready(state):
         if state.best is None or found > (state.task.goodness(state.best["score"]), -state.best["loss"]):
             state.best = {"score": score, "loss": loss, "step": state.step}
             state.best_tensors = state.attached.tensors()

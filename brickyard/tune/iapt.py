@@ -7,9 +7,10 @@
     g_l(x) = sum_{0..6} a_j x^j / (1 + | sum_{1..5} b_i x^i |)  learned for each layer, begins as GELU
 
 The layer's attention reads p_l as keys and values (see `_prompts`), so decoding costs P cache entries a layer and no
-product. Projections may be shared by groups of layers; activations are not. Trained "jointly", or in two levels: for
-the first half of the steps the generators learn on one half of the rows and the activations on the other, in turn;
-then the activations rest and the generators learn on all rows. The backbone is frozen. Nothing can be merged.
+product; `share` lets the bricks of several tenants answer one batch, each row its own. Projections may be shared by
+groups of layers; activations are not. Trained "jointly", or in two levels: for the first half of the steps the
+generators learn on one half of the rows and the activations on the other, in turn; then the activations rest and the
+generators learn on all rows. The backbone is frozen. Nothing can be merged.
 
 Source: "IAPT: Instruction-Aware Prompt Tuning for Large Language Models", ACL 2024, arXiv 2405.18203; the shape of the
 scores, m and the groups are ours. Headline claim: above P-tuning v2 and LoRA-like methods at as many parameters, and
@@ -19,9 +20,13 @@ Legend: B rows, n tokens of the instruction, d width, m bottleneck, P prompts.
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,9 +35,11 @@ from scipy.optimize import lsq_linear
 from scipy.special import erf
 from torch import Tensor, nn
 
+from brickyard.core import brick as bricks
 from brickyard.core.attached import Attached, attach_in_place
+from brickyard.core.base import Base
 from brickyard.core.curriculum import Curriculum
-from brickyard.core.errors import UsageError
+from brickyard.core.errors import BadMix, Refused, UsageError
 from brickyard.core.loop import State
 from brickyard.core.method import Claim, Record
 from brickyard.core.roles import own_head
@@ -186,6 +193,7 @@ class Generator(nn.Module):
         groups = config.groups or layers
         if groups > layers:
             raise UsageError(f"iapt: groups={groups}, but this base has {layers} layers.")
+        self.tokens = config.tokens
         self.group = [l * groups // layers for l in range(layers)]
         size = (d, config.bottleneck, config.tokens)
         self.projections = nn.ModuleList(Projections(*size, reads=not config.constant) for _ in range(groups))
@@ -202,6 +210,93 @@ class Generator(nn.Module):
         scores_BTP = made.scores(z_BTm).masked_fill(~mask_BT[..., None], float("-inf"))
         s_BPm = scores_BTP.softmax(dim=1).transpose(1, 2) @ z_BTm
         return made.up(self.activations[l](s_BPm))
+
+
+class Tenants(nn.Module):
+    """Generators of several bricks beside one backbone: every row of a batch has prompts made by its own."""
+
+    def __init__(self, generators: Mapping[str, Generator]) -> None:
+        super().__init__()
+        self.generators = nn.ModuleList(generators.values())
+        self.known = {name: i for i, name in enumerate(generators)}
+        self.asked: list[str] = []
+
+    def forward(self, l: int, h_BTd: Tensor, mask_BT: Tensor) -> Tensor:
+        count = len(self.asked)
+        if not count or len(h_BTd) % count:
+            raise BadMix(
+                f"a batch of {len(h_BTd)} rows came while {count} tenants were named; run the model inside "
+                "`with rows([...])`, one name for each row."
+            )
+        owner = [self.known[name] for name in self.asked for _ in range(len(h_BTd) // count)]  # beams repeat a row
+        made: Tensor | None = None
+        for tenant in sorted(set(owner)):
+            rows = torch.tensor([i for i, of in enumerate(owner) if of == tenant], device=h_BTd.device)
+            p_RPd = self.generators[tenant](l, h_BTd[rows], mask_BT[rows])
+            made = h_BTd.new_empty(len(h_BTd), *p_RPd.shape[1:]) if made is None else made
+            made[rows] = p_RPd.to(made.dtype)
+        assert made is not None
+        return made
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One frozen backbone and the tenants on it. `close` leaves the model without them."""
+
+    model: nn.Module
+    tenants: Tenants
+    close: Callable[[], None]
+
+    @contextmanager
+    def rows(self, names: Sequence[str]) -> Iterator[nn.Module]:
+        """Answer batches of len(names) rows, each for the tenant named there; a step with the cache needs no names.
+
+        Raises BadMix for names that are unknown, and (in the model's forward) for a batch of another size.
+        """
+        unknown = sorted(set(names) - self.tenants.known.keys())
+        if unknown or not names or isinstance(names, str):
+            raise BadMix(f"rows={names!r}: expected one name for each row, of {sorted(self.tenants.known)}.")
+        before, self.tenants.asked = self.tenants.asked, list(names)
+        try:
+            yield self.model
+        finally:
+            self.tenants.asked = before
+
+
+def share(base: Base, tenants: Mapping[str, str | Path], *, attention: str = "sdpa") -> Shared:
+    """Put the generators of several iapt bricks on one backbone of `base`, a language model; name -> brick folder.
+
+    Weights of the backbone are held once; a tenant costs its generators and, while it decodes, P cache entries a layer.
+
+        shared = share(open_base("embedded:pylm"), {"ann": "bricks/a", "bob": "bricks/b"})
+        with shared.rows(["ann", "bob", "ann"]) as model:
+            model.generate(**three_rows)
+
+    Raises WrongBase for a brick of another base, Refused for what is no iapt brick alone, answers through a head of its
+    own, or makes another number of prompts than the others (rows of one batch need as many cache entries each).
+    """
+    if not tenants:
+        raise UsageError("share: no tenants were given; give {name: brick folder, ...}.")
+    generators: dict[str, Generator] = {}
+    model: Any = None
+    for name, folder in tenants.items():
+        made = bricks.load(folder)
+        if made.manifest["arm"].partition(":")[0].strip() != RECORD.name or "+" in made.manifest["arm"]:
+            raise Refused(f"{folder} is a brick of {made.manifest['arm']}; share serves those of {RECORD.name} alone.")
+        if not made.task.generative:
+            raise Refused(
+                f"{folder} was tuned on {made.task.kind}, with a head of its own; share serves language models."
+            )
+        applied = made.apply(base, attention=attention)
+        found: Any = applied.model.get_submodule(PROMPTS)
+        generators[name] = copy.deepcopy(found)  # undoing the brick takes its values back
+        model = applied.undo()
+    counts = {name: made.tokens for name, made in generators.items()}
+    if len(set(counts.values())) > 1:
+        raise Refused(f"tenants with different numbers of prompts cannot share a batch: {counts}.")
+    together = Tenants(generators).eval().to(next(model.parameters()).device)
+    prompts = Prompts(model, together)
+    return Shared(model.eval(), together, prompts.close)
 
 
 class Bilevel(Curriculum):

@@ -1,0 +1,160 @@
+"""Several merges of the same inputs in one table: what each keeps, what is told apart, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import text_data
+from test_merge import TASK, make_brick
+
+from brickyard.cli import main
+from brickyard.core.brick import Brick
+from brickyard.core.errors import Changed, UsageError
+from brickyard.core.stats import interval
+from brickyard.merging import merge
+from brickyard.merging_compare import _judged, merge_all
+from brickyard.merging_scores import Answered
+
+ARMS = ["average", "ties:density=0.3", "slerp", "task-arithmetic:scale=0.0"]
+
+
+@pytest.fixture
+def experts(text_base: Path, tmp_path: Path) -> list[Brick]:
+    return [make_brick(tmp_path / name, text_base, "lora:r=3", seed, size=0.4) for seed, name in enumerate(("a", "b"))]
+
+
+def inputs(experts: list[Brick], text_base: Path) -> dict[str, Any]:
+    sets = [text_data(), text_data(test=40)]
+    return {"base": str(text_base), "bricks": [e.folder for e in experts], "data": sets, "device": "cpu"}
+
+
+class FakeColumn:
+    """A task whose test labels are known, in place of an opened one."""
+
+    def __init__(self, labels: np.ndarray, owner: int, metric: str = "accuracy") -> None:
+        import torch
+
+        class Rows:
+            pass
+
+        self.rows: Any = Rows()
+        self.rows.labels = torch.as_tensor(labels)
+        self.task: Any = Rows()
+        self.task.metric, self.owner = metric, owner
+
+
+def row(model: str, right: list[float], labels: list[np.ndarray]) -> dict[str, Any]:
+    """A model that answers the first share of each task's rows rightly."""
+    answers = []
+    for share, wanted in zip(right, labels, strict=True):
+        given = np.where(np.arange(len(wanted)) < round(share * len(wanted)), wanted, 1 - wanted)
+        score = interval(wanted, given[None], "accuracy")
+        answers.append(Answered(given, {"mean": score.mean, "low": score.low, "high": score.high}))
+    return {"model": model, "answers": answers}
+
+
+def test_kept_is_the_share_of_the_experts_gain_and_ranks_the_merges() -> None:
+    rng = np.random.default_rng(0)
+    labels = [rng.integers(0, 2, 400), rng.integers(0, 2, 400)]
+    columns: Any = [FakeColumn(labels[0], 0), FakeColumn(labels[1], 1)]
+    models = [row("the base", [0.5, 0.6], labels), row("a", [0.9, 0.5], labels), row("b", [0.4, 0.8], labels)]
+    merges = [row("poor", [0.5, 0.6], labels), row("good", [0.8, 0.75], labels), row("near", [0.8, 0.745], labels)]
+    found = _judged(models, merges, columns)
+    assert [r["model"] for r in found["rows"]] == ["the base", "a", "b", "good", "near", "poor"]
+    by = {r["model"]: r for r in found["rows"]}
+    assert by["good"]["kept"] == pytest.approx([0.75, 0.75]) and by["good"]["mean_kept"] == pytest.approx(0.75)
+    assert by["the base"]["mean_kept"] == pytest.approx(0.0) and by["a"]["kept"][0] == pytest.approx(1.0)
+    assert found["best"] == "good" and found["alike"] == ["near"]
+    assert by["good"]["scores"][0]["to_expert"] == pytest.approx(-0.1)
+    assert by["good"]["scores"][0]["to_expert_high"] < 0 < by["poor"]["scores"][1]["mean"]
+
+
+def test_a_task_without_a_gain_is_left_out_and_said() -> None:
+    labels = [np.arange(100) % 2, np.arange(100) % 2]
+    columns: Any = [FakeColumn(labels[0], 0), FakeColumn(labels[1], 1)]
+    models = [row("the base", [0.5, 0.9], labels), row("a", [0.9, 0.5], labels), row("b", [0.4, 0.8], labels)]
+    found = _judged(models, [row("one", [0.7, 0.1], labels)], columns)
+    assert found["rows"][-1]["kept"] == [pytest.approx(0.5), None] and found["gains"][1] < 0
+    assert found["rows"][-1]["mean_kept"] == pytest.approx(0.5)
+
+
+def test_every_merge_is_the_one_that_is_made_alone(experts: list[Brick], text_base: Path, tmp_path: Path) -> None:
+    given = inputs(experts, text_base)
+    table = merge_all(ARMS, out=tmp_path / "all", **given)
+    assert {r["model"] for r in table["rows"]} == {"the base", "a", "b", "average", "ties:density=0.3", "slerp"}
+    assert [f["arm"] for f in table["failed"]] == ["task-arithmetic:scale=0.0"] and "every scale" in table["failed"][0][
+        "why"
+    ]
+    for arm in ("average", "ties:density=0.3"):
+        alone = merge(arm, out=tmp_path / "alone" / arm[:4], **given)["scores"]["rows"][-1]["scores"]
+        here = next(r for r in table["rows"] if r["model"] == arm)
+        assert [cell["mean"] for cell in here["scores"]] == [cell["mean"] for cell in alone]
+        made = {p.name: p.read_bytes() for p in (tmp_path / "alone" / arm[:4]).glob("*.safetensors")}
+        folder = tmp_path / "all" / here["folder"]
+        assert made == {p.name: p.read_bytes() for p in folder.glob("*.safetensors")} and made
+    stored = json.loads((tmp_path / "all" / "merges.json").read_text())
+    assert [r["model"] for r in stored["rows"]] == [r["model"] for r in table["rows"]]
+
+
+def test_a_second_call_adds_arms_and_other_inputs_are_refused(
+    experts: list[Brick], text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(experts, text_base)
+    first = merge_all(["average", "slerp"], out=tmp_path / "all", **given)
+    import brickyard.merging_compare as module
+
+    made: list[str] = []
+    real = module.carry_out
+    monkeypatch.setattr(module, "carry_out", lambda w, *a, **k: made.append(w.arm) or real(w, *a, **k))
+    second = merge_all(["average", "slerp", "ties"], out=tmp_path / "all", **given)
+    assert made == ["ties"] and len(second["rows"]) == len(first["rows"]) + 1
+    with pytest.raises(Changed, match="another inputs"):
+        merge_all(["average", "slerp"], out=tmp_path / "all", **{**given, "bricks": given["bricks"][::-1]})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(UsageError, match="not empty"):
+        merge_all(["average", "slerp"], out=tmp_path / "full", **given)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
+
+
+def test_what_cannot_be_set_beside_others_is_refused_first(
+    experts: list[Brick], text_base: Path, tmp_path: Path
+) -> None:
+    given, out = inputs(experts, text_base), tmp_path / "all"
+    for arms, change, said in (
+        (["average", "average"], {}, "twice"),
+        (["average", "ties"], {"data": []}, "one --data a task"),
+        (["average", "ties"], {"audit": "backdoor:target=0"}, "one arm"),
+        (["average", "cca-merge"], {}, "by itself"),
+        (["average", "tis"], {}, "ties"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            merge_all(arms, out=out, **{**given, **change})
+    assert not list(out.glob("*/model.safetensors"))
+
+
+def test_the_command_prints_one_table(
+    experts: list[Brick], text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = []
+    for i, count in enumerate((60, 40)):
+        folder = tmp_path / f"data{i}"
+        folder.mkdir()
+        for split, columns in text_data(test=count).items():
+            lines = [
+                json.dumps({"text": t, "label": str(l)}) for t, l in zip(columns["text"], columns["label"], strict=True)
+            ]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        sets.append(str(folder))
+    argv = ["merge", "average", "task-arithmetic:scale=0.0", "ties:density=0.5", "--base", str(text_base)]
+    argv += ["--bricks", *(str(e.folder) for e in experts), "--data", *sets, "--out", str(tmp_path / "all")]
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    assert "ties:density=0.5" in said.out and "kept" in said.out and "every scale is 0" in said.out
+    assert "average:" in said.err
+    assert main([*argv[:2], "averge", *argv[4:]]) == 2
+    assert TASK.labels is not None
