@@ -136,9 +136,7 @@ def _route(p: Parser) -> None:
 
 
 def _run(p: Parser) -> None:
-    from brickyard.recipe_command import options
-
-    options(p)
+    importlib.import_module("brickyard.recipe_command").options(p)
 
 
 def _one_run(p: Parser) -> None:
@@ -281,9 +279,7 @@ def _export(p: Parser) -> None:
 
 
 def _bricks(p: Parser) -> None:
-    from brickyard.bricks_command import options
-
-    options(p, positive)
+    importlib.import_module("brickyard.bricks_command").options(p, positive)
 
 
 def _cache(p: Parser) -> None:
