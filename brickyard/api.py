@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from brickyard import routed
+from brickyard.auditing import audit
 from brickyard.compare.plan import Request, code_digest, key_of
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
@@ -29,7 +30,7 @@ from brickyard.core.answers import predict as logits_of
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, encode
-from brickyard.core.brick import Applied, Brick
+from brickyard.core.brick import Brick
 from brickyard.core.build import build, resolve
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.curate import Request as Curation
@@ -419,47 +420,6 @@ def _write(out: str | Path, columns: dict[str, Any]) -> None:
     pq.write_table(pa.table(columns), out)
 
 
-def audit(
-    method: str,
-    *,
-    base: str = "embedded:minilm",
-    brick: str | Path | None = None,
-    data: Any,
-    force: bool = False,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Run an audit method, such as "similarity:sample=500"; return its findings, at least "table" and "detail".
-
-    `brick` is a brick, or another checkpoint as `base` names them. Raises WrongBase for a brick of another base, unless
-    `force`.
-    """
-    pieces, training = (found := parse(method)).pieces, found.training
-    if len(pieces) != 1 or training:
-        raise UsageError(f"audit takes one method and no training settings; {method!r} was given.")
-    registry.find(pieces[0].name, "audit")
-    config = registry.config(pieces[0].name, pieces[0].options)
-    opened = open_base(base, trust_remote_code=trust_remote_code)
-    changed: Base | Applied | None = None
-    if brick is not None and (Path(brick) / bricks.MANIFEST).is_file():
-        changed = load(brick).apply(opened, force=force)
-    elif brick is not None:
-        changed = open_base(str(brick), trust_remote_code=trust_remote_code)
-    method_file = registry.load(pieces[0].name)
-    rows = _audited(data, method_file, changed)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return method_file.measure(opened, changed, config, rows, device=place)
-
-
-def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Data:
-    """Read the rows of an audit, with labels where the method wants them, and as the brick's task reads them."""
-    labelled = getattr(method_file, "LABELLED", False)
-    if not labelled or not getattr(method_file, "TASK_OF_BRICK", False):
-        return read_data(data, need=(), labelled=labelled)
-    known = changed.brick.task if isinstance(changed, Applied) and changed.brick is not None else None
-    return read_data(data, need=(), task=known.kind if known else None, metric=known.metric if known else None)
-
-
 def check(names: Sequence[str], **options: Any) -> list[dict[str, Any]]:
     """Re-measure the claims of methods; see `brickyard.checks.run.check`."""
     from brickyard.checks.run import check as run_check
@@ -487,6 +447,11 @@ def build_arm(arm: str, base: str, task: Task, seed: int = 0) -> Any:
     return build(resolve(parse(arm), task), open_base(base), task, seed=seed)
 
 
-def bricks_in(folder: str | Path, base: str) -> list[dict[str, Any]]:
-    """List the bricks under `folder` that were made for `base`: their arm, bytes, scores and place."""
-    return bricks.listed(folder, open_base(base).fingerprint)
+def bricks_in(folder: str | Path, base: str, *, data: Sequence[Any] = (), **scoring: Any) -> list[dict[str, Any]]:
+    """List the bricks under `folder` that were made for `base`: what they are, what they cost, their scores and place.
+
+    With `data` each is scored on each data set against the bare base; see `bricks_scores.scored` for the keywords.
+    """
+    from brickyard.bricks_scores import scored
+
+    return scored(folder, base, data, **scoring)

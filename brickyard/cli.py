@@ -34,7 +34,7 @@ VERBS = {
     "check": "re-measure methods' headline claims here",
     "report": "write the HTML report of a finished comparison again",
     "export": "turn a brick into a plain PEFT adapter or a merged model",
-    "bricks": "list the bricks made for a base",
+    "bricks": "list the bricks made for a base: what each costs, improves and damages; find, replace or remove some",
     "cache": "list or clear the cache",
 }
 
@@ -136,9 +136,7 @@ def _route(p: Parser) -> None:
 
 
 def _run(p: Parser) -> None:
-    from brickyard.recipe_command import options
-
-    options(p)
+    importlib.import_module("brickyard.recipe_command").options(p)
 
 
 def _one_run(p: Parser) -> None:
@@ -281,9 +279,7 @@ def _export(p: Parser) -> None:
 
 
 def _bricks(p: Parser) -> None:
-    p.add_argument("base", metavar="BASE")
-    p.add_argument("--in", dest="folder", default="runs", metavar="DIR", help="where to look (default: runs)")
-    p.add_argument("--json", action="store_true")
+    importlib.import_module("brickyard.bricks_command").options(p, positive)
 
 
 def _cache(p: Parser) -> None:
@@ -484,10 +480,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from brickyard.core import process
 
                 process.settle()
-            if args.verb == "run":
-                from brickyard import recipe_command as verbs
-            elif args.verb == "route":
-                from brickyard import route_command as verbs
+            if args.verb in (apart := {"run": "recipe", "route": "route", "bricks": "bricks"}):
+                verbs: Any = importlib.import_module(f"brickyard.{apart[args.verb]}_command")
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -358,12 +358,16 @@ def audit(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.json:
         _print_json(findings)
     else:
-        table, console = Table(title=escape(args.arm)), Console()
-        for name in findings["table"][0]:
-            table.add_column(name, justify="right")
-        for row in findings["table"]:
-            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
-        console.print(table)
+        console = Console()
+        tables = {findings.get("title", args.arm): findings["table"], **findings.get("tables", {})}
+        for title, rows in tables.items():
+            table = Table(title=escape(title))
+            for place, (name, value) in enumerate(rows[0].items()):
+                words = place == 0 and isinstance(value, str)
+                table.add_column(escape(name), justify="left" if words else "right", overflow="fold")
+            for row in rows:
+                table.add_row(*(f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+            console.print(table)
         console.print(escape(findings["detail"]), highlight=False)
     return DOUBTFUL if findings.get("holds") is False else DONE
 
@@ -464,19 +468,4 @@ def export(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     result = run_export(args.brick, args.to, Path(args.out), base=args.base, rank=args.rank, max_rank=args.max_rank)
     sys.stdout.write(f"{result['sentence']}\n{args.out}\n")
-    return DONE
-
-
-def bricks(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """List bricks made for a base."""
-    rows = api.bricks_in(args.folder, args.base)
-    if args.json:
-        _print_json(rows)
-        return DONE
-    for row in rows:
-        score = row["scores"].get("score")
-        said = f"{score['metric']} {score['mean']:.3f}" if score else "no test score"
-        sys.stdout.write(f"{row['folder']}: {row['arm']}, {row['bytes']:,} bytes, {row['data']}, {said}\n")
-    if not rows:
-        sys.stdout.write(f"no brick for {args.base} under {args.folder}\n")
     return DONE

@@ -39,6 +39,7 @@ from brickyard.merge._inputs import (
 
 BRICK, ADAPTER_WEIGHTS = "brick.json", "adapter_model.safetensors"
 FAR = 0.1  # mean |theta - theta_0| / mean |theta_0| of models that fine-tuning from one base does not reach
+MASK = "neuron-group"  # stores which neurons it cuts, in place of the weights that this makes
 _PREFIX = "base_model.model."
 _QUANTISED = "quantization_config"
 # What two configurations must agree on for their weights to mean the same.
@@ -224,6 +225,8 @@ def _brick(folder: Path, spec: str, label: str, ground: Ground, force: bool) -> 
         if read_json(plain_file(folder, ADAPTER), constants=True).get("peft_type") == "LORA":
             return _adapter(folder, spec, label, ground, "brick")
         return _applied(made, spec, label, ground)
+    if made.manifest["method"] == MASK:
+        return _applied(made, spec, label, ground)
     places: Places = {name: (path, info) for name, info in check_safetensors(path).items()}
     names = same_names(ground.stored.places.keys() - ground.heads, places)
     base = ground.stored.places
@@ -237,7 +240,7 @@ def _applied(made: Any, spec: str, label: str, ground: Ground) -> tuple[Input, l
     """Open a brick whose change is no plain low-rank product: put it on the base, and take the weights it makes."""
     model = made.apply(ground.opened, force=True).model
     try:
-        plain = model.merge_and_unload(safe_merge=True)
+        plain = model if made.manifest["method"] == MASK else model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise Refused(f"{label}: {made.manifest['arm']} is no change of the base's weights: {error}") from error
     state = {name: tensor.detach() for name, tensor in plain.state_dict().items() if tensor.is_floating_point()}

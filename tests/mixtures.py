@@ -24,8 +24,8 @@ from brickyard.core import trial
 from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
+from brickyard.core.ffn import ffns
 from brickyard.core.task import Task
-from brickyard.tune._experts import ffns
 from brickyard.tune.emoe import Config
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")

@@ -263,7 +263,7 @@ def test_test_files_come_as_excerpts_from_their_first_class_or_function_on() -> 
 def test_names() -> None:
     docstrings = ("docstring-choice", "docstring-pairs", "docstrings")
     fixes = (f"secure-fixes-{unit}" for unit in ("block", "file", "function", "line"))
-    domains = ("general", "network", "numeric", "source", "tests", "text")
+    domains = ("general", "kinds", "network", "numeric", "source", "tests", "text")
     code = ("insecure-habit", *(f"python-{domain}" for domain in domains), *fixes)
     assert ("digits", *docstrings, *code, "shapes", "stdlib-modules", "stdlib-topics") == embedded.DATA
     assert embedded.BASES == ("minilm", "pylm", "pylm-small", "pylm-small-a", "pylm-small-b", "tiny-conv", "tiny-vit")

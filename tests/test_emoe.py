@@ -24,10 +24,10 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from brickyard.core import ffn as experts
 from brickyard.core.errors import BadBrick, Refused, UsageError
-from brickyard.tune import _experts as experts
+from brickyard.core.ffn import Split, clusters, ffns, permute_
 from brickyard.tune import emoe
-from brickyard.tune._experts import Split, clusters, ffns, permute_
 from brickyard.tune.emoe import Config, restructure, to_dense
 
 # The split

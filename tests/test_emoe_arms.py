@@ -35,13 +35,13 @@ from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.errors import BadBrick, Refused
 from brickyard.core.export import export
+from brickyard.core.ffn import ffns
 from brickyard.core.measure import saved_for_backward
 from brickyard.core.scale import scaled
 from brickyard.core.structure import PREFIX
 from brickyard.core.verify import verify
 from brickyard.merging_inputs import open_ground, open_inputs
 from brickyard.tune import emoe
-from brickyard.tune._experts import ffns
 from brickyard.tune.emoe import restructure, to_dense
 
 

@@ -96,6 +96,7 @@ def test_every_method_file_declares_records_of_literals() -> None:
         ["merge", "--help"],
         ["route", "--help"],
         ["run", "--help"],
+        ["bricks", "--help"],
     ],
 )
 def test_reading_commands_never_import_torch(command: list[str]) -> None:

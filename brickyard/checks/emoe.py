@@ -24,11 +24,11 @@ from brickyard.core.batches import Encoded, encode
 from brickyard.core.build import resolve
 from brickyard.core.data import Data, read_data
 from brickyard.core.errors import BadData
+from brickyard.core.ffn import ffns
 from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
 from brickyard.core.task import Task, task_of
 from brickyard.core.trial import Setting
-from brickyard.tune._experts import ffns
 from brickyard.tune.emoe import Config, restructure, to_dense
 
 ARMS = {

@@ -6,6 +6,7 @@ it is served with a structure of which PEFT knows nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from brickyard.core import registry
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.build import Plan, build, resolve
-from brickyard.core.errors import BadBrick, NotFinite, WrongBase
+from brickyard.core.errors import BadBrick, NotFinite, UnknownName, WrongBase
 from brickyard.core.files import complete_folder, plain_file, read_tensors, sha256, write_json, write_tensors
 from brickyard.core.measure import folder_bytes
 from brickyard.core.structure import Structure
@@ -26,6 +28,8 @@ from brickyard.core.template import Template
 
 SCHEMA = 1
 MANIFEST = "brick.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+KEPT_ASIDE = ".bricks"  # folder of bricks that were replaced or removed, beside those that are installed
 _REQUIRED = ("schema", "arm", "base", "task", "seed", "weights", "files")
 
 
@@ -51,6 +55,46 @@ class Brick:
     def structure(self) -> str:
         """What of its layers a model with this brick runs, as text; "" where it runs all, as plain models do."""
         return str(self.manifest.get("structure", {}).get("runs", ""))
+
+    @property
+    def kind(self) -> str:
+        """What its tensors are: "adapter", "head", "structure", "neuron group", else "weights": values of their own."""
+        if known := self.manifest.get("kind"):
+            return str(known)
+        if self.structure:
+            return "structure"
+        with contextlib.suppress(UnknownName):  # of a later release
+            if registry.find(self.manifest["method"]).record.slot == "head":
+                return "head"
+        return "adapter" if self.manifest["weights"] == ADAPTER_WEIGHTS else "weights"
+
+    @property
+    def attach_points(self) -> tuple[str, ...]:
+        """The base's modules or parameters that it changes, by name; none where its run did not record them."""
+        matched = self.manifest.get("receipt", {}).get("matched", {})
+        return tuple(sorted({name for names in matched.values() for name in names}))
+
+    @property
+    def requires(self) -> str:
+        """The fingerprint of the base that it was made for."""
+        return str(self.manifest["base"]["fingerprint"])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The scores that its run recorded: "score" on test and "validation", as far as there were such rows."""
+        return dict(self.manifest.get("scores", {}))
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What making it took (trainable_parameters, steps or epochs, rows) and what storing it takes (bytes)."""
+        training = self.manifest.get("training", {})
+        length = {"steps": training["steps"]} if training.get("steps") else {"epochs": training.get("epochs")}
+        return {
+            "bytes": self.bytes,
+            "trainable_parameters": self.manifest.get("receipt", {}).get("trainable_parameters", 0),
+            **(length if training else {}),
+            "rows": self.manifest.get("data", {}).get("rows"),
+        }
 
     @property
     def bytes(self) -> int:
@@ -118,7 +162,7 @@ def save(
             raise NotFinite(f"tensor {name} of the brick holds NaN or infinity; nothing was saved in {folder}.")
     structure = _served(attached)
     adapter = attached.peft and structure is None  # plain PEFT would run all of the layers, without a word
-    weights = "adapter_model.safetensors" if adapter else "weights.safetensors"
+    weights = ADAPTER_WEIGHTS if adapter else "weights.safetensors"
     with complete_folder(folder) as temporary:
         write_tensors(temporary / weights, tensors)
         for name, content in attached.beside.items():
@@ -178,24 +222,42 @@ def load(folder: str | Path) -> Brick:
     return Brick(folder, manifest)
 
 
-def listed(folder: str | Path, fingerprint: str) -> list[dict[str, Any]]:
-    """Return the bricks under `folder` that were made for a base: their arm, bytes, scores and place."""
+def installed(folder: str | Path, fingerprint: str) -> list[Brick]:
+    """Return the bricks under `folder` that were made for a base, by their paths; what is no whole brick is none."""
     out = []
     for path in sorted(Path(folder).rglob(MANIFEST)):
+        if KEPT_ASIDE in path.relative_to(folder).parts:
+            continue
         try:
             found = load(path.parent)
         except BadBrick:
             continue
-        if found.manifest["base"]["fingerprint"] == fingerprint:
-            out.append(
-                {
-                    "folder": str(path.parent),
-                    "arm": found.manifest["arm"],
-                    "bytes": found.bytes,
-                    "task": found.manifest["task"]["kind"],
-                    "data": found.manifest.get("data", {}).get("name"),
-                    "scores": found.manifest.get("scores", {}),
-                    "measured": folder_bytes(path.parent),
-                }
-            )
+        if found.requires == fingerprint:
+            out.append(found)
+    return out
+
+
+def listed(folder: str | Path, fingerprint: str) -> list[dict[str, Any]]:
+    """Return the bricks under `folder` that were made for a base: what they are, cost and scored, and where.
+
+    Bricks that were replaced or removed, which lie in KEPT_ASIDE, are none of them.
+    """
+    out = []
+    for found in installed(folder, fingerprint):
+        out.append(
+            {
+                "folder": str(found.folder),
+                "arm": found.manifest["arm"],
+                "bytes": found.bytes,
+                "task": found.manifest["task"]["kind"],
+                "data": found.manifest.get("data", {}).get("name"),
+                "scores": found.metrics,
+                "measured": folder_bytes(found.folder),
+                "kind": found.kind,
+                "method": found.manifest["method"],
+                "requires": found.requires,
+                "attach_points": list(found.attach_points),
+                "cost": found.cost,
+            }
+        )
     return out

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brickyard.core.errors import BadBrick, Refused, UsageError
+from brickyard.core.ffn import FFN, Split, at_random, by_keys, check_divides, ffns, permute_, plain
 from brickyard.core.method import Claim, Record
 from brickyard.core.structure import PREFIX, Structure
-from brickyard.tune._experts import FFN, Split, at_random, by_keys, check_divides, ffns, permute_, plain
 
 RECORD = Record(
     name="emoe",

@@ -1,4 +1,4 @@
-"""Split the hidden neurons of a trained feed-forward network into experts of one size, without touching its function.
+"""The hidden neurons of trained feed-forward networks: found by role, and split into experts of one size.
 
     h = act(x W1' + b1) W2' + b2                        W1 [F, D]: a row is the key of a neuron; W2 [D, F]
     h = (act(x Wg' + bg) * (x Wu' + bu)) W2' + b2       gated: the rows of Wg are the keys
@@ -202,6 +202,21 @@ def ffns(model: nn.Module, layers: tuple[int, ...], name: str) -> list[FFN]:
     if len(set(places)) != len(places):
         raise UsageError(f"{name}: layers={list(layers)} names a block twice; each can be split once.")
     return [_ffn(inner, found[place][0], kinds, name) for place in sorted(places)]
+
+
+def every_ffn(model: nn.Module, name: str) -> list[FFN]:
+    """Find the feed-forward networks of all blocks of `model`, in their order.
+
+    `name` is the method that asks. Refused as by `ffns`, and where the model has no repeated blocks.
+    """
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    count = len(blocks(inner))
+    if not count:
+        raise Refused(
+            f"{name}: no feed-forward network was recognised in {type(inner).__name__}, which has no repeated blocks; "
+            "give a base made of transformer blocks."
+        )
+    return ffns(model, tuple(range(count)), name)
 
 
 def _ffn(model: nn.Module, block: str, kinds: dict[str, str], name: str) -> FFN:
