@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from brickyard.core.errors import Refused
+from brickyard.core.forwards import evaluating
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -391,19 +392,14 @@ def forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """
     # torch has formulas for the fused attention of accelerators only; without this one sdpa counts as zero here
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
+    # torch's counter hooks itself to inputs that need a gradient, and fails where one is a slice of a parameter
+    trainable = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter in trainable:  # torch's counter hooks itself to inputs that need a gradient, and fails on a
-            parameter.requires_grad_(False)  # parameter's view that was taken without gradient
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
             model(**_inputs(inputs))
     finally:
         for parameter in trainable:
             parameter.requires_grad_()
-        for module, flag in training.items():
-            module.training = flag
     return counter.get_total_flops()
 
 
