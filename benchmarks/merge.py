@@ -33,7 +33,9 @@ for path in models:
 ended()
 """
 OURS = """
+from brickyard.core.process import settle
 from brickyard.merging import merge, resolve
+settle()  # as the command does
 resolve(arm)  # imports what reads options
 began()
 merge(arm, base=str(models[0]), bricks=models[1:], out=out, threads=threads)
