@@ -118,8 +118,8 @@ def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespac
         console.print(escape(f"{failure['arm']}: {failure['why']}"), soft_wrap=True, highlight=False)
     for task in result["tasks"]:
         if task["gain"] <= 0:
-            said = f"{task['data']}: the input {task['expert']} gains nothing there, so nothing can be kept"
-            console.print(escape(said), soft_wrap=True, highlight=False)
+            line = f"{task['data']}: the input {task['expert']} gains nothing there, so nothing can be kept"
+            console.print(escape(line), soft_wrap=True, highlight=False)
     if result["best"] is not None:
         alike = f"; not told apart from it: {', '.join(result['alike'])}" if result["alike"] else ""
         console.print(escape(f"{result['best']} keeps most{alike}"), soft_wrap=True, highlight=False, style="bold")

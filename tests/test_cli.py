@@ -99,17 +99,13 @@ def test_help_of_every_verb_and_the_lists(capsys: pytest.CaptureFixture[str]) ->
     assert "init_r = 12" in said and "Ibar" in said and "claims:" in said
 
 
-def test_unknown_names_are_refused_within_a_second_of_bare_python() -> None:
-    def seconds(*argv: str) -> float:
-        times = []
-        for _ in range(6):  # the least of a few: other work on the machine only adds
-            started = time.monotonic()
-            subprocess.run([sys.executable, *argv], capture_output=True, check=False)
-            times.append(time.monotonic() - started)
-        return min(times)
-
-    bare = seconds("-c", "pass")
-    assert seconds("-m", "brickyard.cli", "compare", "--methods", "lorra") - bare < 1.0
+def test_unknown_names_are_refused_before_anything_slow_is_imported() -> None:
+    """What takes seconds to import; that the answer then takes none is measured by benchmarks/startup.py."""
+    slow = ("torch", "transformers", "peft", "numpy", "scipy", "pyarrow", "rich", "accelerate", "datasets")
+    code = "import sys; from brickyard.cli import main; code = main(['compare', '--methods', 'lorra']); "
+    code += f"print(code, [name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "2 []" and "did you mean lora" in done.stderr
 
 
 def test_a_users_whole_way(text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
