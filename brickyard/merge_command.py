@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-DONE = 0
+DONE, FAILED = 0, 1
 _TABLE = "merges.json"
 
 
@@ -110,9 +110,10 @@ def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespac
         progress.print(escape(text), soft_wrap=True, highlight=False)
 
     result = merge_all(arms, **given, said=said)
+    code = DONE if len(result["failed"]) < len(arms) else FAILED
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
-        return DONE
+        return code
     console.print(_kept(result))
     for failure in result["failed"]:
         console.print(escape(f"{failure['arm']}: {failure['why']}"), soft_wrap=True, highlight=False)
@@ -124,7 +125,7 @@ def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespac
         alike = f"; not told apart from it: {', '.join(result['alike'])}" if result["alike"] else ""
         console.print(escape(f"{result['best']} keeps most{alike}"), soft_wrap=True, highlight=False, style="bold")
     console.print(f"models and {_TABLE}: {escape(args.out)}", soft_wrap=True, highlight=False)
-    return DONE
+    return code
 
 
 def _kept(result: dict[str, Any]) -> Any:

@@ -59,7 +59,8 @@ def merge_all(
     these inputs stands in the table with the reason, and the others go on.
 
     Returns {"tasks", "rows": [{"model", "scores", "kept", "mean_kept", "seconds", "folder"}], "failed": [{"arm",
-    "why"}], "best", "alike": [...], "inputs", ...}; rows are the base, the inputs, and the merges, best first.
+    "why"}], "best", "alike": [...], "about"}; rows are the base, the inputs, and the merges, best first. `seconds` is
+    None for a merge that an earlier call made.
 
     Raises UsageError for arms that do not parse, are given twice, or cannot be set beside others, without data, and
     where no input is at home on a task; Changed where OUT holds merges of other inputs.
@@ -114,15 +115,15 @@ def _merge_all(
         "data": [column.data.fingerprint for column in columns],
         **{key: opened[key] for key in ("form", "dtype", "heads", "reading")},
     }
-    _same_inputs(folder, about)
-    write_json(folder / TABLE, {"schema": 1, "about": about})
+    if not _same_inputs(folder, about):  # an earlier table stays until the new one is whole
+        write_json(folder / TABLE, {"schema": 1, "about": about})
     ground, device = prepared.ground, prepared.device
     models = [("the base", None), *((given.label, given.source) for given in prepared.inputs)]
     rows = [_row(label, answered(ground, source, columns, device=device)) for label, source in models]
     failed, merges = [], []
     for arm, name in zip(wanted, names, strict=True):
-        began, place = time.monotonic(), folder / name
-        if place.exists():
+        began, place, seconds = time.monotonic(), folder / name, None
+        if place.exists():  # made by an earlier call: how long it took is not known here
             made = read_json(place / MANIFEST)
         else:
             try:
@@ -131,11 +132,11 @@ def _merge_all(
                 failed.append({"arm": arm.arm, "why": str(error)})
                 said(f"{arm.arm}: cannot be made of these inputs")
                 continue
-        seconds = time.monotonic() - began
+            seconds = time.monotonic() - began
         row = _row(made["arm"], answered(ground, source_of(place, ground), columns, device=device))
         merges.append({**row, "seconds": seconds, "folder": name, "form": made["form"]})
         scores = ", ".join(f"{found.cell['mean']:.4f}" for found in row["answers"])
-        said(f"{arm.arm}: {scores} ({seconds:.1f} s)")
+        said(f"{arm.arm}: {scores} ({'made before' if seconds is None else f'{seconds:.1f} s'})")
     table = _judged(rows, merges, columns)
     result = {
         "schema": 1,
@@ -160,13 +161,16 @@ def _folders(wanted: Sequence[Wanted]) -> list[str]:
     return names
 
 
-def _same_inputs(folder: Path, about: dict[str, Any]) -> None:
+def _same_inputs(folder: Path, about: dict[str, Any]) -> bool:
+    """Return whether the folder holds merges of these inputs; Changed or UsageError where it holds anything else."""
     if (folder / TABLE).is_file():
         was = read_json(folder / TABLE)["about"]
         if other := [key for key in about if was.get(key) != about[key]]:
             raise Changed(f"{folder} holds merges made with another {', '.join(other)}; give another --out.")
-    elif any(path.name != ".lock" for path in folder.iterdir()):
+        return True
+    if any(path.name != ".lock" for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty, and holds no merges; give a new folder.")
+    return False
 
 
 def _row(model: str, answers: list[Answered]) -> dict[str, Any]:

@@ -100,6 +100,10 @@ def test_every_merge_is_the_one_that_is_made_alone(experts: list[Brick], text_ba
     assert [r["model"] for r in stored["rows"]] == [r["model"] for r in table["rows"]]
 
 
+def stopped(*args: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_a_second_call_adds_arms_and_other_inputs_are_refused(
     experts: list[Brick], text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +116,13 @@ def test_a_second_call_adds_arms_and_other_inputs_are_refused(
     monkeypatch.setattr(module, "carry_out", lambda w, *a, **k: made.append(w.arm) or real(w, *a, **k))
     second = merge_all(["average", "slerp", "ties"], out=tmp_path / "all", **given)
     assert made == ["ties"] and len(second["rows"]) == len(first["rows"]) + 1
+    took = {r["model"]: r["seconds"] for r in second["rows"] if "seconds" in r}
+    assert took["average"] is None and took["slerp"] is None and took["ties"] > 0
+    stored = (tmp_path / "all" / "merges.json").read_text()
+    monkeypatch.setattr(module, "carry_out", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        merge_all(["average", "dare"], out=tmp_path / "all", **given)
+    assert (tmp_path / "all" / "merges.json").read_text() == stored, "an interrupted call lost the table"
     with pytest.raises(Changed, match="another inputs"):
         merge_all(["average", "slerp"], out=tmp_path / "all", **{**given, "bricks": given["bricks"][::-1]})
     (tmp_path / "full").mkdir()
