@@ -271,6 +271,7 @@ class Merge:
     @contextmanager
     def _working(self) -> Iterator[_Workers]:
         threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a second thread of torch's own would spin between the small sums of this one
         work = _Workers(self.threads, len(self.models))
         try:
             yield work

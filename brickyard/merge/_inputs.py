@@ -34,6 +34,7 @@ _READ = {  # what a head may hold besides
 }
 _COUNTER = "num_batches_tracked"  # of a batch norm: how long it trained, which no output depends on
 PIECE = 2**18  # elements that are worked on at once: a megabyte of float32, which stays in a core's cache
+_SAMPLE = 2**16  # elements of a tensor that tell how far a model is from the base
 _TABLE = 10  # lines of a refusal
 
 Places = Mapping[str, tuple[Path, TensorInfo]]
@@ -284,18 +285,18 @@ def whole(files: Files, base: Stored, model: Source | None, name: str, raw: Tens
 
 
 def distance(base: Stored, model: Source) -> float:
-    """Return mean |theta - theta_0| / mean |theta_0| over the first piece of every floating-point tensor."""
+    """Return mean |theta - theta_0| / mean |theta_0| over the first elements of every floating-point tensor."""
     buffers, files, moved, size = Buffers.of(1), Files(), 0.0, 0.0
     try:
         for name, (_, info) in base.places.items():
             if info.dtype not in FLOATS or name not in model:
                 continue
-            count = min(PIECE, info.elements)
+            count = min(_SAMPLE, info.elements)
             base_n, tau_n = buffers.base[:count], buffers.models[0][:count]
             base.weights(files, name, 0, base_n, buffers.raw)
             model.read(files, name, 0, base_n, tau_n, buffers.raw, change=True)
-            moved += float(tau_n.abs().sum(dtype=torch.float64))
-            size += float(base_n.abs().sum(dtype=torch.float64))
+            moved += float(torch.linalg.vector_norm(tau_n, 1))
+            size += float(torch.linalg.vector_norm(base_n, 1))
     finally:
         files.close()
     return moved / size if size else 0.0
