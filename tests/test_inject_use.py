@@ -15,12 +15,13 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from brickyard.core import inject
+from brickyard.core import inject, registry
 from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
-from brickyard.core.errors import BadBrick, BadMix, NotFinite, Refused, UnknownName, UsageError
+from brickyard.core.errors import BadBrick, BadMix, NotFinite, Refused, UnknownName, Unmatched, UsageError
 from brickyard.core.inject import BrickyardConfig, BrickyardLinear
+from brickyard.core.roles import match
 from brickyard.core.task import Task
 from brickyard.tune import mos
 
@@ -229,6 +230,21 @@ def test_a_truncated_export_says_how_much_it_misses(tmp_path):
     with pytest.raises(UsageError, match="max_rank=0"):
         inject.to_lora(model, "default", tmp_path / "none", max_rank=0)
     assert not (tmp_path / "scaled").exists() and not (tmp_path / "zero").exists()
+
+
+@pytest.mark.parametrize(
+    "name, options", [("lora", {}), ("adalora", {}), ("fourierft", {"n_frequency": 9}), ("mos", {}), ("hut", {})]
+)
+def test_blocks_means_the_same_layers_to_every_tuner(name: str, options: dict[str, int]) -> None:
+    """Else no tuner whose default it is could stand beside LoRA on the same layers."""
+    model = bert()
+    expected = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layer." in n]
+    task = Task(kind="text-classification", metric="accuracy", labels=("a", "b"), width=2, input="text")
+    module = registry.load(name)
+    attached = module.attach(model, module.Config(target="blocks", **options), task)
+    assert attached.matched == {"blocks": expected} and len(expected) == 4 * 6
+    with pytest.raises(Unmatched, match="no repeated blocks with linear layers"):
+        match(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ["blocks"])
 
 
 def test_attach_gives_the_loop_all_it_needs_and_detach_gives_the_model_back():

@@ -27,13 +27,12 @@ from __future__ import annotations
 
 from brickyard.core.adapter_type import register
 from brickyard.core.inject_attach import attach
-from brickyard.core.inject_config import BLOCKS, BrickyardConfig
+from brickyard.core.inject_config import BrickyardConfig
 from brickyard.core.inject_export import Exported, to_lora
 from brickyard.core.inject_layer import BrickyardLinear, Leaf, Part, Plan, low_rank
 from brickyard.core.inject_tuner import BrickyardTuner
 
 __all__ = [
-    "BLOCKS",
     "BrickyardConfig",
     "BrickyardLinear",
     "BrickyardTuner",

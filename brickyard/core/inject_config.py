@@ -12,12 +12,11 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from torch import nn
 
-from brickyard.core import registry, roles, wrap
+from brickyard.core import registry, wrap
 from brickyard.core.adapter_type import TYPE
 from brickyard.core.errors import BadBrick, Unmatched, UsageError
 from brickyard.core.inject_layer import PREFIX
 
-BLOCKS = "blocks"
 FORMAT = 1  # layout of the stored tensors; a file of a later one is refused
 
 
@@ -27,20 +26,8 @@ def resolve(name: str, options: dict[str, Any]) -> tuple[ModuleType, Any]:
 
 
 def find(model: nn.Module, target: str | Sequence[str]) -> dict[str, list[str]]:
-    """Return pattern -> layers for a method's `target`: patterns as in an arm, and "blocks" for the blocks' linears.
-
-    "blocks" is every Linear and Conv1D of the repeated blocks, fused projections included, and nothing beside them (a
-    pooler has no equals to share with). Raises Unmatched where a pattern matches nothing.
-    """
-    patterns = [target] if isinstance(target, str) else list(target)
-    matched = wrap.targets(model, [p for p in patterns if p != BLOCKS]) if patterns != [BLOCKS] else {}
-    if BLOCKS in patterns:
-        inside = tuple(f"{name}." for name, _ in roles.blocks(model))
-        linear = wrap.targets(model, ["all-linear"])["all-linear"]
-        matched[BLOCKS] = [name for name in linear if inside and name.startswith(inside)]
-        if not matched[BLOCKS]:
-            raise Unmatched("this model has no repeated blocks with linear layers; name the layers in target.")
-    return {pattern: matched[pattern] for pattern in patterns}
+    """Return pattern -> layers for a method's `target`; Unmatched where a pattern matches nothing."""
+    return wrap.targets(model, [target] if isinstance(target, str) else list(target))
 
 
 @dataclass

@@ -118,9 +118,7 @@ class BrickyardTuner(BaseTuner):
         config = cast(BrickyardConfig, peft_config)
         if config.target_modules in (None, "all-linear"):
             _, options = inject_config.resolve(config.method, config.options)
-            matched = inject_config.find(
-                self.model, config.target_modules or getattr(options, "target", inject_config.BLOCKS)
-            )
+            matched = inject_config.find(self.model, config.target_modules or getattr(options, "target", roles.BLOCKS))
             # Where another adapter stands already, the leaf is the layer inside of it.
             config.target_modules = {n.removesuffix(".base_layer") for names in matched.values() for n in names}  # type: ignore[assignment]
             config.target_modules = {n for n in config.target_modules if self._check_target_module_exists(config, n)}  # type: ignore[assignment,union-attr]

@@ -22,6 +22,7 @@ from brickyard.core.errors import Unmatched
 Role = Literal["query", "key", "value", "out", "gate", "up", "down", "norm", "embedding", "head", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
 ALL_LINEAR = "all-linear"
+BLOCKS = "blocks"
 LINEAR = (nn.Linear, Conv1D)
 WEIGHTED = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -114,9 +115,10 @@ def match(
 ) -> dict[str, list[str]]:
     """Return for each pattern the leaves that it matches, in the model's order.
 
-    A pattern is, in this order of precedence: a role ("query"); "all-linear" (every Linear and Conv1D but the head); a
-    glob over dotted names, `*` crossing dots ("*.layer.0.*"); or a name or its last parts, as PEFT takes them
-    ("q_proj", "attention.output.dense"). The head's own leaves are matched by the role "head" only, as they train
+    A pattern is, in this order of precedence: a role ("query"); "all-linear" (every Linear and Conv1D but the head);
+    "blocks" (those of the repeated blocks alone: a pooler has no equals); a glob over dotted names, `*` crossing dots
+    ("*.layer.0.*"); or a name or its last parts, as PEFT takes them ("q_proj", "attention.output.dense"). The head's
+    own leaves are matched by the role "head" only, as they train
     anyway. `types` restricts what a method can work on.
 
     Raises Unmatched, with the nearest names, where a pattern matches nothing, matches only modules that hold others, or
@@ -125,9 +127,10 @@ def match(
     model = _unwrapped(model)
     kinds = roles(model)
     modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, _ in blocks(model))
     matched: dict[str, list[str]] = {}
     for pattern in patterns:
-        names = _matching(pattern, kinds, modules)
+        names = _matching(pattern, kinds, modules, inside)
         if not names:
             raise Unmatched(_nothing(pattern, kinds, modules))
         wrong = [name for name in names if types and not isinstance(modules[name], types)]
@@ -237,12 +240,14 @@ def _sizes(module: Any) -> tuple[int, int]:
     return module.weight.shape[1], module.weight.shape[0]
 
 
-def _matching(pattern: str, kinds: dict[str, str], modules: dict[str, nn.Module]) -> list[str]:
+def _matching(pattern: str, kinds: dict[str, str], modules: dict[str, nn.Module], inside: tuple[str, ...]) -> list[str]:
     if pattern in ROLES:
         return [name for name, role in kinds.items() if role == pattern]
     body = [name for name, role in kinds.items() if role != "head"]
     if pattern == ALL_LINEAR:
         return [name for name in body if isinstance(modules[name], LINEAR)]
+    if pattern == BLOCKS:
+        return [name for name in body if isinstance(modules[name], LINEAR) and name.startswith(inside)]
     if any(sign in pattern for sign in "*?["):
         return [name for name in body if fnmatchcase(name, pattern)]
     return [name for name in body if name == pattern or name.endswith(f".{pattern}")]
@@ -251,6 +256,8 @@ def _matching(pattern: str, kinds: dict[str, str], modules: dict[str, nn.Module]
 def _nothing(pattern: str, kinds: dict[str, str], modules: dict[str, nn.Module]) -> str:
     """Why `pattern` matches no leaf, and what comes near."""
     present = [role for role in ROLES if role in kinds.values()]
+    if pattern == BLOCKS:
+        return "this model has no repeated blocks with linear layers; name the layers in target."
     if pattern in ROLES:
         fused = [name for name, role in kinds.items() if role == "other" and isinstance(modules[name], LINEAR)]
         hint = f"; it has layers of no single role, such as {fused[0]}: name them directly" if fused else ""
@@ -271,5 +278,5 @@ def _nothing(pattern: str, kinds: dict[str, str], modules: dict[str, nn.Module])
         return f"pattern {pattern!r} matches only modules that hold others, such as {hit[0]}{advice}."
     tails = {".".join(name.split(".")[-n:]) for name in kinds for n in (1, 2, 3)} | set(kinds) | set(present)
     near = get_close_matches(pattern, sorted(tails), n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"roles here: {', '.join(present)}; or all-linear."
+    advice = f"did you mean {' or '.join(near)}?" if near else f"roles here: {', '.join(present)}; blocks, all-linear."
     return f"pattern {pattern!r} matches no module; {advice}"

@@ -114,7 +114,7 @@ class Config:
     orth: float = 0.5
     """weight of the orthogonality regulariser"""
     target: str | tuple[str, ...] = ("query", "value")
-    """roles, `all-linear`, or patterns of layer names"""
+    """roles, `blocks`, `all-linear`, or patterns of layer names"""
     score: str = "importance"
     """importance, or as controls magnitude (|E|) and random"""
 

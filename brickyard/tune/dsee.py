@@ -33,6 +33,7 @@ from brickyard.core.errors import BadBrick, Refused, UsageError
 from brickyard.core.inject import BrickyardLinear, Leaf, Part, Plan
 from brickyard.core.method import Claim, Record
 from brickyard.core.ranks import keep_best, take
+from brickyard.core.roles import BLOCKS
 from brickyard.core.slim import OUTPUTS, Slimmed, Unit, keep_units, units
 from brickyard.core.task import Task
 from brickyard.core.wrap import ADAPTER
@@ -414,7 +415,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
         config = replace(config, head_width=next(u.layers[u.gate][1] for u in parts if u.kind == "heads"))
         target = tuple(sorted({name for unit in parts for name in unit.layers}))
     elif config.unstructured:
-        target = (inject.BLOCKS,)
+        target = (BLOCKS,)
     made = inject.attach(model, RECORD.name, config, task, target=target)
     tuner: Any = made.model.base_model
     pruner = Pruner(config, dict(tuner.layers()), parts)

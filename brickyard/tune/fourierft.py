@@ -48,7 +48,7 @@ class Config:
     head_lr: float = 0.1
     """learning rate of the task's head, as a share of that of the coefficients"""
     target: str | tuple[str, ...] = ("query", "value")
-    """roles, `all-linear`, or patterns of layer names"""
+    """roles, `blocks`, `all-linear`, or patterns of layer names"""
 
     def __post_init__(self) -> None:
         if self.n_frequency < 1 or not self.scaling > 0 or not self.head_lr > 0:

@@ -59,7 +59,7 @@ class Config:
     dropout: float = 0.0
     """dropout on the input of A"""
     target: str | tuple[str, ...] = ("query", "value")
-    """roles, `all-linear`, or patterns of layer names"""
+    """roles, `blocks`, `all-linear`, or patterns of layer names"""
     rslora: bool = False
     """scale by alpha / sqrt(r) instead"""
     dora: bool = False
