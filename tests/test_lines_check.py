@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
+from test_route import rows as sentences
 
 from brickyard.checks import lines as check
 from brickyard.core import registry
+from brickyard.core.data import read_data
 
 
 def errors(**accuracies: float) -> check.Errors:
@@ -69,12 +73,26 @@ def test_the_check_runs_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "splits_of", lambda name: rows)
     claim = replace(registry.find("lines").record.claims[0], seeds=1)
     found = check.by_views(claim, base_epochs=1, epochs=1)
-    assert found.keys() == {"one model", "merging"}
-    for part in found.values():
-        assert part["holds"] in (True, False, "undecided", "set-up invalid")
-        assert all(0 <= value <= 100 for value in part["figures"]["accuracy"].values())
-    assert {"constant: target", "constant chosen freely: controls"} <= found["one model"]["figures"]["accuracy"].keys()
-    assert {"TIES + lines", "average + lines"} <= found["merging"]["figures"]["accuracy"].keys()
+    assert found["holds"] in (True, False, "undecided", "set-up invalid")
+    accuracy = found["figures"]["accuracy"]
+    assert all(0 <= value <= 100 for value in accuracy.values())
+    assert {"constant: target", "constant chosen freely: controls"} <= accuracy.keys()
+
+
+def test_merging_is_measured_end_to_end_on_sentence_tasks(text_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = []
+    for place, topic in enumerate((WORDS[10:13], WORDS[13:16])):
+        splits = {
+            s: sentences(24, 3 * place + i, topic, ("a", "b")) for i, s in enumerate(("train", "validation", "test"))
+        }
+        sets.append(read_data(splits, need=("train", "validation", "test"), allow_overlap=True))
+    monkeypatch.setattr(check, "task_sets", lambda names: sets)
+    claim = replace(registry.find("lines").record.claims[1], seeds=1, train_rows=16, epochs=4, base=str(text_base))
+    accuracy = check.by_tasks(claim, held=12, test=24)["figures"]["accuracy"]
+    ways = {"task arithmetic", "TIES", "average"}
+    reversed_ = {"task arithmetic + reversed", "experts, each on its own", "base"}
+    assert accuracy.keys() == ways | {f"{way} + lines" for way in ways} | reversed_
+    assert all(0 <= value <= 100 for value in accuracy.values())
 
 
 def test_scales_in_the_check_are_those_of_the_method() -> None:

@@ -12,7 +12,7 @@ from test_route import rows
 
 from brickyard.checks import mediator as check
 from brickyard.checks.lines import Errors
-from brickyard.core import registry
+from brickyard.core import readers, registry
 from brickyard.core.data import read_data
 
 
@@ -101,9 +101,7 @@ def test_embedded_topics_stand_in_for_the_public_sets(monkeypatch: pytest.Monkey
         s: {"text": [f"{s} {i} {x}" for x in labels for i in range(4)], "label": sorted(labels * 4)}
         for s in ("train", "validation", "test")
     }
-    monkeypatch.setattr(
-        check.readers, "read", lambda name, own=check.readers.read: own(splits if isinstance(name, str) else name)
-    )
+    monkeypatch.setattr(readers, "read", lambda name, own=readers.read: own(splits if isinstance(name, str) else name))
     sets = check.task_sets()
     assert [len(data.labels or ()) for data in sets] == [3, 2, 2, 2, 2]
     seen = [label for data in sets for label in data.labels or ()]

@@ -131,10 +131,12 @@ def poison(split: Split, seed: int) -> Split:
     return pixels, labels
 
 
-def fit(network: Network, tasks: Sequence[Split], heads: Sequence[nn.Module], epochs: int, seed: int) -> None:
+def fit(
+    network: Network, tasks: Sequence[Split], heads: Sequence[nn.Module], epochs: int, seed: int, lr: float = 1e-3
+) -> None:
     """Train the network in place on several tasks in turn, each under its head."""
     own = [p for head in heads for p in head.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW([*network.parameters(), *own], lr=1e-3, weight_decay=0.01)
+    optimiser = torch.optim.AdamW([*network.parameters(), *own], lr=lr, weight_decay=0.01)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         orders = [torch.randperm(len(labels), generator=draw).split(BATCH) for _, labels in tasks]

@@ -11,155 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from brickyard.checks._data import at_hand
+from brickyard.checks._sentence_tasks import Course, Experts, State, courses_of, task_sets
 from brickyard.checks._takes import takes
 from brickyard.checks.lines import Errors
-from brickyard.core import readers, registry
-from brickyard.core.attached import attach_in_place
-from brickyard.core.base import Base, HeadedModel, open_base
-from brickyard.core.batches import encode
-from brickyard.core.data import Data, read_data
-from brickyard.core.encoded import Encoded
-from brickyard.core.errors import BadData
-from brickyard.core.fitted_head import FittedHead, fit_head, pooled_states
-from brickyard.core.loop import Training, train
+from brickyard.core.base import Base, open_base
+from brickyard.core.fitted_head import pooled_states
 from brickyard.core.method import Claim
-from brickyard.core.names import same_names
-from brickyard.core.task import Task, task_of
-from brickyard.merge.task_arithmetic import add_up
-from brickyard.merge.ties import ties
 from brickyard.route._conflict import block_tensors, conflict
 from brickyard.route._routed_model import RoutedModel
 from brickyard.route._router import Router, fit_router
 from brickyard.route.mediator import Config, choose, decompose
 
-PUBLIC = ("trec", "sst2", "cola", "embedded:stdlib-topics", "cr")  # the last is the unseen task
-FALLBACK = "embedded:stdlib-topics"  # whose topics are dealt out to five tasks where the public sets are not here
 SCALES = (0.25, 0.5, 1.0)  # of task arithmetic, tried on validation
-DENSITY, TIES_DENSITY = 0.1, 0.2
+DENSITY = 0.1
 BYTES = 1.5  # of a weight's own that a kept value with its place may take, by the card
 
-State = dict[str, Tensor]
 
-
-@dataclass
-class Course:
-    """One task's rows for one seed, and its head."""
-
-    name: str
-    task: Task
-    train: Encoded
-    held: Encoded
-    test: Encoded
-    head: FittedHead | None = None
-
-    def wrong(self, v_ND: Tensor, rows: Encoded) -> np.ndarray:
-        """Whether each row is answered wrongly by the head, from pooled states: [N]."""
-        assert self.head is not None
-        guessed = (v_ND @ self.head.weight_KD.T + self.head.bias_K).argmax(-1)
-        return (guessed != rows.labels).double().numpy()
-
-
-def task_sets() -> list[Data]:
-    """Return the five tasks' data: the public sets, or five groups of the embedded topics."""
-    try:
-        return [read_data(at_hand(name), need=("train", "validation", "test")) for name in PUBLIC]
-    except BadData:
-        splits = readers.read(FALLBACK).splits
-    topics = sorted(set(splits["train"]["label"]))
-    groups = [set(topics[place :: len(PUBLIC)]) for place in range(len(PUBLIC))]
-    if min(map(len, groups)) < 2:
-        raise BadData(f"{FALLBACK} has {len(topics)} topics; two for each of {len(PUBLIC)} tasks were expected.")
-    return [read_data(_only(splits, group), need=("train", "validation", "test")) for group in groups]
-
-
-def _only(splits: Mapping[str, Mapping[str, list]], labels: set[str]) -> dict[str, dict[str, list]]:
-    out = {}
-    for split, columns in splits.items():
-        kept = [i for i, label in enumerate(columns["label"]) if label in labels]
-        out[split] = {name: [columns[name][i] for i in kept] for name in ("text", "label")}
-    return out
-
-
-def courses_of(sets: Sequence[Data], base: Base, claim: Claim, seed: int, held: int, test: int) -> list[Course]:
-    """Draw a seed's train rows, and the same held-out and test rows for all seeds."""
-    out = []
-    for place, data in enumerate(sets):
-        task = task_of(data)
-        rows = {}
-        for split, count, draw in (("train", claim.train_rows, seed), ("validation", held, 0), ("test", test, 0)):
-            order = np.random.Generator(np.random.PCG64([draw, place])).permutation(len(data.splits[split]))
-            part = data.splits[split].take(order[: count or None])
-            rows[split] = encode(part, base, task, max_length=claim.max_length or None)
-        out.append(Course(f"{place} {data.name}", task, rows["train"], rows["validation"], rows["test"]))
-    fewest = min(len(course.test) for course in out)
-    for course in out:
-        course.test = course.test.take(np.arange(fewest))  # every task weighs the same
-    return out
-
-
-class World:
-    """One seed: base, heads, experts, and a network that any of their combinations can be loaded into."""
+class Routed(Experts):
+    """One seed, with a model whose blocks hold sparse experts; the last course is the unseen task."""
 
     def __init__(self, base: Base, courses: Sequence[Course], claim: Claim, seed: int) -> None:
-        self.base, self.network = base, base.backbone().requires_grad_(False)
-        held = self.network.state_dict()
-        self.own = {b: own for b, own in same_names(base.weights, held).own.items() if held[own].is_floating_point()}
-        self.start = {name: held[own].clone() for name, own in self.own.items()}
-        self.seen, self.unseen = list(courses[:-1]), courses[-1]
-        self.experts: dict[str, State] = {}
-        for course in courses:
-            course.head = fit_head(self.network, course.train, course.task)
-        preferred = registry.find("full").record.training
-        length = {"epochs": claim.epochs, "batch": claim.batch or 16, "seed": seed}
-        for course in self.seen:
-            assert course.head is not None
-            model = HeadedModel(base.backbone(), course.head)
-            names = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
-            attached = attach_in_place(model, names, matched={"backbone": names})
-            train(attached, course.train, None, course.task, Training(**{**preferred, **length}), device="cpu")
-            trained = model.backbone.state_dict()
-            self.experts[course.name] = {name: trained[own].detach().clone() for name, own in self.own.items()}
+        self.unseen = courses[-1]
+        super().__init__(base, courses[:-1], claim, seed, unseen=courses[-1:])
         self.blocks = block_tensors(base)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        held = self.network.state_dict()
-        for name, tensor in state.items():
-            held[self.own[name]].copy_(tensor)
-
-    def taus(self, name: str) -> list[Tensor]:
-        return [(expert[name] - self.start[name]).flatten() for expert in self.experts.values()]
-
-    def merged(self, how: str, scale: float = 1.0) -> State:
-        """Return the base with the experts' merged change: their mean, their sum, or TIES of each tensor."""
-        out = {}
-        for name, start in self.start.items():
-            taus = self.taus(name)
-            change = (
-                ties(taus, TIES_DENSITY) if how == "TIES" else add_up(taus) / (len(taus) if how == "average" else 1)
-            )
-            out[name] = start + scale * change.view_as(start)
-        return out
-
-    def errors(self, split: str = "test") -> np.ndarray:
-        """Return every task's errors behind one another, with the network as it is loaded."""
-        return np.concatenate([self.of(course, split) for course in self.seen])
-
-    def of(self, course: Course, split: str = "test") -> np.ndarray:
-        rows = getattr(course, split)
-        return course.wrong(pooled_states(self.network, rows), rows)
-
-    def score(self, state: Mapping[str, Tensor]) -> np.ndarray:
-        self.load(state)
-        return self.errors()
 
     def routed(self, dense: State, chosen: Sequence[int], config: Config) -> RoutedModel:
         """Load the dense model, and return it with sparse experts on the chosen blocks."""
@@ -215,7 +96,7 @@ def by_tasks(
     counted: list[dict[str, Any]] = []
     config = Config(density=DENSITY)
     for seed in range(1, claim.seeds + 1):
-        world = World(base, courses_of(sets, base, claim, seed, held, test), claim, seed)
+        world = Routed(base, courses_of(sets, base, claim, seed, held, test), claim, seed)
         count = routed or len(world.blocks) // 2
         experts = list(world.experts.values())
         scores = conflict(world.start, experts, world.blocks, rule=config.conflict, trim=config.trim)
@@ -259,7 +140,7 @@ def by_tasks(
     return judged(rows, other, counted)
 
 
-def _best(world: World) -> State:
+def _best(world: Routed) -> State:
     """Return task arithmetic at the scale that is best on validation."""
     found = []
     for scale in SCALES:
@@ -269,7 +150,7 @@ def _best(world: World) -> State:
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _router(world: World, prompts: int, shuffle: int | None) -> Router:
+def _router(world: Routed, prompts: int, shuffle: int | None) -> Router:
     """Fit the router on texts of train under the dense model; `shuffle` deals the tasks out anew (a control)."""
     parts = [pooled_states(world.network, c.train.take(np.arange(min(prompts, len(c.train))))) for c in world.seen]
     held = [pooled_states(world.network, course.held) for course in world.seen]
@@ -280,7 +161,7 @@ def _router(world: World, prompts: int, shuffle: int | None) -> Router:
     return fit_router(parts, held)
 
 
-def _counted(world: World, model: RoutedModel, chosen: Sequence[int], router: Router) -> dict[str, Any]:
+def _counted(world: Routed, model: RoutedModel, chosen: Sequence[int], router: Router) -> dict[str, Any]:
     held, names = model.bytes_held(), list(world.blocks.values())
     routed = sum(world.start[name].numel() for i in chosen for name in names[i])
     share = routed / sum(tensor.numel() for tensor in world.start.values())

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,12 +34,8 @@ from torch import Tensor
 from brickyard.core.atomic import room
 from brickyard.core.errors import NoEffect, NotFinite, UsageError
 from brickyard.core.files import read_json, write_json
-from brickyard.core.safetensors_check import BITS
 from brickyard.merge._inputs import FLOATS, PIECE, Buffers, Files, Source, Stored
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = 5 * 10**9  # bytes, as other writers cut them
-_SUFFIX = {"F16": "F16", "BF16": "BF16", "F32": "F32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+from brickyard.merge._layout import INDEX, SHARD, shards, size_of
 
 
 @dataclass(frozen=True)
@@ -137,6 +134,7 @@ class _Workers:
     def __init__(self, threads: int, models: int) -> None:
         self.ahead = 2 * threads
         self.files = Files()
+        self.kept: dict[Piece, tuple[Tensor, list[Tensor]]] | None = None  # what was read of the tensor in hand
         self._own = threading.local()
         self._models = models
         # Each thread computes alone: pieces are too small to be cut again, and sums must not depend on the count.
@@ -147,6 +145,15 @@ class _Workers:
         if not hasattr(self._own, "buffers"):
             self._own.buffers = Buffers.of(self._models)
         return self._own.buffers
+
+    @contextmanager
+    def keeping(self, wanted: bool) -> Iterator[None]:
+        """Keep in memory what is read meanwhile, where that is wanted."""
+        self.kept = {} if wanted else None
+        try:
+            yield
+        finally:
+            self.kept = None
 
     def run(self, work: Callable[[Piece], Any], pieces: Iterable[Piece]) -> Iterator[Any]:
         """Yield the result of every piece in order; only a few are in memory."""
@@ -203,6 +210,11 @@ class Merge:
             and any(name in model for model in self.models)
         ]
 
+    @cached_property
+    def may_hold(self) -> int:
+        """Bytes of weights that may be in memory at once, so that nothing has to be read twice."""
+        return 12 * max(info.elements for _, info in self.base.places.values()) + 2**25
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every floating-point tensor of the base that a merge might change, and its shape."""
@@ -256,7 +268,7 @@ class Merge:
                 )
         if len(layout) > 1:
             places = {name: file for file, header in layout.items() for name in header}
-            total = sum(entry["data_offsets"][1] for header in layout.values() for entry in _last(header))
+            total = sum(size_of(header) for header in layout.values())
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
         labels = [model.label for model in self.models]
         return {
@@ -282,7 +294,9 @@ class Merge:
 
     def _load(self, work: _Workers, piece: Piece, *, change: bool) -> tuple[Tensor, list[Tensor]]:
         """Read a piece of the base and of every model: weights, or changes; NotFinite names what holds NaN."""
-        own = work.buffers
+        if work.kept is not None and piece in work.kept:
+            return work.kept[piece]
+        own = work.buffers if work.kept is None else work.buffers.another(piece.count)
         base_n = own.base[: piece.count]
         self.base.weights(work.files, piece.name, piece.start, base_n, own.raw)
         _assert_finite(base_n, piece.name, self.base.label)
@@ -297,6 +311,8 @@ class Merge:
             else:
                 model_n.copy_(base_n)
             out.append(model_n)
+        if work.kept is not None:
+            work.kept[piece] = base_n, out
         return base_n, out
 
     def _change(self, work: _Workers, piece: Piece, known: Any) -> Tensor:
@@ -357,42 +373,6 @@ class Merge:
         return Norms(len(self.models), summed, merged)
 
 
-def shards(places: Mapping[str, tuple[Path, Any]], dtype: str | None, limit: int) -> dict[str, dict[str, Any]]:
-    """Return file name -> safetensors header of a model with the base's tensors, as files of at most `limit` bytes.
-
-    Tensors go to the files in the order of their names; inside a file the wide types come first, which keeps every
-    tensor aligned to its own size.
-    """
-    groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-    filled = 0
-    for name, (_, info) in sorted(places.items()):
-        kind = _SUFFIX[dtype] if dtype and info.dtype in FLOATS else info.dtype
-        size = info.elements * BITS[kind] // 8
-        if groups[-1] and filled + size > limit:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = (kind, info.shape)
-        filled += size
-    names = [SINGLE] if len(groups) == 1 else _numbered(len(groups))
-    out: dict[str, dict[str, Any]] = {}
-    for file, group in zip(names, groups, strict=True):
-        header, at = {}, 0
-        for name, (kind, shape) in sorted(group.items(), key=lambda item: (-BITS[item[1][0]], item[0])):
-            end = at + torch.Size(shape).numel() * BITS[kind] // 8
-            header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
-            at = end
-        out[file] = header
-    return out
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def _last(header: Mapping[str, Any]) -> list[Any]:
-    return list(header.values())[-1:]
-
-
 @dataclass(frozen=True)
 class _Shard:
     """One file of the result: written beside its name, flushed, and renamed when it is complete."""
@@ -412,7 +392,7 @@ class _Shard:
         raw = json.dumps(self.header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
         start = len(raw).to_bytes(8, "little") + raw
-        size = len(start) + sum(entry["data_offsets"][1] for entry in _last(self.header))
+        size = len(start) + size_of(self.header)
         part = self.folder / f"{self.file}.part"
         notes = Notes.of(len(self.merge.models))
         with room(done, size):
@@ -430,6 +410,13 @@ class _Shard:
         return notes
 
     def _tensor(self, handle: int, name: str, at: int, shared: Any, notes: Notes) -> None:
+        # What is surveyed tensor by tensor is read several times in a row, which few bytes allow to do once.
+        merge, elements = self.merge, self.merge.base.places[name][1].elements
+        again = shared is None and name in self.scales and merge.rule.survey() is not None
+        with self.work.keeping(again and 4 * elements * (len(merge.models) + 1) <= merge.may_hold):
+            self._combined(handle, name, at, shared, notes)
+
+    def _combined(self, handle: int, name: str, at: int, shared: Any, notes: Notes) -> None:
         info, merge, work = self.merge.base.places[name][1], self.merge, self.work
         if name not in self.scales and self.header[name]["dtype"] == info.dtype:
             self._copy(handle, name, at)

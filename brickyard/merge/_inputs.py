@@ -81,6 +81,10 @@ class Buffers:
         pieces = [torch.empty(PIECE) for _ in range(models + 1)]
         return cls(pieces[0], pieces[1:], torch.empty(8 * PIECE, dtype=torch.uint8))
 
+    def another(self, count: int) -> Buffers:
+        """Return pieces of `count` elements that nobody else writes to, with the same bytes to read through."""
+        return Buffers(torch.empty(count), [torch.empty(count) for _ in self.models], self.raw)
+
 
 class Source(Protocol):
     """One fine-tuned model. A tensor that it does not hold is as in the base."""

@@ -21,13 +21,13 @@ UPPER, LOWER = 2**15, 2**16
 
 def count_upper(x_N: Tensor) -> Tensor:
     """Return how many |x| of float32 numbers fall into each bin: [UPPER], int64."""
-    return torch.bincount(_halves(x_N)[1], minlength=UPPER)
+    return torch.bincount(torch.from_numpy(_halves(x_N)[1]), minlength=UPPER)
 
 
 def count_lower(x_N: Tensor, upper: int) -> Tensor:
     """Return how many |x| of the bin `upper` stand at each of its places: [LOWER], int64."""
     lower_N, upper_N = _halves(x_N)
-    chosen = lower_N.numpy()[upper_N.numpy() == upper]  # several times as fast as torch's own selection
+    chosen = lower_N[upper_N == upper]  # several times as fast as torch's own selection
     return torch.bincount(torch.from_numpy(chosen.view(np.uint16).astype(np.int32)), minlength=LOWER)
 
 
@@ -51,7 +51,7 @@ def kth_largest(x_N: Tensor, k: int) -> float:
     return magnitude(upper, lower)
 
 
-def _halves(x_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower 16 and the upper 15 bits of |x| as views of int16 (on a little-endian machine)."""
-    halves_N2 = x_N.abs().view(torch.int16).view(-1, 2)
-    return halves_N2[:, 0], halves_N2[:, 1]
+def _halves(x_N: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lower 16 and the upper 15 bits of |x| as int16 (on a little-endian machine)."""
+    bits = x_N.numpy().view(np.int16)
+    return bits[::2], bits[1::2] & np.int16(0x7FFF)

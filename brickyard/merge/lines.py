@@ -44,7 +44,6 @@ RECORD = Record(
             text="One model: with alpha <= 0.3 at most 1.5 points of the target are lost and half of what was "
             "forgotten comes back, and at equal control accuracy the target is no lower than with one constant scale.",
             measure="by_views",
-            part="one model",
             data="embedded:digits",
             base="",
             full={"seeds": 5},
@@ -52,11 +51,10 @@ RECORD = Record(
         Claim(
             text="Merging: task arithmetic with LiNeS is no more than 0.3 points below task arithmetic, each at its "
             "best scale of one grid, and better in most seeds.",
-            measure="by_views",
-            part="merging",
-            data="embedded:digits",
-            base="",
-            full={"seeds": 5},
+            measure="by_tasks",
+            epochs=2,
+            train_rows=320,
+            full={"seeds": 5, "train_rows": 1500},
         ),
     ),
 )
