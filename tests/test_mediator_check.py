@@ -36,7 +36,7 @@ SEEN = {
     "random_blocks": 0.86,
     "router_of_shuffled_tasks": 0.80,
 }
-COUNT = {"stored": 1.2, "limit": 1.3, "stored dense": 3.0}
+COUNT = {"stored": 1.2, "limit": 1.3, "stored dense": 3.0, "blended": 0.2}
 
 
 def judged(unseen: float = 0.6, count: dict | None = None, **changes: float) -> dict:
@@ -65,6 +65,12 @@ def test_the_set_up_is_invalid_where_experts_learned_nothing() -> None:
     found = judged(base=0.9)
     assert {part["holds"] for part in found.values()} == {"set-up invalid"}
     assert found["router"]["gate"]["holds"] is not True
+
+
+def test_nothing_is_said_of_blending_where_no_text_was_blended() -> None:
+    found = judged(count={"blended": 0.0})
+    assert found["unseen"]["holds"] == "set-up invalid" and "0 % of its texts are blended" in found["unseen"]["detail"]
+    assert found["router"]["holds"] is True
 
 
 def test_controls_tell_a_gain_from_its_absence() -> None:
