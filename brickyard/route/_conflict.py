@@ -21,6 +21,7 @@ from brickyard.core.base import Base
 from brickyard.core.errors import NotFinite, Refused
 from brickyard.core.names import same_names
 from brickyard.core.roles import blocks
+from brickyard.merge._select import kth_largest
 
 Tensors = Mapping[str, Tensor]  # float32 by the base's names; may read a tensor from disk when it is asked for
 _FLOATS = ("F32", "F16", "BF16")
@@ -31,9 +32,7 @@ def trimmed(tau_N: Tensor, share: float) -> Tensor:
     if share == 1:
         return tau_N
     kept = max(1, int(share * tau_N.numel()))
-    size_N = tau_N.abs()
-    threshold = torch.kthvalue(size_N, tau_N.numel() - kept + 1).values
-    return torch.where(size_N >= threshold, tau_N, torch.zeros_like(tau_N))
+    return torch.where(tau_N.abs() >= kth_largest(tau_N, kept), tau_N, torch.zeros_like(tau_N))
 
 
 def summed(taus: Sequence[Tensor], rule: str) -> Tensor:
