@@ -188,6 +188,21 @@ def test_threads_and_shards_change_no_bit(arm: str, run: Callable[..., Path], sm
     assert all(torch.equal(found[name], tensor) for name, tensor in one.items())
 
 
+@pytest.mark.parametrize("arm", ["ties:trim=tensor,density=0.4", "slerp", "mediphi"])
+def test_tensors_too_large_to_keep_are_read_again_to_the_same_bits(
+    arm: str, run: Callable[..., Path], small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, loads = "xy" if arm == "slerp" else "xyz", []
+    plain = _inputs.Stored.weights
+    monkeypatch.setattr(_inputs.Stored, "weights", lambda *args: (loads.append(1), plain(*args))[1])
+    kept = read(run(arm, labels, threads=1))
+    once = len(loads)
+    monkeypatch.setattr(_engine.Merge, "may_hold", 0)
+    again = read(run(arm, labels, threads=1))
+    assert len(loads) - once > once, "every round of the survey reads anew"
+    assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+
+
 def test_half_precision_is_widened_once_and_rounded_once(tmp_path: Path) -> None:
     base = {name: t.bfloat16() if t.is_floating_point() else t for name, t in make_base().items()}
     others = [
