@@ -198,6 +198,8 @@ def model_class(base: Base, stored: Stored) -> Any:
     """The transformers class that the adapter was made for: by its task, else the one that has the layers it names."""
     named = str((stored.config or {}).get("task_type") or "")
     heads = ["IMAGE_CLS"] if base.input == "image" else ["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS"]
+    # Of classes with as many of the layers the first counts: a language model is one until a head says otherwise.
+    heads.sort(key=lambda kind: kind != "CAUSAL_LM" if base.generative else 0)
     order = [named] if named in _CLASSES else [*heads, "FEATURE_EXTRACTION"]
     keys = [key.removeprefix(PREFIX) for key in stored.tensors]
     outlines = {kind: _outline(_CLASSES[kind], base.config, None) for kind in order}
