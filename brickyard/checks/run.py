@@ -23,6 +23,7 @@ from brickyard.core import registry
 from brickyard.core.arm import parse
 from brickyard.core.errors import BadData, RunFailed, UsageError
 from brickyard.core.files import write_json
+from brickyard.core.locks import Lock
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.method import Claim
 from brickyard.core.stats import examples_needed, paired
@@ -229,7 +230,8 @@ class _Run:
         listed = sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values())
         folder = Path("runs") / "checks" / f"{name}-{key_of([listed, str(request), code_digest()])}"
         if (folder / FINISHED).exists():
-            shutil.rmtree(folder)
+            with Lock(folder / "run.lock"):  # nobody else measures there
+                shutil.rmtree(folder)
         result, folder = compare(request, folder, arms=list(arms.values()), listen=listen)
         rows = {row["arm"]: row for row in result["methods"]}
         for label, row in rows.items():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from brickyard.core import registry
-from brickyard.core.arm import TRAINING, Arm, Piece, parse
+from brickyard.core.arm import Arm, Piece, parse
 from brickyard.core.errors import UsageError
 from brickyard.core.method import Record
 from brickyard.core.trial import Setting
@@ -147,7 +147,7 @@ def settings(arm: Arm, trials: int) -> list[dict[str, Any]]:
     for piece in arm.pieces:
         record = registry.find(piece.name).record
         for key, values in sorted(record.search.items()):
-            if key in TRAINING:
+            if key == "lr":
                 # One learning rate serves the arm; the tuner's grid rules, as its default does.
                 if key not in arm.training and (not lr_axis or record.slot == "tuner"):
                     lr_axis = values
