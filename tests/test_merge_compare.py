@@ -168,4 +168,6 @@ def test_the_command_prints_one_table(
     assert "ties:density=0.5" in said.out and "kept" in said.out and "every scale is 0" in said.out
     assert "average:" in said.err
     assert main([*argv[:2], "averge", *argv[4:]]) == 2
+    none = ["merge", "task-arithmetic:scale=0.0", "ties:scale=0.0", *argv[4:-1], str(tmp_path / "none")]
+    assert main(none) == 1 and "every scale is 0" in capsys.readouterr().out
     assert TASK.labels is not None
