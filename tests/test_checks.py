@@ -116,6 +116,15 @@ def test_learning_rates_are_searched_on_each_arms_own_scale() -> None:
     assert checks._settings(Claim(text="t", inequality="a >= b"), "full") == ({},)
 
 
+@pytest.mark.parametrize("chosen, at_end", [("1e-3", True), ("3e-3", False), ("1e-2", True)])
+def test_a_search_that_ends_at_an_end_of_its_grid_is_told(chosen: str, at_end: bool, tmp_path: Path) -> None:
+    claim = Claim(text="t", inequality="a >= b", arms={"a": "lora", "b": "lora:lr=1e-3"}, lr_factors=(1.0, 3.0, 10.0))
+    rows = {"a": {"setting_arm": f"lora:lr={chosen}"}, "b": {"setting_arm": "lora:lr=1e-3"}}
+    run = checks._Run(tmp_path, {}, rows, {}, {})
+    assert run._at_end(claim, "a") is at_end and not run._at_end(claim, "b")
+    assert not run._at_end(replace(claim, lr_factors=(1.0,)), "a")
+
+
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, claim: Claim) -> dict[str, Any]:
     entry = registry.find("lora")
     faked = registry.Entry(Record(name="lora", family="tune", title="t", claims=(claim,)), entry.path, entry.options)

@@ -286,8 +286,18 @@ class _Run:
             if found["holds"] is not True:
                 out["holds"] = "set-up invalid"
         needed = f"; {out['needed']['sentence']}" if out.get("needed") else ""
+        out["at_end_of_grid"] = [label for label in claim.arms if self._at_end(claim, label)]
         out["detail"] = f"measured {out['measured']:+.2f} points ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
+        if out["at_end_of_grid"]:
+            ends = ", ".join(out["at_end_of_grid"])
+            out["detail"] += f"; {ends}: the best learning rate is the last of those tried, others may do better"
         return out
+
+    def _at_end(self, claim: Claim, label: str) -> bool:
+        """Whether an arm's learning rate is the smallest or the largest of several that were searched."""
+        tried = [setting["lr"] for setting in _settings(claim, claim.arms[label]) if setting]
+        chosen = parse(self.rows[label]["setting_arm"]).training.get("lr")
+        return len(tried) > 1 and chosen in (min(tried), max(tried))
 
 
 def _placed(claim: Claim, given: dict[str, Any], takes: frozenset[str]) -> tuple[Claim, frozenset[str], str]:
