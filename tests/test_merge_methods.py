@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from brickyard.core.errors import Refused
+from brickyard.core.kth_largest import kth_largest
 from brickyard.merge import dare, lines, slerp
 from brickyard.merge._engine import Piece
-from brickyard.merge._select import kth_largest
 from brickyard.merge._signs import disjoint_mean
 from brickyard.merge.average import average
 from brickyard.merge.ties import ties, trim

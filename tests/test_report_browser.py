@@ -231,8 +231,8 @@ def test_a_switch_shows_its_picture_and_moves_nothing(browser: Browser, report: 
     second = browser.run(shown)
     assert first.index(True) == 0 and second.index(True) == 3 and sum(second) == 1
     assert abs(browser.run(below) - top) <= 30  # a caption that names the missing arms may take one line more
-    # Cumulative layout shift, of which browsers call 0.1 good. A column that widens by a pixel while a table's rows
-    # still arrive scores 1e-5 (a slow machine paints in between); one line pushed in above the rest, 0.02.
+    # Cumulative layout shift, of which browsers call 0.1 good. A column that widens while a table's rows still arrive
+    # (a slow machine paints in between) scores 1e-5 to 1e-3; one line pushed in above the rest, 0.02.
     shift = """return new Promise((done) => {
       new PerformanceObserver((list) =>
         done(list.getEntries().filter((e) => !e.hadRecentInput).reduce((sum, e) => sum + e.value, 0)))
@@ -240,9 +240,9 @@ def test_a_switch_shows_its_picture_and_moves_nothing(browser: Browser, report: 
       setTimeout(() => done(0), 300);
     });"""
     browser.go(report)
-    assert browser.run(shift) < 1e-3
+    assert browser.run(shift) < 5e-3
     browser.run("document.body.prepend(document.createElement('p')); document.body.firstChild.textContent = 'late'")
-    assert browser.run(shift) > 1e-3
+    assert browser.run(shift) > 5e-3
 
 
 def test_the_command_is_copied(browser: Browser, report: Path) -> None:

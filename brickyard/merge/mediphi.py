@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from brickyard.core.errors import UsageError
+from brickyard.core.kth_largest import count_lower, count_upper, locate, magnitude
 from brickyard.core.method import Claim, Record
 from brickyard.merge._arc import arc, is_straight
-from brickyard.merge._select import count_lower, count_upper, locate, magnitude
 
 if TYPE_CHECKING:
     from brickyard.merge._engine import Piece

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.core.errors import UsageError
+from brickyard.core.kth_largest import count_lower, count_upper, kth_largest, locate, magnitude
 from brickyard.core.method import Record
-from brickyard.merge._select import count_lower, count_upper, kth_largest, locate, magnitude
 from brickyard.merge._signs import disjoint_mean
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def ties(taus: Sequence[Tensor], density: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The survey that finds every model's k-th largest magnitude, in two rounds; see `_select`."""
+    """The survey that finds every model's k-th largest magnitude, in two rounds; see `core.kth_largest`."""
 
     density: float
     scope: str

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from brickyard.core.base import Base
 from brickyard.core.errors import NotFinite, Refused
+from brickyard.core.kth_largest import kth_largest
 from brickyard.core.names import same_names
 from brickyard.core.roles import blocks
-from brickyard.merge._select import kth_largest
 
 Tensors = Mapping[str, Tensor]  # float32 by the base's names; may read a tensor from disk when it is asked for
 _FLOATS = ("F32", "F16", "BF16")
