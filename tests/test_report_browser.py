@@ -231,18 +231,22 @@ def test_a_switch_shows_its_picture_and_moves_nothing(browser: Browser, report: 
     second = browser.run(shown)
     assert first.index(True) == 0 and second.index(True) == 3 and sum(second) == 1
     assert abs(browser.run(below) - top) <= 30  # a caption that names the missing arms may take one line more
-    # Cumulative layout shift, of which browsers call 0.1 good. A column that widens while a table's rows still arrive
-    # (a slow machine paints in between) scores 1e-5 to 1e-3; one line pushed in above the rest, 0.02.
+    # Cumulative layout shift, of which browsers call 0.1 good; one line pushed in above the rest scores 0.02. A column
+    # that widens while rows still arrive, because a slow machine paints in between, is no fault of the page: what the
+    # page itself moves, it moves on every load.
     shift = """return new Promise((done) => {
       new PerformanceObserver((list) =>
         done(list.getEntries().filter((e) => !e.hadRecentInput).reduce((sum, e) => sum + e.value, 0)))
         .observe({type: "layout-shift", buffered: true});
       setTimeout(() => done(0), 300);
     });"""
-    browser.go(report)
-    assert browser.run(shift) < 5e-3
+    shifts = []
+    for _ in range(3):
+        browser.go(report)
+        shifts.append(browser.run(shift))
+    assert min(shifts) < 1e-3
     browser.run("document.body.prepend(document.createElement('p')); document.body.firstChild.textContent = 'late'")
-    assert browser.run(shift) > 5e-3
+    assert browser.run(shift) > 1e-3
 
 
 def test_the_command_is_copied(browser: Browser, report: Path) -> None:
