@@ -32,7 +32,7 @@ from brickyard.core.errors import (
 from brickyard.merge import _engine, _inputs
 from brickyard.merge.lines import closed_alpha
 from brickyard.merge.task_arithmetic import add_up
-from brickyard.merge.ties import ties
+from brickyard.merge.ties import Thresholds, ties
 from brickyard.merging import merge, resolve
 
 GOLDEN = Path(__file__).parent / "golden" / "mergekit.safetensors"
@@ -192,15 +192,22 @@ def test_threads_and_shards_change_no_bit(arm: str, run: Callable[..., Path], sm
 def test_tensors_too_large_to_keep_are_read_again_to_the_same_bits(
     arm: str, run: Callable[..., Path], small_pieces: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels, loads = "xy" if arm == "slerp" else "xyz", []
-    plain = _inputs.Stored.weights
+    labels, loads, plain = "xy" if arm == "slerp" else "xyz", [], _inputs.Stored.weights
     monkeypatch.setattr(_inputs.Stored, "weights", lambda *args: (loads.append(1), plain(*args))[1])
-    kept = read(run(arm, labels, threads=1))
-    once = len(loads)
+    kept, once = read(run(arm, labels, threads=1)), len(loads)
     monkeypatch.setattr(_engine.Merge, "may_hold", 0)
     again = read(run(arm, labels, threads=1))
     assert len(loads) - once > once, "every round of the survey reads anew"
     assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+
+
+def test_torch_brings_no_thread_beside_the_workers(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain, before = [], Thresholds.settle, torch.get_num_threads()
+    monkeypatch.setattr(Thresholds, "settle", lambda *a: (seen.append(torch.get_num_threads()), plain(*a))[1])
+    torch.set_num_threads(2)
+    run("ties:density=0.4", "xy", threads=2)
+    after, _ = torch.get_num_threads(), torch.set_num_threads(before)
+    assert set(seen) == {1} and after == 2
 
 
 def test_half_precision_is_widened_once_and_rounded_once(tmp_path: Path) -> None:
