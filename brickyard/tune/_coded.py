@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brickyard.tune._codes import EXACT, Code, Grouped, pack, unpack
+
+_BERNOULLI = torch.ops.aten.bernoulli_.float  # what dropout draws by on a CPU; fused kernels draw out of sight
+_SAFE_SOFTMAX = torch.ops.aten._safe_softmax.default
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Kept:
         return self.code.decode(tuple(parts), self.shape, self.dtype)
 
 
-def keep(x: Tensor, code: Code) -> tuple[Kept, tuple[Tensor, ...]]:
-    """Code `x` and say how."""
-    parts = code.encode(x)
+def keep(x: Tensor, code: Code, *, spare: bool = False) -> tuple[Kept, tuple[Tensor, ...]]:
+    """Code `x` and say how; `spare`: nobody reads `x` afterwards."""
+    parts = code.encode(x, spare=spare)
     return Kept(code, x.shape, x.dtype, len(parts)), parts
 
 
@@ -77,14 +82,17 @@ class Elementwise(torch.autograd.Function):
             leaf = x.detach().requires_grad_()
             y = phi(leaf)
             (slope,) = torch.autograd.grad(y, leaf, y.new_ones(()).expand_as(y))
-        ctx.kept, parts = keep(slope, code)
+        ctx.kept, parts = keep(slope, code, spare=True)
         ctx.save_for_backward(*parts)
         return y.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.kept.decode(ctx.saved_tensors) * grad, None, None
+        parts = ctx.saved_tensors
+        slope = ctx.kept.decode(parts)
+        # An exact one is the saved tensor itself, which a second backward pass reads again.
+        return slope * grad if slope is parts[0] else slope.mul_(grad), None, None
 
 
 class Softmax(torch.autograd.Function):
@@ -110,9 +118,14 @@ class Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        scaled_mask = F.dropout(torch.ones_like(x), p)
+        if x.device.type == "cpu":  # as PyTorch does there, but the mask is drawn as one
+            mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+            scaled_mask = mask.to(x.dtype).div_(1 - p)
+        else:
+            scaled_mask = F.dropout(torch.ones_like(x), p)
+            mask = scaled_mask != 0
         ctx.p, ctx.shape = p, x.shape
-        ctx.save_for_backward(pack((scaled_mask != 0).reshape(-1).view(torch.uint8), 1))
+        ctx.save_for_backward(pack(mask.reshape(-1).view(torch.uint8), 1))
         return scaled_mask.mul_(x)
 
     @staticmethod
@@ -163,7 +176,8 @@ class Recomputed(torch.autograd.Function):
 
     `codes` has one code for each of `given`; what is no tensor is handed on, what is no floating-point tensor is kept
     as it is. A parameter that `call` uses stands among `given` so that it gets its gradient; it is not kept, for it is
-    there anyway. `random` replays the generator, so that dropout inside `call` draws the same again.
+    there anyway. With `random`, dropout inside `call` gets the same draws again: they are kept, one bit each, where
+    that takes a quarter of the other codes at most, as drawing is slow; else the generator goes back for them.
     """
 
     @staticmethod
@@ -171,10 +185,11 @@ class Recomputed(torch.autograd.Function):
         ctx: Any, call: Callable[..., Any], codes: Sequence[Grouped], random: bool, *given: Any
     ) -> tuple[Any, ...] | Tensor:
         device = next(x.device for x in given if isinstance(x, Tensor))
-        ctx.call, ctx.device, ctx.random = call, device, random
+        ctx.call, ctx.device = call, device
         ctx.autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
         ctx.set_materialize_grads(False)
-        saved: list[Tensor] = [_generator_state(device)] if random else []
+        state = _generator_state(device) if random else None
+        saved: list[Tensor] = []
         ctx.given = []
         for x, code in zip(given, codes, strict=True):
             if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
@@ -182,14 +197,21 @@ class Recomputed(torch.autograd.Function):
                 saved.extend(parts)
                 x = held
             ctx.given.append(x)
-        ctx.save_for_backward(*saved)
-        return call(*given)
+        ctx.replay = nullcontext
+        if state is None:
+            ctx.save_for_backward(*saved)
+            return call(*given)
+        with _Draws(room=sum(part.nbytes for part in saved) // 4) as draws:
+            out = call(*given)
+        kept = [state] if draws.bits is None else draws.bits
+        ctx.replay = partial(_replayed, device) if draws.bits is None else _Again
+        ctx.save_for_backward(*saved, *kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         parts = iter(ctx.saved_tensors)
-        replay = _replayed(ctx.device, next(parts)) if ctx.random else nullcontext()
         given = [
             x.decode([next(parts) for _ in range(x.parts)]).detach().requires_grad_(needed)
             if isinstance(x, Kept)
@@ -197,7 +219,7 @@ class Recomputed(torch.autograd.Function):
             for x, needed in zip(ctx.given, ctx.needs_input_grad[3:], strict=True)
         ]
         enabled, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(ctx.device.type, dtype, enabled), replay:
+        with torch.enable_grad(), torch.autocast(ctx.device.type, dtype, enabled), ctx.replay(*parts):
             out = ctx.call(*given)
         out = out if isinstance(out, tuple) else (out,)
         reached = [(y, g) for y, g in zip(out, grads, strict=True) if g is not None and y.requires_grad]
@@ -206,6 +228,50 @@ class Recomputed(torch.autograd.Function):
             torch.autograd.grad([y for y, _ in reached], wanted, [g for _, g in reached], allow_unused=True)
         )
         return None, None, None, *(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in given)
+
+
+class _Random(TorchDispatchMode):
+    """Sees the operations inside a call that draws: `draw` takes the place of those that dropout draws by."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _SAFE_SOFTMAX and args[0].device.type == "cpu":
+            # It searches all scores for rows without a key, which takes longer than the softmax; one column shows them.
+            out = F.softmax(*args, **kwargs)
+            return func(*args, **kwargs) if out.select(args[1], 0).isnan().any() else out
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self.draw(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Draws(_Random):
+    """Keeps what dropout draws in `bits`, packed; None once they take more than `room` bytes or all is not known."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.bits: list[Tensor] | None = []
+        self._room = room
+
+    def draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if self.bits is not None:
+            self._room -= -(-out.numel() // 8) if func is _BERNOULLI else self._room + 1
+            self.bits = None if self._room < 0 else [*self.bits, pack(out.reshape(-1).to(torch.uint8), 1)]
+        return out
+
+
+class _Again(_Random):
+    """Hands out the draws that `_Draws` kept, in their order, and leaves the generator alone."""
+
+    def __init__(self, *bits: Tensor) -> None:
+        super().__init__()
+        self._bits = iter(bits)
+
+    def draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return args[0].copy_(unpack(next(self._bits), 1, args[0].numel()).view(args[0].shape))
 
 
 def coding(x: Tensor, once: Once) -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@
     y = norm(x)                     keep x as codes with a low and a step for each group of 64 values
     y = W x + b, W trains           keep x so, once for all layers that read it
     y = attention(q, k, v)          keep q, k, v so and no T x T matrix: backward runs the attention again, as fused
-                                    kernels do
+                                    kernels do (what its dropout drew is kept in bits while T is small)
     y = softmax(x)  (nn.Softmax)    keep y so;  dx = y (g - sum(g y))
 
 The forward is the model's own, bit for bit, so nothing is rounded but gradients: an element's error is at most half a
