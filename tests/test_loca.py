@@ -92,12 +92,12 @@ def test_beyond_the_largest_table_there_is_none_and_rows_are_evaluated():
     torch.testing.assert_close(_dct.idct(_dct.dct(x)), x)
     torch.testing.assert_close(_dct.dct(x), x @ cosines(n).t())
     assert _dct.table.cache_info().currsize == before
-    assert _dct.cost(n) < 20 < _dct.cost(n - 3)
+    assert _dct.cost(n) < n / 2 and _dct.cost(n - 3) == n - 3 and _dct.cost(64 * n) < 2 * _dct.cost(n)
 
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 40), st.integers(0, 999))
 @settings(derandomize=True, deadline=None, max_examples=40)
-def test_both_paths_are_the_dense_equation_and_its_autograd(m, n, count, seed):
+def test_all_ways_are_the_dense_equation_and_its_autograd(m, n, count, seed):
     g, x, a, index = case(seed, m, n, count)
     x, a = x.requires_grad_(), a.requires_grad_()
     spectrum = torch.zeros(m, n, dtype=torch.float64).index_put((index[0], index[1]), a, accumulate=True)
@@ -105,11 +105,24 @@ def test_both_paths_are_the_dense_equation_and_its_autograd(m, n, count, seed):
     torch.testing.assert_close(loca.change(a, index, m, n), dense)
     y = 0.7 * x @ dense.t()
     to_x, to_a = torch.autograd.grad((y * g).sum(), (x, a))
-    for mode in ("tokens", "dense"):
+    for mode in loca.WAYS:
         got = loca.Cosines.apply(x, a, index, m, 0.7, mode, None)
         torch.testing.assert_close(got, y)
         found = torch.autograd.grad((got * g).sum(), (x, a))
         torch.testing.assert_close(found, (to_x, to_a))
+
+
+@pytest.mark.parametrize(("m", "n"), [(7, 1030), (1030, 7)])
+def test_half_precision_goes_through_tables_and_ffts_alike(m, n):
+    g, x, a, index = case(1, m, n, 50)
+    expected = loca.gradients_by_matrix(g, x, a, index, of_x=True, of_a=True, of_places=True)
+    half = (g.bfloat16(), x.bfloat16(), a.float())
+    found = loca.gradients_by_spectrum(*half, index, of_x=True, of_a=True, of_places=True)
+    pairs = [(getattr(found, name), value) for name, value in vars(expected).items()]
+    pairs.append((loca.by_spectrum(half[1], half[2], index, m), loca.by_tokens(x, a, index, m)))
+    assert [got.dtype for got, _ in pairs] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    for got, value in pairs:
+        assert float((got - value).norm() / value.norm()) < 0.01
 
 
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 30), st.integers(0, 999), st.sampled_from([0.05, 5.0]))
@@ -123,7 +136,7 @@ def test_the_gradient_of_positions_is_the_formula_borders_and_clipping_included(
         up, down = z[min(row + 1, m - 1), col], z[max(row - 1, 0), col]
         right, left = z[row, min(col + 1, n - 1)], z[row, max(col - 1, 0)]
         expected[:, k] = torch.stack([a[k] / 2 * (up - down), a[k] / 2 * (right - left)]).clamp(-1, 1)
-    for mode in ("tokens", "dense"):
+    for mode in loca.WAYS:
         real = (index + 0.3 * torch.rand(index.shape, dtype=torch.float64)).requires_grad_()
         (loca.Cosines.apply(x, a, real, m, 0.7, mode, None) * g).sum().backward()
         torch.testing.assert_close(real.grad, expected)
@@ -152,8 +165,9 @@ def test_the_schedule_is_the_papers():
 
 
 def test_the_cheaper_path_is_taken_and_gathers_no_more_than_the_layers_matrix(monkeypatch):
-    assert loca.tokens_are_cheaper(2048, 300, 4096, 4096) and loca.tokens_are_cheaper(1, 1000, 384, 384)
-    assert not loca.tokens_are_cheaper(2048, 1000, 384, 384)
+    assert loca.cheapest(2048, 100, 4096, 4096) == loca.cheapest(1, 100, 384, 384) == "tokens"
+    assert loca.cheapest(64, 1000, 384, 384) == loca.cheapest(2048, 1000, 4096, 4096) == "spectrum"
+    assert loca.cheapest(2048, 1000, 384, 384) == "dense"
     largest, plain = 0, _dct.rows
 
     def watched(index, n, dtype):
@@ -306,7 +320,7 @@ def test_resume_in_the_middle_of_a_turn_is_exact(text_base, tmp_path):
 def test_it_keeps_its_input_and_positions_for_backward_and_hides_nothing():
     inputs = words(8)
     kept = {}
-    for mode in ("tokens", "dense"):
+    for mode in loca.WAYS:
         saved = saved_for_backward(model(mode=mode).train(), inputs, lambda out: out.pow(2).sum())
         assert saved.hidden == ()
         kept[mode] = saved.bytes
@@ -314,7 +328,7 @@ def test_it_keeps_its_input_and_positions_for_backward_and_hides_nothing():
     plain.requires_grad_(False)
     plain.bert.embeddings.word_embeddings.weight.requires_grad_(True)
     base = saved_for_backward(plain.train(), inputs, lambda out: out.pow(2).sum()).bytes
-    assert kept["tokens"] == kept["dense"] <= base + 8 * (2 * 30 * 4 + 30 * 4 + 4 * 60 * 8)
+    assert kept["tokens"] == kept["spectrum"] == kept["dense"] <= base + 8 * (2 * 30 * 4 + 30 * 4 + 4 * 60 * 8)
 
 
 def test_half_precision_products_leave_the_cosines_in_full_precision():
@@ -337,7 +351,7 @@ def test_half_precision_products_leave_the_cosines_in_full_precision():
         ({"position_lr": 0.0}, "positive"),
         ({"locate": 1.5}, "share of the steps"),
         ({"cycle": (0, 20)}, "cycle"),
-        ({"mode": "guess"}, "auto, tokens or dense"),
+        ({"mode": "guess"}, "auto, tokens, spectrum or dense"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

@@ -11,8 +11,9 @@ Z = C_m G C_n^T, where G = alpha g^T x [m, n] is the gradient of C_m^T S C_n (x 
 
 straight through the rounding, and so for columns; an index beyond the border is the border. They take turns: of every
 30 steps the first 10 train a, the other 20 train u, until a tenth of all steps is over; from then on only a trains. Who
-rests keeps its optimiser's moments and does not move. Where T K (m + n) is small the layer never sees an [m, n] matrix:
-y' = alpha ((x C_n[col]^T) * a) C_m[row], and the wanted entries of Z are sums over tokens of the same products. Else dW
+rests keeps its optimiser's moments and does not move. A layer goes the cheapest of three ways for its batch. Tokens:
+y' = alpha ((x C_n[col]^T) * a) C_m[row], and the wanted entries of Z are sums over tokens of the same products.
+Spectrum: y' = alpha (S (x C_n^T)^T)^T C_m, K additions between two transforms. Neither sees an [m, n] matrix. Dense: dW
 and Z of one layer at a time are made, and made anew on the way back.
 
 Source: "LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning", ICLR 2025, arXiv 2502.06820.
@@ -40,7 +41,7 @@ from brickyard.core.inject import BrickyardLinear, Leaf, Part, Plan
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 from brickyard.core.wrap import ADAPTER
-from brickyard.tune._dct import cost, dct2, idct2, rows
+from brickyard.tune._dct import LARGEST_TABLE, cost, dct, dct2, idct, idct2, rows
 
 if TYPE_CHECKING:
     from brickyard.core.loop import State
@@ -110,6 +111,8 @@ RECORD = Record(
 
 LAST = 0.999  # largest u: the paper's
 COEFFICIENTS, POSITIONS = "coefficients", "positions"
+WAYS = TOKENS, SPECTRUM, DENSE = "tokens", "spectrum", "dense"
+GATHERED = 100  # multiplications of a matrix product in the time of gathering and adding one number (measured, a CPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +131,8 @@ class Config:
     """learning rate of the positions, as a share of that of the coefficients"""
     head_lr: float = 0.2
     """learning rate of the task's head, as a share of that of the coefficients"""
-    mode: Literal["auto", "tokens", "dense"] = "auto"
-    """through the tokens, through one layer's matrix, or whichever is cheaper for the batch"""
+    mode: Literal["auto", "tokens", "spectrum", "dense"] = "auto"
+    """through K cosines of the tokens, through their whole spectra, through one layer's matrix, or the cheapest"""
     target: str | tuple[str, ...] = ("query", "value")
     """`blocks` (all linear layers of the repeated blocks), roles, `all-linear`, or patterns of layer names"""
 
@@ -144,8 +147,8 @@ class Config:
             raise UsageError(f"loca: locate={self.locate} is a share of the steps, from 0 to 1.")
         if min(self.cycle) < 1:
             raise UsageError(f"loca: cycle={self.cycle}; give at least 1 step to coefficients and 1 to positions.")
-        if self.mode not in ("auto", "tokens", "dense"):
-            raise UsageError(f"loca: mode={self.mode!r}; auto, tokens or dense were expected.")
+        if self.mode not in ("auto", *WAYS):
+            raise UsageError(f"loca: mode={self.mode!r}; auto, {', '.join(WAYS[:-1])} or {WAYS[-1]} were expected.")
 
 
 def learning(step: int, until: int, cycle: tuple[int, int]) -> str:
@@ -180,9 +183,14 @@ def neighbours(index_K: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return (index_K + 1).clamp(max=n - 1), (index_K - 1).clamp(min=0)
 
 
-def tokens_are_cheaper(tokens: int, count: int, m: int, n: int) -> bool:
-    """Whether T K (m + n) multiplications are fewer than those through the matrix, m n (T + its transform)."""
-    return tokens * count * (m + n) < m * n * (tokens + cost(m) + cost(n))
+def cheapest(tokens: int, count: int, m: int, n: int) -> str:
+    """Return the way that takes least for T tokens and K coefficients, in multiplications of a matrix product."""
+    takes = {
+        TOKENS: tokens * count * (m + n),
+        SPECTRUM: tokens * (m * cost(m) + n * cost(n) + GATHERED * count),
+        DENSE: m * n * (tokens + cost(m) + cost(n)),
+    }
+    return min(takes, key=takes.__getitem__)
 
 
 def _blocks(index_2K: Tensor, a_K: Tensor, m: int, n: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -199,6 +207,26 @@ def by_tokens(x_Tn: Tensor, a_K: Tensor, index_2K: Tensor, m: int) -> Tensor:
     for row_B, col_B, a_B in _blocks(index_2K, a_K, m, n):
         u_TB = x_Tn @ rows(col_B, n, x_Tn.dtype).t()
         y_Tm.addmm_(u_TB * a_B.to(u_TB.dtype), rows(row_B, m, x_Tn.dtype))
+    return y_Tm
+
+
+def by_spectrum(x_Tn: Tensor, a_K: Tensor, index_2K: Tensor, m: int) -> Tensor:
+    """Return x (C_m^T S C_n)^T [T, m] by the transforms of the tokens."""
+    x_Tn, kind = dct(_wide(x_Tn)), x_Tn.dtype
+    return idct(_wide(_scattered(x_Tn, a_K, index_2K[0], index_2K[1], m))).to(kind)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in a type that `dct` takes; half precision is enough for a table, not for an FFT."""
+    return x if x.shape[-1] <= LARGEST_TABLE else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scattered(x_Tn: Tensor, a_K: Tensor, to_K: Tensor, from_K: Tensor, m: int) -> Tensor:
+    """Return x S^T [T, m] for S that takes a_k of entry from_k to entry to_k."""
+    y_Tm = x_Tn.new_zeros(len(x_Tn), m)
+    size = min(m, x_Tn.shape[1])
+    for to_B, from_B, a_B in zip(to_K.split(size), from_K.split(size), a_K.to(x_Tn.dtype).split(size), strict=True):
+        y_Tm.index_add_(1, to_B, x_Tn.index_select(1, from_B).mul_(a_B))
     return y_Tm
 
 
@@ -242,6 +270,35 @@ def _steps(index_K: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return rows(after_K, n, dtype) - rows(before_K, n, dtype)
 
 
+def gradients_by_spectrum(
+    g_Tm: Tensor, x_Tn: Tensor, a_K: Tensor, index_2K: Tensor, *, of_x: bool, of_a: bool, of_places: bool
+) -> Gradients:
+    """Return the wanted `Gradients` for G = g^T x, by the transforms of both."""
+    m, n = g_Tm.shape[1], x_Tn.shape[1]
+    g_Tm = dct(_wide(g_Tm))
+    row_K, col_K = index_2K
+    found = Gradients()
+    if of_x:
+        found.x_Tn = idct(_wide(_scattered(g_Tm, a_K, col_K, row_K, n))).to(x_Tn.dtype)
+    if not (of_a or of_places):
+        return found
+    x_Tn = dct(_wide(x_Tn))
+    z, slopes = [], []
+    for row_B, col_B, _ in _blocks(index_2K, a_K, m, n):
+        v_TB, u_TB = g_Tm.index_select(1, row_B), x_Tn.index_select(1, col_B)
+        if of_places:
+            (below_B, above_B), (right_B, left_B) = neighbours(row_B, m), neighbours(col_B, n)
+            by_row_TB = g_Tm.index_select(1, below_B).sub_(g_Tm.index_select(1, above_B))
+            by_col_TB = x_Tn.index_select(1, right_B).sub_(x_Tn.index_select(1, left_B))
+            slopes.append(
+                torch.stack([(u_TB * by_row_TB).sum(0, dtype=a_K.dtype), (by_col_TB * v_TB).sum(0, dtype=a_K.dtype)])
+            )
+        z.append(v_TB.mul_(u_TB).sum(0, dtype=a_K.dtype))
+    found.z_K = torch.cat(z) if of_a else None
+    found.slope_2K = torch.cat(slopes, dim=1) if of_places else None
+    return found
+
+
 def gradients_by_matrix(
     g_Tm: Tensor, x_Tn: Tensor, a_K: Tensor, index_2K: Tensor, *, of_x: bool, of_a: bool, of_places: bool
 ) -> Gradients:
@@ -260,6 +317,14 @@ def gradients_by_matrix(
     return found
 
 
+FORWARD = {
+    TOKENS: by_tokens,
+    SPECTRUM: by_spectrum,
+    DENSE: lambda x_Tn, a_K, index_2K, m: x_Tn @ change(a_K, index_2K, m, x_Tn.shape[1]).to(x_Tn.dtype).t(),
+}
+BACKWARD = {TOKENS: gradients_by_tokens, SPECTRUM: gradients_by_spectrum, DENSE: gradients_by_matrix}
+
+
 class Cosines(torch.autograd.Function):
     """y' = alpha x (C_m^T S C_n)^T. Kept for the way back are x, a and the positions; all else is made anew.
 
@@ -273,13 +338,9 @@ class Cosines(torch.autograd.Function):
         n, index_2K = x.shape[-1], nearest(places_2K)
         x_Tn = x.reshape(-1, n)
         ctx.m, ctx.alpha, ctx.learns = m, alpha, learns
-        ctx.tokens = mode == "tokens" or (mode == "auto" and tokens_are_cheaper(len(x_Tn), len(a_K), m, n))
+        ctx.way = cheapest(len(x_Tn), len(a_K), m, n) if mode == "auto" else mode
         ctx.save_for_backward(x, a_K, index_2K.int())
-        if ctx.tokens:
-            y_Tm = by_tokens(x_Tn, a_K * alpha, index_2K, m)
-        else:
-            y_Tm = x_Tn @ change(a_K * alpha, index_2K, m, n).to(x.dtype).t()
-        return y_Tm.view(*x.shape[:-1], m)
+        return FORWARD[ctx.way](x_Tn, a_K * alpha, index_2K, m).view(*x.shape[:-1], m)
 
     @staticmethod
     @once_differentiable
@@ -287,7 +348,7 @@ class Cosines(torch.autograd.Function):
         x, a_K, index_2K = ctx.saved_tensors
         of_x, of_a, of_places = ctx.needs_input_grad[:3]
         of_a, of_places = of_a and ctx.learns != POSITIONS, of_places and ctx.learns != COEFFICIENTS
-        found = (gradients_by_tokens if ctx.tokens else gradients_by_matrix)(
+        found = BACKWARD[ctx.way](
             grad.reshape(-1, ctx.m).to(x.dtype),
             x.reshape(-1, x.shape[-1]),
             a_K * ctx.alpha,
