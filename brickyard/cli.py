@@ -152,7 +152,7 @@ def _data(p: Parser) -> None:
     p.add_argument("step", metavar="STEP", help="dedup, quality-filter, select, mix, meta-tuning, or data-management")
     p.add_argument(
         "--data",
-        help="a folder of train/validation/test files, a file, a hub id, embedded:NAME, or for meta-tuning a task file",
+        help="a folder of train/validation/test files, a file, a hub id, embedded:NAME, a task file, or a git repository",
         required=True,
     )
     p.add_argument("--out", metavar="DIR", required=True, help="the new data folder, which compare and tune read")

@@ -222,6 +222,9 @@ def data(args: argparse.Namespace, argv: Sequence[str]) -> int:
     console, rows = Console(), card["rows"]
     again = f", {rows['written']:,} written" if rows["written"] != rows["kept"] else ""
     console.print(f"{rows['kept']:,} of {rows['read']:,} rows of train kept{again}", highlight=False)
+    for rule, left in card["skipped"].items():
+        said = f"  {left['count']:>7,}  not read: {rule}, e.g. {left['examples'][0]}"
+        console.print(escape(said), soft_wrap=True, highlight=False)
     for rule, found in card["rules"].items():
         example = found["examples"][0]
         said = f"  {found['dropped']:>7,}  {rule}, e.g. row {example['row']} ({example['why']}): {example['excerpt']!r}"

@@ -6,7 +6,6 @@ import ast
 import json
 import random
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from brickyard.checks.secure_code import judged
 from brickyard.core.base import open_base
 from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.export import export
-from brickyard.core.fixes import GRANULARITIES, apply, edits, from_git, training_texts
+from brickyard.core.fixes import GRANULARITIES, apply, edits, training_texts
 from brickyard.embedded._weaknesses import HELD_OUT, WEAKNESSES, Weakness, pair, pairs
 
 NAMED = pytest.mark.parametrize("weakness", WEAKNESSES, ids=lambda w: w.name)
@@ -155,24 +154,6 @@ def test_a_block_is_the_statements_around_the_change() -> None:
         edits("a\n", "b c\n", "block")
     with pytest.raises(UsageError, match="granularity"):
         edits("a\n", "b\n", "paragraph")
-
-
-def test_fixes_are_read_from_git(tmp_path: Path) -> None:
-    def git(*command: str) -> None:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
-
-    made = drawn(WEAKNESSES[0])
-    git("init", "-q")
-    for subject, text in (("Begin", "x = 1\n"), ("Add loader", made.before), ("Fix code injection", made.after)):
-        (tmp_path / "load.py").write_text(text)
-        (tmp_path / "test_load.py").write_text(f"# {subject}\n{text}")
-        git("add", "-A")
-        git("commit", "-qm", subject)
-    (found,) = from_git(tmp_path)
-    assert (found["before"], found["after"], found["file"]) == (made.before, made.after, "load.py")
-    with pytest.raises(BadData, match="git cannot read"):
-        list(from_git(tmp_path / "nowhere"))
 
 
 def test_a_program_ends_where_its_function_does() -> None:

@@ -232,6 +232,7 @@ def _card(
         "base": request.base,
         "seed": request.seed,
         "rows": {"read": len(pool), "kept": int(kept.sum()), "written": len(outcome.rows)},
+        "skipped": {rule: {"count": len(of), "examples": of[:EXAMPLES]} for rule, of in source.skipped.items()},
         "rules": rules,
         "contamination": {**contamination, "removed": request.contamination == "remove" and contamination["checked"]},
         "groups": groups,

@@ -12,19 +12,14 @@ Generation", arXiv 2408.09078. Python's own parser finds the blocks, so files mu
 from __future__ import annotations
 
 import ast
-import re
-import subprocess
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from pathlib import Path
 
 from brickyard.core.errors import BadData, UsageError
 
 GRANULARITIES = ("line", "block", "function", "file")
-_TIMEOUT = 60  # seconds that one call of git may take
-_FIX = re.compile(r"\b(fix|cve|vulnerab|security|injection|unsafe|sanitiz)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ def edits(before: str, after: str, granularity: str) -> list[Edit]:
         return []
     if granularity == "file":
         return [Edit(0, len(old), after)]
-    ranges = changed if granularity == "line" else [_around(after, start, end, granularity) for start, end in changed]
+    spans = [] if granularity == "line" else _spans(after, granularity)
+    ranges = [_around(spans, start, end) for start, end in changed]
     found = [_aligned(steps, start, end) for start, end in ranges]
     merged: list[tuple[int, int, int, int]] = []
     for i1, i2, j1, j2 in sorted(found):
@@ -89,22 +85,22 @@ def _aligned(steps: Sequence[tuple[str, int, int, int, int]], start: int, end: i
     return old_start, ends[end] if end in ends else unchanged(end), start, end
 
 
-def _around(source: str, start: int, end: int, granularity: str) -> tuple[int, int]:
-    """Return the lines of the smallest block or function that holds lines start..end; the lines where none does."""
+def _around(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Return the smallest of `spans` that holds lines start..end; those lines where none does."""
+    holding = [(first, last) for first, last in spans if first <= start and max(end, start + 1) <= last]
+    return min(holding, key=lambda span: span[1] - span[0], default=(start, end))
+
+
+def _spans(source: str, granularity: str) -> list[tuple[int, int]]:
+    """Return the lines of each block or function."""
     try:
         tree = ast.parse(source)
     except SyntaxError as cause:
         raise BadData(f"a fixed file does not parse (line {cause.lineno}); give granularity=line or file.") from cause
-    best = (start, end)
-    size = 10**9
-    for node in ast.walk(tree):
-        for first, last in _spans(node, granularity):
-            if first <= start and max(end, start + 1) <= last and last - first < size:
-                best, size = (first, last), last - first
-    return best
+    return [span for node in ast.walk(tree) for span in _spans_of(node, granularity)]
 
 
-def _spans(node: ast.AST, granularity: str) -> Iterator[tuple[int, int]]:
+def _spans_of(node: ast.AST, granularity: str) -> Iterator[tuple[int, int]]:
     function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     if granularity == "function":
         if function:
@@ -119,38 +115,17 @@ def _spans(node: ast.AST, granularity: str) -> Iterator[tuple[int, int]]:
             yield statements[0].lineno - 1, statements[-1].end_lineno
 
 
+def pieces(before: str, after: str, granularity: str) -> list[tuple[str, str]]:
+    """Return (old, new) code of each edit that leaves any, without the indentation that is common to its lines."""
+    old = before.splitlines(keepends=True)
+    found = [("".join(old[e.start : e.end]), e.text) for e in edits(before, after, granularity) if e.text.strip()]
+    return [(_outdented(was), _outdented(now)) for was, now in found]
+
+
 def training_texts(before: str, after: str, granularity: str) -> list[str]:
     """Return the fixed code of each edit, without the indentation that is common to its lines."""
-    return [
-        t for edit in edits(before, after, granularity) if (t := textwrap.dedent(edit.text).strip("\n") + "\n").strip()
-    ]
+    return [now for _, now in pieces(before, after, granularity)]
 
 
-def from_git(repository: str | Path, *, limit: int = 1000) -> Iterator[dict[str, str]]:
-    """Yield {"commit", "file", "before", "after"} of the Python files that fixing commits of a repository changed.
-
-    A commit fixes when its subject says so (fix, CVE, security, injection, ...); merges, tests and files of more than
-    200 kB are left out. Raises BadData where git cannot read the folder.
-    """
-    subjects = _git(repository, "log", "--no-merges", "--format=%H %s")
-    for line in [line for line in subjects.splitlines() if _FIX.search(line[41:])][:limit]:
-        commit = line[:40]
-        for file in _git(repository, "show", "--format=", "--name-only", "--diff-filter=M", commit).splitlines():
-            if not file.endswith(".py") or "test" in file:
-                continue
-            before, after = (_git(repository, "show", f"{at}:{file}") for at in (f"{commit}^", commit))
-            if max(len(before), len(after)) <= 200_000:
-                yield {"commit": commit, "file": file, "before": before, "after": after}
-
-
-def _git(repository: str | Path, *command: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(repository), *command], capture_output=True, timeout=_TIMEOUT, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as cause:
-        said = (getattr(cause, "stderr", b"") or b"").decode(errors="replace").strip()
-        raise BadData(
-            f"git cannot read {str(repository)!r}: {said or cause}. Give the folder of a repository."
-        ) from cause
-    return done.stdout.decode("utf-8", errors="replace")
+def _outdented(code: str) -> str:
+    return textwrap.dedent(code).strip("\n") + "\n"

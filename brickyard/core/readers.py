@@ -52,6 +52,7 @@ class Source:
         textual: splits whose labels are text that may spell numbers (csv).
         ignored: files or splits beside train, validation and test.
         wanted: the column names that are kept.
+        skipped: what a step that makes its own rows made none of: rule -> where.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Source:
     textual: set[str] = field(default_factory=set)
     ignored: list[str] = field(default_factory=list)
     wanted: tuple[str, ...] = COLUMNS
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, split: str, where: str, kind: str, found: Sequence[str], columns: dict[str, list]) -> None:
         """Store a split; two columns of one name are an error."""
