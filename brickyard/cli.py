@@ -149,10 +149,10 @@ def _one_run(p: Parser) -> None:
 
 
 def _data(p: Parser) -> None:
-    p.add_argument("step", metavar="STEP", help="dedup, quality-filter, select, mix, meta-tuning, or data-management")
+    p.add_argument("step", metavar="STEP", help="dedup, quality-filter, select, mix, meta-tuning, fix-commits, ...")
     p.add_argument(
         "--data",
-        help="a folder of train/validation/test files, a file, a hub id, embedded:NAME, a task file, or a git repository",
+        help="a folder of split files, a file, a hub id, embedded:NAME, a task file, or a git repository",
         required=True,
     )
     p.add_argument("--out", metavar="DIR", required=True, help="the new data folder, which compare and tune read")
