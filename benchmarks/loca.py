@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from brickyard.core.inject import BrickyardConfig, register
 from brickyard.core.measure import environment, interleaved, saved_for_backward_bytes
 from brickyard.core.wrap import ADAPTER
-from brickyard.tune.loca import COEFFICIENTS, POSITIONS
+from brickyard.tune._cosines import COEFFICIENTS, POSITIONS
 
 LAYERS = ["query", "value"]
 TIME, BYTES = 2.0, 1.02

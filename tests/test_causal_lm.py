@@ -14,6 +14,7 @@ import torch
 from conftest import WORDS, documents, make_text_base, write_data
 
 import brickyard
+from brickyard.checks import run as checks
 from brickyard.core import build, trial
 from brickyard.core.answers import answer
 from brickyard.core.base import open_base
@@ -24,6 +25,7 @@ from brickyard.core.errors import BadBase, BadData, Changed, Refused, UsageError
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.influence import influence
 from brickyard.core.loop import State
+from brickyard.core.method import Claim
 from brickyard.core.task import Task, task_of
 from brickyard.embedded import base_folder
 
@@ -114,6 +116,8 @@ def test_compare_gives_a_paired_table_with_the_untouched_base(causal_base: Path,
     full, lora, bare = (rows[n]["score"]["mean"] for n in ("full:lr=0.01", "lora:lr=0.01", "untouched base"))
     assert full < lora < bare
     assert result["verdict"]["recommended"] == "full:lr=0.01"
+    kept = pq.read_table(tmp_path / "run" / rows["untouched base"]["answers"] / "seed0.parquet").to_pydict()
+    assert sum(kept["prediction"]) / sum(kept["label"]) == pytest.approx(bare, rel=1e-6)
     assert (tmp_path / "run" / rows["full:lr=0.01"]["brick"] / "brick.json").is_file()
     brick = tmp_path / "run" / rows["full:lr=0.01"]["brick"]
     scored = brickyard.evaluate(brick=brick, data=str(data), metric="nats_per_token", **asked)
@@ -121,6 +125,50 @@ def test_compare_gives_a_paired_table_with_the_untouched_base(causal_base: Path,
     bare_again = brickyard.evaluate(base=str(causal_base), data=str(data), **asked)
     assert bare_again["score"]["metric"] == "bits_per_byte"
     assert bare_again["score"]["nats_per_token"] == pytest.approx(bare, rel=1e-4)
+
+
+def test_shuffled_targets_say_nothing_of_what_follows_what(causal_base: Path) -> None:
+    made, plain = (blocks(causal_base, documents()["train"]["text"], size=32) for _ in range(2))
+    before = made.digest
+    made.shuffle(0)
+    assert made.digest != before and blocks(causal_base, documents()["train"]["text"], size=32).digest == before
+    for name in ("ids", "positions", "units"):
+        np.testing.assert_array_equal(made.columns[name], plain.columns[name])
+    dealt, true = made.columns["targets"], plain.columns["targets"]
+    np.testing.assert_array_equal(dealt == -100, true == -100)
+    np.testing.assert_array_equal(np.sort(dealt, axis=1), np.sort(true, axis=1))
+    assert (dealt == true)[true != -100].mean() < 0.5
+    again = blocks(causal_base, documents()["train"]["text"], size=32)
+    again.shuffle(0)
+    assert again.digest == made.digest
+
+
+def test_a_claim_on_a_language_model_is_judged_by_gains_over_the_untouched_base(
+    causal_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split, columns in documents().items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.txt").write_text("\n\n".join(columns["text"]) + "\n")
+    claim = Claim(
+        text="t",
+        inequality="full >= 0.9 lora",
+        arms={"full": "full:lr=1e-2", "lora": "lora:lr=1e-2"},
+        control={"what": "w", "arm": "full:lr=1e-2", "labels": "shuffled", "inequality": "full > control + 1.0"},
+        gate="full > base + 1.0",
+        base=str(causal_base),
+        data=str(tmp_path / "data"),
+        epochs=6,
+        seeds=2,
+        batch=4,
+        max_length=32,
+    )
+    found = checks._Run.of("made-up", [claim], lambda event: None).judge(claim)
+    assert found["metric"] == "bits_per_byte" and "hundredths of bits per byte" in found["detail"]
+    assert found["holds"] is True and found["gate"]["holds"] is True and found["control"]["destroyed"] is True
+    full, lora = (found["arms"][name]["mean"] for name in ("full", "lora"))
+    bare = full + found["gate"]["measured"] / 100
+    assert found["measured"] == pytest.approx(100 * (0.9 * lora + 0.1 * bare - full), abs=1e-3)
 
 
 def test_plain_text_files_are_documents(tmp_path: Path, causal_base: Path) -> None:

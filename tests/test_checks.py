@@ -32,6 +32,7 @@ TASKS = {
     "embedded:stdlib-topics": Task("text-classification", "accuracy", ("a", "b"), 2, "text"),
     "embedded:digits": Task("image-classification", "accuracy", ("0", "1"), 2, "image"),
     "embedded:docstring-pairs": Task("preference", "accuracy", None, 1, "text"),
+    "embedded:python-tests": Task("causal-lm", "bits_per_byte", None, 1, "text"),
 }
 
 
@@ -49,7 +50,8 @@ def test_inequalities_are_read_in_points() -> None:
     assert Inequality.read("mos >= lora16 - 0.7") == Inequality("mos", "lora16", -0.7)
     assert Inequality.read("lora > control + 5") == Inequality("lora", "control", 5.0)
     assert Inequality.read("a>=b") == Inequality("a", "b", 0.0)
-    for bad in ("a < b", "a >= b * 2", "a >= b - c", ""):
+    assert Inequality.read("mos >= 0.9 lora16 + 1") == Inequality("mos", "lora16", 1.0, 0.9)
+    for bad in ("a < b", "a >= b * 2", "a >= b - c", "a >= 2 b", "0.9 a >= b", ""):
         with pytest.raises(UsageError, match="no inequality"):
             Inequality.read(bad)
 
@@ -67,15 +69,46 @@ def test_holds_misses_and_undecided() -> None:
     assert judge(Inequality("good", "same", -3.0), known, "accuracy")["holds"] is True
 
 
+def bits(per_byte: list[float], n: int = 200) -> Answers:
+    """Seeds of a language model that needs so many bits a byte of documents of 100 bytes, with noise of its own."""
+    g = np.random.Generator(np.random.PCG64(0))
+    hard = g.random(n)
+    nats = [np.log(2) * 100 * (b + 0.1 * hard + 0.001 * g.standard_normal(n)) for b in per_byte]
+    return Answers(labels=np.full(n, 100), predictions=np.stack(nats))
+
+
+def test_a_share_of_a_gain_is_counted_from_the_untouched_base() -> None:
+    known = {"base": bits([2.0, 2.0, 2.0]), "full": bits([1.5, 1.501, 1.5]), "most": bits([1.54, 1.541, 1.54])}
+    for text, holds in (
+        ("most >= full", False),
+        ("most >= 0.9 full", True),  # 0.46 of 0.5: 92 %
+        ("most >= 0.95 full", False),
+        ("full > base + 49.0", True),
+        ("full > base + 51.0", False),
+        ("full >= most + 3.0", True),
+    ):
+        found = judge(Inequality.read(text), known, "bits_per_byte")
+        assert found["holds"] is holds, text
+        assert found["low"] <= found["measured"] <= found["high"]
+    found = judge(Inequality.read("most >= 0.9 full"), known, "bits_per_byte")
+    assert found["measured"] == pytest.approx(100 * (0.9 * 1.5 + 0.1 * 2.0 - 1.54), abs=0.05), (
+        "0.01 bits a byte to spare"
+    )
+    with pytest.raises(UsageError, match="no gain over an untouched base"):
+        judge(Inequality.read("a >= 0.9 b"), {"a": answers([0.9]), "b": answers([0.8])}, "accuracy")
+
+
 def test_every_claim_in_the_records_is_well_formed() -> None:
     for entry in registry.records():
         for claim in entry.record.claims:
             if claim.measure:
                 continue
-            names = {*claim.arms, "control", "majority", "coin"}
+            language = claim.data == "embedded:python-tests"
+            names = {*claim.arms, "control", *(["base"] if language else ["majority", "coin"])}
             for text in filter(None, [claim.inequality, claim.gate, claim.control.get("inequality", "")]):
                 found = Inequality.read(text)
                 assert {found.left, found.right} <= names, (entry.record.name, text)
+                assert found.share == 1 or language, (entry.record.name, text)
             # Whatever else is named, a check runs anywhere.
             assert claim.data.split("|")[-1].startswith("embedded:") and claim.base.startswith("embedded:")
             assert not any("lr=0" in arm.replace("lr=0.", "") for arm in claim.arms.values()), (

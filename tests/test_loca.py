@@ -26,7 +26,7 @@ from brickyard.core.inject import BrickyardConfig, Leaf, Part, register, to_lora
 from brickyard.core.loop import Backprop, train
 from brickyard.core.measure import saved_for_backward
 from brickyard.core.method import Claim
-from brickyard.tune import _dct, loca
+from brickyard.tune import _cosines, _dct, loca
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 ARM = "loca:n_frequency=40,cycle=[2,3],locate=0.5"
@@ -102,11 +102,11 @@ def test_all_ways_are_the_dense_equation_and_its_autograd(m, n, count, seed):
     x, a = x.requires_grad_(), a.requires_grad_()
     spectrum = torch.zeros(m, n, dtype=torch.float64).index_put((index[0], index[1]), a, accumulate=True)
     dense = cosines(m).t() @ spectrum @ cosines(n)
-    torch.testing.assert_close(loca.change(a, index, m, n), dense)
+    torch.testing.assert_close(_cosines.change(a, index, m, n), dense)
     y = 0.7 * x @ dense.t()
     to_x, to_a = torch.autograd.grad((y * g).sum(), (x, a))
-    for mode in loca.WAYS:
-        got = loca.Cosines.apply(x, a, index, m, 0.7, mode, None)
+    for mode in _cosines.WAYS:
+        got = _cosines.Cosines.apply(x, a, index, m, 0.7, mode, None)
         torch.testing.assert_close(got, y)
         found = torch.autograd.grad((got * g).sum(), (x, a))
         torch.testing.assert_close(found, (to_x, to_a))
@@ -115,11 +115,11 @@ def test_all_ways_are_the_dense_equation_and_its_autograd(m, n, count, seed):
 @pytest.mark.parametrize(("m", "n"), [(7, 1030), (1030, 7)])
 def test_half_precision_goes_through_tables_and_ffts_alike(m, n):
     g, x, a, index = case(1, m, n, 50)
-    expected = loca.gradients_by_matrix(g, x, a, index, of_x=True, of_a=True, of_places=True)
+    expected = _cosines.gradients_by_matrix(g, x, a, index, of_x=True, of_a=True, of_places=True)
     half = (g.bfloat16(), x.bfloat16(), a.float())
-    found = loca.gradients_by_spectrum(*half, index, of_x=True, of_a=True, of_places=True)
+    found = _cosines.gradients_by_spectrum(*half, index, of_x=True, of_a=True, of_places=True)
     pairs = [(getattr(found, name), value) for name, value in vars(expected).items()]
-    pairs.append((loca.by_spectrum(half[1], half[2], index, m), loca.by_tokens(x, a, index, m)))
+    pairs.append((_cosines.by_spectrum(half[1], half[2], index, m), _cosines.by_tokens(x, a, index, m)))
     assert [got.dtype for got, _ in pairs] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     for got, value in pairs:
         assert float((got - value).norm() / value.norm()) < 0.01
@@ -136,9 +136,9 @@ def test_the_gradient_of_positions_is_the_formula_borders_and_clipping_included(
         up, down = z[min(row + 1, m - 1), col], z[max(row - 1, 0), col]
         right, left = z[row, min(col + 1, n - 1)], z[row, max(col - 1, 0)]
         expected[:, k] = torch.stack([a[k] / 2 * (up - down), a[k] / 2 * (right - left)]).clamp(-1, 1)
-    for mode in loca.WAYS:
+    for mode in _cosines.WAYS:
         real = (index + 0.3 * torch.rand(index.shape, dtype=torch.float64)).requires_grad_()
-        (loca.Cosines.apply(x, a, real, m, 0.7, mode, None) * g).sum().backward()
+        (_cosines.Cosines.apply(x, a, real, m, 0.7, mode, None) * g).sum().backward()
         torch.testing.assert_close(real.grad, expected)
     assert (expected.abs() == 1).any() or size < 1 or count < 20
 
@@ -146,10 +146,10 @@ def test_the_gradient_of_positions_is_the_formula_borders_and_clipping_included(
 def test_positions_are_scaled_held_and_rounded_as_the_paper_says():
     u = torch.tensor([[0.0, 0.5, 0.999, 1.4, -0.2], [0.1, 0.49, 0.95, 0.3, 0.7]], requires_grad=True)
     real = loca.places(u, 11, 5)
-    assert loca.nearest(real).tolist() == [[0, 5, 10, 10, 0], [0, 2, 4, 1, 3]]
+    assert _cosines.nearest(real).tolist() == [[0, 5, 10, 10, 0], [0, 2, 4, 1, 3]]
     real.sum().backward()
     torch.testing.assert_close(u.grad, torch.tensor([[10.0, 10, 10, 0, 0], [4.0, 4, 4, 4, 4]]))
-    last = {m: int(loca.nearest(loca.places(torch.ones(2, 1), m, 2))[0]) for m in (500, 502)}
+    last = {m: int(_cosines.nearest(loca.places(torch.ones(2, 1), m, 2))[0]) for m in (500, 502)}
     assert last == {500: 499, 502: 500}, "from 502 rows on the last is out of reach"
 
 
@@ -165,9 +165,9 @@ def test_the_schedule_is_the_papers():
 
 
 def test_the_cheaper_path_is_taken_and_gathers_no_more_than_the_layers_matrix(monkeypatch):
-    assert loca.cheapest(2048, 100, 4096, 4096) == loca.cheapest(1, 100, 384, 384) == "tokens"
-    assert loca.cheapest(64, 1000, 384, 384) == loca.cheapest(2048, 1000, 4096, 4096) == "spectrum"
-    assert loca.cheapest(2048, 1000, 384, 384) == "dense"
+    assert _cosines.cheapest(2048, 100, 4096, 4096) == _cosines.cheapest(1, 100, 384, 384) == "tokens"
+    assert _cosines.cheapest(64, 1000, 384, 384) == _cosines.cheapest(2048, 1000, 4096, 4096) == "spectrum"
+    assert _cosines.cheapest(2048, 1000, 384, 384) == "dense"
     largest, plain = 0, _dct.rows
 
     def watched(index, n, dtype):
@@ -175,11 +175,11 @@ def test_the_cheaper_path_is_taken_and_gathers_no_more_than_the_layers_matrix(mo
         largest = max(largest, index.numel() * n)
         return plain(index, n, dtype)
 
-    monkeypatch.setattr(loca, "rows", watched)
+    monkeypatch.setattr(_cosines, "rows", watched)
     g, x, a, index = case(0, 8, 6, 200)
-    gradients = loca.gradients_by_tokens(g, x, a, index, of_x=True, of_a=True, of_places=True)
+    gradients = _cosines.gradients_by_tokens(g, x, a, index, of_x=True, of_a=True, of_places=True)
     assert 0 < largest <= 48
-    whole = loca.gradients_by_matrix(g, x, a, index, of_x=True, of_a=True, of_places=True)
+    whole = _cosines.gradients_by_matrix(g, x, a, index, of_x=True, of_a=True, of_places=True)
     for name, found in vars(gradients).items():
         torch.testing.assert_close(found, getattr(whole, name))
 
@@ -190,7 +190,7 @@ def test_a_fresh_adapter_is_the_base_and_one_coefficient_moves_by_alpha():
     stir(tuned, "default")
     layer = next(layer for _, layer in tuned.base_model.layers())
     part = layer.part("default")
-    index = loca.nearest(loca.positions(part))
+    index = _cosines.nearest(loca.positions(part))
     assert len(set(map(tuple, index.t().tolist()))) < 30, "some positions coincide, and add up"
     spectrum = np.zeros((16, 16))
     np.add.at(spectrum, tuple(index.numpy()), 3.0 * part["coefficients"].detach().numpy())
@@ -226,7 +226,7 @@ def test_positions_stored_as_floats_and_as_whole_numbers_give_the_same_model(tmp
         a, b = one.part("default"), other.part("default")
         assert b["positions"].dtype == torch.int32 and not isinstance(b["positions"], nn.Parameter)
         with torch.no_grad():
-            b["positions"].copy_(loca.nearest(loca.positions(a)))
+            b["positions"].copy_(_cosines.nearest(loca.positions(a)))
             b["coefficients"].copy_(a["coefficients"])
     fixed.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(bert(), tmp_path)
@@ -243,7 +243,7 @@ def test_both_arms_start_at_the_same_positions():
     learned, fixed = model(), model(locate=0.0)
     for (_, one), (_, other) in zip(learned.base_model.layers(), fixed.base_model.layers(), strict=True):
         a, b = one.part("default"), other.part("default")
-        assert same(loca.nearest(loca.positions(a)).int(), b["positions"]) and a["positions"].min() >= 0
+        assert same(_cosines.nearest(loca.positions(a)).int(), b["positions"]) and a["positions"].min() >= 0
 
 
 class Watch:
@@ -320,7 +320,7 @@ def test_resume_in_the_middle_of_a_turn_is_exact(text_base, tmp_path):
 def test_it_keeps_its_input_and_positions_for_backward_and_hides_nothing():
     inputs = words(8)
     kept = {}
-    for mode in loca.WAYS:
+    for mode in _cosines.WAYS:
         saved = saved_for_backward(model(mode=mode).train(), inputs, lambda out: out.pow(2).sum())
         assert saved.hidden == ()
         kept[mode] = saved.bytes

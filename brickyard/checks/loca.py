@@ -21,8 +21,9 @@ from brickyard.core.build import build
 from brickyard.core.loop import State, train
 from brickyard.core.method import Claim
 from brickyard.core.wrap import ADAPTER, targets
+from brickyard.tune._cosines import POSITIONS, nearest
 from brickyard.tune._dct import dct2
-from brickyard.tune.loca import POSITIONS, nearest, positions
+from brickyard.tune.loca import positions
 
 OPTIONS = "n_frequency=300,lr=0.15"  # of 0.005 to 0.15 the best on validation rows, at this few steps
 MOVED, WORSE, GATE = 0.05, 0.01, 0.10

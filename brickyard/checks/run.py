@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 
 from brickyard.checks._data import at_hand, same_input
 from brickyard.checks._takes import left_alone, refuse, taken
+from brickyard.compare import shown
 from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
+from brickyard.compare.results import UNTOUCHED
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
 from brickyard.core.arm import parse
@@ -27,6 +29,7 @@ from brickyard.core.locks import Lock
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.method import Claim
 from brickyard.core.stats import examples_needed, paired
+from brickyard.core.task import PER_TEXT
 
 RESULTS = Path("claims") / "results"  # of the current folder; in a checkout a link to what the package ships
 SETUP = (
@@ -42,25 +45,31 @@ SETUP = (
     "max_length",
 )  # of a claim
 FINISHED = "finished"  # a mark in the folder of a run whose check ended: the next one measures anew
-_INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
+_INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*(?:(0\.\d+)\s+)?([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
+BASE = "base"  # in an inequality: the base as it is, where it answers the task itself (a language model)
 
 
 @dataclass(frozen=True)
 class Inequality:
-    """`left >= right + margin`, margin in points (hundredths of the metric)."""
+    """`left >= share right + margin`, margin in points (hundredths of the metric).
+
+    Of a metric of which less is better (bits, nats), what counts is the gain over the untouched base: of `share` 0.9
+    the left one has at least 90 % of the right one's. Scores have no such zero, so there the share is 1.
+    """
 
     left: str
     right: str
     margin: float
+    share: float = 1.0
 
     @classmethod
     def read(cls, text: str) -> Inequality:
-        """Read `"mos >= lora - 0.7"`; UsageError when it is not of that form."""
+        """Read `"mos >= lora - 0.7"` or `"mos >= 0.9 lora"`; UsageError when it is not of that form."""
         match = _INEQUALITY.match(text)
         if match is None:
-            raise UsageError(f"{text!r} is no inequality of the form 'a >= b + 1.0'.")
-        left, _, right, sign, margin = match.groups()
-        return cls(left, right, float(margin or 0) * (-1 if sign == "-" else 1))
+            raise UsageError(f"{text!r} is no inequality of the form 'a >= b + 1.0' or 'a >= 0.9 b'.")
+        left, _, share, right, sign, margin = match.groups()
+        return cls(left, right, float(margin or 0) * (-1 if sign == "-" else 1), float(share or 1))
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,12 @@ def judge(
     together: seed s of both arms shares its labelled rows or its model; see `stats.paired`.
     """
     a, b = answers[inequality.left], answers[inequality.right]
+    if metric in PER_TEXT:
+        # Sums over texts are linear, so a share of a gain is a mixture; what is less is better.
+        mixed = inequality.share * b.predictions + (1 - inequality.share) * answers[BASE].predictions
+        a, b = Answers(a.labels, mixed), a
+    elif inequality.share != 1:
+        raise UsageError(f"{metric} has no gain over an untouched base to take {inequality.share:g} of.")
     found = paired(a.labels, a.predictions, b.predictions, metric, together=together)
     points = {k: 100 * float(getattr(found, k)) for k in ("difference", "low", "high")}
     # Identical answers leave no room for doubt: the interval is a point and counts as clearing its own value.
@@ -224,7 +239,7 @@ class _Run:
             shots=first.shots,
             max_length=first.max_length or None,
             batch=first.batch or None,
-            baselines=False,
+            baselines=any(BASE in (named.left, named.right) or named.share != 1 for named in _inequalities(claims)),
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
         )
         listed = sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values())
@@ -239,9 +254,12 @@ class _Run:
                 raise RunFailed(f"check {name}: arm {label} {row['status']}: {row['reason']}")
         answers = {label: _read(folder, row["answers"]) for label, row in rows.items() if "answers" in row}
         some = next(iter(answers.values()))
-        most = np.bincount(some.labels.astype(int)).argmax()
-        answers["coin"] = Answers(some.labels, np.tile(np.arange(len(some.labels)) % 2, (len(some.predictions), 1)))
-        answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
+        if UNTOUCHED in answers:
+            answers[BASE] = Answers(some.labels, np.tile(answers[UNTOUCHED].predictions, (first.seeds, 1)))
+        else:
+            most = np.bincount(some.labels.astype(int)).argmax()
+            answers["coin"] = Answers(some.labels, np.tile(np.arange(len(some.labels)) % 2, (len(some.predictions), 1)))
+            answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
         return cls(folder, result, rows, answers, controls)
 
     def _compare(self, claim: Claim, inequality: str, answers: dict[str, Answers]) -> dict[str, Any]:
@@ -287,7 +305,8 @@ class _Run:
                 out["holds"] = "set-up invalid"
         needed = f"; {out['needed']['sentence']}" if out.get("needed") else ""
         out["at_end_of_grid"] = [label for label in claim.arms if self._at_end(claim, label)]
-        out["detail"] = f"measured {out['measured']:+.2f} points ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
+        unit = f"hundredths of {shown.metric(metric).title.lower()}" if metric in PER_TEXT else "points"
+        out["detail"] = f"measured {out['measured']:+.2f} {unit} ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
         if out["at_end_of_grid"]:
             ends = ", ".join(out["at_end_of_grid"])
             out["detail"] += f"; {ends}: the best learning rate is the last of those tried, others may do better"
@@ -326,6 +345,11 @@ def _skipped(claim: Claim, why: str) -> dict[str, Any]:
         **dict.fromkeys(("measured", "low", "high", "gate", "control")),
         "detail": why,
     }
+
+
+def _inequalities(claims: list[Claim]) -> list[Inequality]:
+    texts = [text for claim in claims for text in (claim.inequality, claim.gate, claim.control.get("inequality", ""))]
+    return [Inequality.read(text) for text in texts if text]
 
 
 def _control(claim: Claim) -> str:

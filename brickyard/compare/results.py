@@ -17,6 +17,8 @@ from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.stats import interval
 from brickyard.core.task import Task
 
+UNTOUCHED = "untouched base"  # the arm of a language model's own answers
+
 COSTS = ("trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "step_ms", "forward_flops")
 
 
@@ -39,7 +41,7 @@ def assemble(
         most = int(np.bincount(np.asarray(data.splits["train"]["label"], dtype=int)).argmax())
         methods.append(_constant("majority", np.full(len(labels), most), labels, task, answers))
     if untouched is not None and len(labels):
-        methods.append(_constant("untouched base", untouched, labels, task, answers))
+        methods.append(_constant(UNTOUCHED, untouched, labels, task, answers) | {"answers": "answers/untouched-base"})
     together = bool(plan["shots"])  # a seed draws its labelled rows, the same for every arm
     pairs = pairs_table(labels, answers, task.metric, together=together)
     judged = verdict(methods, pairs, metric=task.metric)

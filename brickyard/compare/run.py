@@ -17,7 +17,7 @@ from brickyard.compare import plan as planning
 from brickyard.compare import privacy
 from brickyard.compare.ledger import Ledger
 from brickyard.compare.plan import Contestant, Request
-from brickyard.compare.results import assemble, slug
+from brickyard.compare.results import UNTOUCHED, assemble, slug
 from brickyard.core import measure
 from brickyard.core.arm import parse
 from brickyard.core.base import open_base
@@ -83,12 +83,12 @@ def compare(
         run.search(plan)
         run.final(plan)
         searched = run.ledger.seconds("search")
-        result = assemble(
-            run.rows(plan), plan, data, base, task, command, search_seconds=searched, untouched=run.untouched(plan)
-        )
+        said = run.untouched(plan)
+        untouched = None if said is None else _answers(said)["prediction"]
+        result = assemble(run.rows(plan), plan, data, base, task, command, search_seconds=searched, untouched=untouched)
         if (spent := privacy.total(run.ledger.started())) is not None:
             result["privacy"] = spent
-        run.keep_best(result)
+        run.keep_best(result, said)
         write_json(folder / "result.json", result)
         listen({"event": "done", "result": result})
     return result, folder
@@ -346,15 +346,15 @@ class _Run:
         """Retrain every arm's chosen setting with all its seeds."""
         self._go(plan, self._finals(plan))
 
-    def untouched(self, plan: dict[str, Any]) -> np.ndarray | None:
-        """Return what the base says without any training, where it can answer: language models. None elsewhere."""
+    def untouched(self, plan: dict[str, Any]) -> Path | None:
+        """Write what the base says without any training, where it can answer: language models. None elsewhere."""
         able = self._able(plan)
         if not (self.task.generative and self.task.kind != "preference" and self.request.baselines and able):
             return None
-        arm = {**able[0], "name": "untouched base"}
+        arm = {**able[0], "name": UNTOUCHED}
         argument = {"setting": self.request.setting(able[0]["arm"], 0), "role": "untouched"}
         [(key, row)] = self._go(plan, [(arm, argument)]).items()
-        return _answers(self.ledger.trial(key) / "answers.parquet")["prediction"] if row["status"] == "done" else None
+        return self.ledger.trial(key) / "answers.parquet" if row["status"] == "done" else None
 
     def rows(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
         """Return one entry per contestant: its status, its final trials in the order of the seeds, their answers."""
@@ -393,8 +393,8 @@ class _Run:
             out.append(entry)
         return out
 
-    def keep_best(self, result: dict[str, Any]) -> None:
-        """Move the best seed's brick (by validation) of each arm to bricks/, and drop all others."""
+    def keep_best(self, result: dict[str, Any], untouched: Path | None) -> None:
+        """Move the best seed's brick (by validation) of each arm to bricks/, drop all others, and keep all answers."""
         plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         kept = {row["arm"]: row for row in result["methods"]}
         for entry in self.rows(plan):
@@ -414,6 +414,10 @@ class _Run:
             answers.mkdir(parents=True, exist_ok=True)
             for key, row in zip(entry["keys"], entry["trials"], strict=True):
                 shutil.copyfile(self.ledger.trial(key) / "answers.parquet", answers / f"seed{row['seed']}.parquet")
+        if untouched is not None:
+            answers = self.folder / kept[UNTOUCHED]["answers"]
+            answers.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(untouched, answers / "seed0.parquet")
         self.ledger.forget_bricks()
 
 

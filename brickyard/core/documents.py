@@ -59,7 +59,14 @@ class EncodedBlocks(Encoded):
         return self._entered({**self._inputs(rows), "labels": targets}, rows)
 
     def shuffle(self, seed: int) -> None:
-        raise UsageError("documents have no labels that could be shuffled; as a control, train on another domain.")
+        """Take away what tokens say of the next one: deal the targets of every block out anew among its positions."""
+        targets_NT = self.columns["targets"].copy()
+        draw = np.random.Generator(np.random.PCG64(seed))
+        for targets_T in targets_NT:
+            predicted_T = targets_T != IGNORED
+            targets_T[predicted_T] = draw.permutation(targets_T[predicted_T])
+        self.columns = {**self.columns, "targets": targets_NT}
+        vars(self).pop("_content", None)
 
     def parts(self, positions: int) -> list[np.ndarray]:
         """Cut the blocks into batches of about so many positions."""

@@ -87,6 +87,29 @@ RECORD = Record(
             batch=8,
             full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0},
         ),
+        Claim(
+            text="On a language model, too, sharing ranks out by importance gains no less than at random.",
+            inequality="adalora >= random",
+            arms={
+                "adalora": "adalora:init_r=2,target_r=1,target=[query,key,value,out,up,down]",
+                "random": "adalora:init_r=2,target_r=1,target=[query,key,value,out,up,down],score=random",
+            },
+            control={
+                "what": "every next token dealt out anew within its block: there is nothing left to learn",
+                "arm": "adalora:init_r=2,target_r=1,target=[query,key,value,out,up,down]",
+                "labels": "shuffled",
+                "inequality": "adalora > control + 0.5",
+            },
+            gate="adalora > base + 0.5",
+            base="embedded:pylm",
+            data="embedded:python-tests",
+            epochs=1,
+            lr_factors=(1.0, 3.0, 10.0),
+            train_rows=200,
+            batch=16,
+            max_length=128,
+            full={"train_rows": 0, "batch": 0, "max_length": 0, "seeds": 5},
+        ),
     ),
 )
 

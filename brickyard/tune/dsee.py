@@ -75,6 +75,30 @@ RECORD = Record(
             full={"train_rows": 0, "batch": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3), "seeds": 5},
         ),
         Claim(
+            text="On a language model it keeps at least 90 % of LoRA's gain over the untouched base.",
+            inequality="dsee >= 0.9 lora",
+            arms={
+                "dsee": "dsee:r=4,alpha=16,n_sparse=64",
+                "lora": "lora:r=4,alpha=16,target=[query,value]",
+                "random": "dsee:r=4,alpha=16,n_sparse=64,support=random",
+            },
+            control={
+                "what": "every next token dealt out anew within its block: there is nothing left to learn",
+                "arm": "dsee:r=4,alpha=16,n_sparse=64",
+                "labels": "shuffled",
+                "inequality": "dsee > control + 0.5",
+            },
+            gate="lora > base + 1.0",
+            base="embedded:pylm",
+            data="embedded:python-tests",
+            epochs=1,
+            lr_factors=(1.0, 3.0, 10.0),
+            train_rows=200,
+            batch=16,
+            max_length=128,
+            full={"train_rows": 0, "batch": 0, "max_length": 0, "seeds": 5},
+        ),
+        Claim(
             text="Without a quarter of the heads and 40 % of the neurons it is within a point of the whole model.",
             inequality="dsee >= whole - 1.0",
             arms={

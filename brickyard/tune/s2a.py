@@ -78,6 +78,29 @@ RECORD = Record(
             batch=8,
             full={"epochs": 3, "train_rows": 0, "batch": 0, "max_length": 0, "lrs": (5e-4, 1e-3, 2e-3), "seeds": 5},
         ),
+        Claim(
+            text="On a language model it keeps at least 95 % of LoRA's gain over the untouched base.",
+            inequality="s2a >= 0.95 lora",
+            arms={
+                "s2a": "lora + s2a",
+                "lora": "lora",
+            },
+            control={
+                "what": "every next token dealt out anew within its block: there is nothing left to learn",
+                "arm": "lora + s2a",
+                "labels": "shuffled",
+                "inequality": "s2a > control + 0.5",
+            },
+            gate="lora > base + 1.0",
+            base="embedded:pylm",
+            data="embedded:python-tests",
+            epochs=1,
+            lrs=(3e-3,),
+            train_rows=200,
+            batch=16,
+            max_length=128,
+            full={"train_rows": 0, "batch": 0, "max_length": 0, "seeds": 5},
+        ),
     ),
 )
 
