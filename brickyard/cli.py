@@ -80,9 +80,7 @@ def _training(p: Parser) -> None:
     g.add_argument("--steps", type=positive(int), help="optimiser steps, in place of --epochs")
     g.add_argument("--train-rows", type=positive(int), help="train on a fixed random subset of this many rows")
     g.add_argument("--shots", type=positive(int), help="train on so many rows of each class, others for every seed")
-    g.add_argument(
-        "--allow-change", nargs="+", default=[], metavar="KEY", help="resume although these settings changed"
-    )
+    g.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume with these settings changed")
 
 
 def _compare(p: Parser) -> None:
@@ -261,6 +259,7 @@ def _check(p: Parser) -> None:
     p.add_argument("--base", help="default: the claim's own")
     p.add_argument("--data", help="default: the claim's own (embedded)")
     p.add_argument("--full", action="store_true", help="all arms and seeds of the paper's check")
+    p.add_argument("--claim", type=positive(int), action="append", default=[], help="measure claim N of show alone")
     p.add_argument("--out", metavar="DIR", help="where results are written (default: claims/results)")
     p.add_argument("--json", action="store_true")
 

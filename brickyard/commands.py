@@ -438,7 +438,8 @@ def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
     console, results = Console(stderr=args.json), []
     for name in args.methods:
         with Live(console) as live:
-            results += api.check([name], base=args.base, data=args.data, full=args.full, out=args.out, listen=live)
+            options = {"base": args.base, "data": args.data, "full": args.full, "only": args.claim, "out": args.out}
+            results += api.check([name], **options, listen=live)
         for claim in results[-1]["claims"]:
             holds = {True: "[green]holds[/]", False: "[red]does not hold[/]"}.get(
                 claim["holds"], f"[yellow]{claim['holds']}[/]"

@@ -92,15 +92,17 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
     result = measured(record.name)
     known = {c["text"]: c for c in result["claims"]} if result else {}
     write("\nclaims:\n")
-    for claim in record.claims:
-        write(f"  {claim.text}\n")
+    for number, claim in enumerate(record.claims, 1):
+        write(f"  {number}. {claim.text}\n")
         if (found := known.get(claim.text)) is None:
             write("    not measured yet: brickyard check " + record.name + "\n")
             continue
         holds = {True: "holds", False: "does not hold"}.get(found["holds"], found["holds"])
         interval = f"{_number(found['low'])} to {_number(found['high'])}"
         judged = found["inequality"] or found["detail"]
-        write(f"    {holds}: {judged}; measured {_number(found['measured'])} ({interval}), {found['kind']}\n")
+        older = found.get("date", result["date"]) if result else ""
+        on = f", on {older}" if result and older != result["date"] else ""
+        write(f"    {holds}: {judged}; measured {_number(found['measured'])} ({interval}), {found['kind']}{on}\n")
         if found.get("control"):
             gone = "destroyed" if found["control"]["destroyed"] else "NOT destroyed"
             write(f"    control: {found['control']['what']}: gain {gone}\n")

@@ -47,14 +47,16 @@ def page(entry: registry.Entry) -> str:
     for claim in result["claims"]:
         holds = {True: "**holds**", False: "**does not hold**"}.get(claim["holds"], f"**{claim['holds']}**")
         judged = f"`{claim['inequality']}`; " if claim["inequality"] else ""
-        lines += [f"- {claim['text']} {holds}: {judged}{claim['detail']} ({claim['kind']})."]
+        when = claim.get("date", result["date"])
+        on = f", on {when}" if when != result["date"] else ""
+        lines += [f"- {claim['text']} {holds}: {judged}{claim['detail']} ({claim['kind']}{on})."]
+        nats = claim.get("metric") in ("bits_per_byte", "nats_per_token")
         for label, arm in claim.get("arms", {}).items():
             # A check of its own kind may compare other things than trained arms; its figures stand in the detail.
             if not (isinstance(arm, dict) and {"arm", "mean", "trainable_parameters"} <= arm.keys()):
                 continue
-            lines.append(
-                f"  - `{label}` = `{arm['arm']}`: {100 * arm['mean']:.1f} ({arm['trainable_parameters']:,} parameters)"
-            )
+            mean = f"{arm['mean']:.4f}" if nats else f"{100 * arm['mean']:.1f}"
+            lines.append(f"  - `{label}` = `{arm['arm']}`: {mean} ({arm['trainable_parameters']:,} parameters)")
         if claim.get("control"):
             said = "destroyed" if claim["control"]["destroyed"] else "NOT destroyed"
             judged = f" (`{claim['control']['inequality']}`)" if claim["control"].get("inequality") else ""

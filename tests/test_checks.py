@@ -308,6 +308,25 @@ def test_a_measurement_takes_the_base_and_data_it_was_given(monkeypatch: pytest.
     assert [claim["detail"] for claim in stored] == details
 
 
+def test_one_claim_is_measured_alone_and_what_is_known_of_the_others_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = faked(monkeypatch, first=("base",), second=("base",), third=("base",))
+    texts = [claim.text for claim in checks.registry.find("any").record.claims]
+    alone = checks.check("any", only=[2], out=tmp_path)
+    assert [claim["text"] for claim in alone["claims"]] == texts[1:2] and len(seen) == 1, "nothing is known of the rest"
+    stored = json.loads((tmp_path / "any.json").read_text())
+    del stored["claims"][0]["date"]  # as files were written before claims had dates of their own
+    (tmp_path / "any.json").write_text(json.dumps({**stored, "date": "2001-02-03"}))
+    found = checks.check("any", base="mine", only=[3, 1], out=tmp_path)["claims"]
+    assert [claim["text"] for claim in found] == texts and len(seen) == 3
+    assert [claim["date"] == "2001-02-03" for claim in found] == [False, True, False]
+    assert json.loads((tmp_path / "any.json").read_text())["claims"] == found
+    for wrong in (0, 4):
+        with pytest.raises(UsageError, match=f"any has no claim {wrong}; they count from 1 to 3"):
+            checks.check("any", only=[wrong], out=tmp_path)
+
+
 def test_an_option_that_changes_no_claim_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import importlib
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
 from brickyard.core.arm import parse
 from brickyard.core.errors import BadData, RunFailed, UsageError
-from brickyard.core.files import write_json
+from brickyard.core.files import read_json, write_json
 from brickyard.core.locks import Lock
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.method import Claim
@@ -119,10 +119,14 @@ def check(
     base: str | None = None,
     data: Any = None,
     full: bool = False,
+    only: Sequence[int] = (),
     out: str | Path | None = None,
     listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
-    """Re-measure every claim of a method and write `NAME.json`; return what was written.
+    """Re-measure the claims of a method and write `NAME.json`; return what was written.
+
+    `only` are the numbers of the claims that are measured, from 1 as `brickyard show` gives them (default: all); what
+    the file says of the others stays, each with its own date.
 
     `base` stands in place of the claims' own, `data` in place of that of the claims whose kind of input it has; a claim
     that takes one of them not says so in its `detail`. An interrupted check goes on where it stopped, as long as the
@@ -135,7 +139,12 @@ def check(
         raise UsageError(f"the claims of {name} stand with {owner}, which it is a part of: brickyard check {owner}.")
     if not entry.record.claims:
         raise UsageError(f"{name} makes no claim that could be checked.")
-    claims = [replace(c, **c.full) if full else c for c in entry.record.claims]
+    folder = Path(out) if out else RESULTS
+    if wrong := [number for number in only if not 1 <= number <= len(entry.record.claims)]:
+        raise UsageError(f"{name} has no claim {wrong[0]}; they count from 1 to {len(entry.record.claims)}.")
+    stated = [c for i, c in enumerate(entry.record.claims, 1) if not only or i in only]
+    kept = _before(folder / f"{name}.json", [c.text for c in entry.record.claims if c not in stated])
+    claims = [replace(c, **c.full) if full else c for c in stated]
     given: dict[str, Any] = {k: v for k, v in {"base": base, "data": data}.items() if v is not None}
     measures = {c.measure: _measure(entry.path.stem, c.measure) for c in claims if c.measure}
     used = [taken(measures[c.measure]) if c.measure else frozenset(given) for c in claims]
@@ -160,7 +169,7 @@ def check(
             if key not in shared:
                 shared[key] = measures[claim.measure](claim)
             found = shared[key][claim.part] if claim.part else shared[key]
-            own = entry.record.claims[i].data
+            own = stated[i].data
             chosen = {"data": Path(claim.data).name} if "|" in own and "data" not in used[i] else {}
             measured[i] = {"text": claim.text, "kind": claim.kind, **chosen, **found}
         else:
@@ -174,20 +183,29 @@ def check(
     for found, names in zip(measured, used, strict=True):
         if found is not None and (left := given.keys() - names):
             found["detail"] = f"{found['detail']} ({left_alone(left)})"
+    date = datetime.now(UTC).date().isoformat()
+    now = {claim.text: {**found, "date": date} for claim, found in zip(stated, measured, strict=True) if found}
     result = {
         "method": name,
-        "claims": measured,
+        "claims": [{**kept, **now}[c.text] for c in entry.record.claims if c.text in kept or c.text in now],
         "environment": environment(),
         "full": full,
         "seconds": time.monotonic() - started,
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": date,
     }
-    folder = Path(out) if out else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
     for done in folders:
         (done / FINISHED).touch()
     return result
+
+
+def _before(path: Path, texts: list[str]) -> dict[str, dict[str, Any]]:
+    """Return what a file of results says of the claims with these texts, with the date of each."""
+    if not texts or not path.is_file():
+        return {}
+    found = read_json(path)
+    return {c["text"]: {"date": found["date"], **c} for c in found["claims"] if c["text"] in texts}
 
 
 def setup_of(claim: Claim) -> str:
