@@ -106,12 +106,12 @@ RECORD = Record(
             text="On a language model it keeps at least 90 % of the gain of LoRA r=16, at 1/8 of its parameters.",
             inequality="mos >= 0.9 lora16",
             arms={
-                "mos": "mos:r=7,e=2,p=1,l=4",
+                "mos": "mos:r=5,e=2,p=1,l=4",
                 "lora16": "lora:r=16,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
             },
             control={
                 "what": "every next token dealt out anew within its block: there is nothing left to learn",
-                "arm": "mos:r=7,e=2,p=1,l=4",
+                "arm": "mos:r=5,e=2,p=1,l=4",
                 "labels": "shuffled",
                 "inequality": "mos > control + 0.5",
             },
@@ -129,12 +129,12 @@ RECORD = Record(
             text="On a language model it gains no less than LoRA with as many trained parameters.",
             inequality="mos >= lora2",
             arms={
-                "mos": "mos:r=7,e=2,p=1,l=4",
+                "mos": "mos:r=5,e=2,p=1,l=4",
                 "lora2": "lora:r=2,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
             },
             control={
                 "what": "every next token dealt out anew within its block: there is nothing left to learn",
-                "arm": "mos:r=7,e=2,p=1,l=4",
+                "arm": "mos:r=5,e=2,p=1,l=4",
                 "labels": "shuffled",
                 "inequality": "mos > control + 0.5",
             },
@@ -152,12 +152,12 @@ RECORD = Record(
             text="On a language model it gains no less than pure sharing of the same pools.",
             inequality="mos >= sharing",
             arms={
-                "mos": "mos:r=7,e=2,p=1,l=4",
-                "sharing": "mos:r=12,e=2,p=0,l=1,paired=true",
+                "mos": "mos:r=5,e=2,p=1,l=4",
+                "sharing": "mos:r=8,e=2,p=0,l=1,paired=true",
             },
             control={
                 "what": "every next token dealt out anew within its block: there is nothing left to learn",
-                "arm": "mos:r=7,e=2,p=1,l=4",
+                "arm": "mos:r=5,e=2,p=1,l=4",
                 "labels": "shuffled",
                 "inequality": "mos > control + 0.5",
             },
