@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from bridged import bert, logits, words
-from conftest import text_data
+from conftest import documents, text_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import brickyard
 from brickyard.core import brick as bricks
@@ -24,12 +25,13 @@ from brickyard.core.answers import answer
 from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build
+from brickyard.core.data import read_data
 from brickyard.core.errors import BadBrick, BadMix, Refused, UsageError
 from brickyard.core.export import export
 from brickyard.core.loop import State, train
 from brickyard.core.roles import roles
-from brickyard.core.slim import Slimmed, keep_units, units
-from brickyard.core.task import Task
+from brickyard.core.slim import Slimmed, keep_units, resize_config, units
+from brickyard.core.task import Task, task_of
 from brickyard.tune import dsee
 from brickyard.tune._outliers import positions
 
@@ -271,12 +273,67 @@ def test_a_brick_opens_pruned_and_answers_the_same(arm: str, text_base: Path, tm
         names = roles(opened)
         query = next(n for n, role in names.items() if role == "query")
         assert dict(opened.get_base_model().named_modules())[query].weight.shape[0] == 16  # type: ignore[operator]
-        with pytest.raises(Refused, match="no plain form"):
+        with pytest.raises(Refused, match="BertConfig makes heads hidden_size / num_attention_heads wide"):
             export(made.folder, "merged", tmp_path / "merged")
-        with pytest.raises(Refused, match="no plain form"):
+        with pytest.raises(Refused, match="no adapter fits a base whose parts were removed"):
             export(made.folder, "peft", tmp_path / "peft")
     else:
         assert export(made.folder, "merged", tmp_path / "merged")["max_gap"] <= 1e-4
+
+
+@pytest.fixture
+def grouped_base(causal_base: Path, tmp_path: Path) -> Path:
+    """A Llama with two groups of two heads."""
+    config = AutoConfig.from_pretrained(causal_base)
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "grouped")
+    AutoTokenizer.from_pretrained(causal_base).save_pretrained(tmp_path / "grouped")
+    return tmp_path / "grouped"
+
+
+def test_a_smaller_language_model_is_a_plain_checkpoint_of_its_own_sizes(grouped_base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data": documents(), "task": "causal-lm", "max_length": 32, "device": "cpu"}
+    made, _ = brickyard.tune(
+        "dsee:r=2,n_sparse=4,heads=0.5,neurons=0.25", base=str(grouped_base), out=tmp_path / "run",
+        training={"batch": 8, "epochs": 4, "lr": 5e-3}, **options,
+    )  # fmt: skip
+    done = export(made.folder, "merged", tmp_path / "merged")
+    assert done["max_gap"] <= 1e-4
+    sizes = {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1, "intermediate_size": 48}
+    assert f"({', '.join(f'{name} {size}' for name, size in sizes.items())})" in done["sentence"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {name: getattr(plain.config, name) for name in sizes} == sizes
+    assert sum(p.numel() for p in plain.parameters()) < sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(grouped_base).parameters()
+    )
+    scores = [
+        brickyard.evaluate(**given, **options)["score"]["mean"]
+        for given in ({"base": str(tmp_path / "merged")}, {"brick": str(made.folder)})
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_an_encoder_without_some_of_its_neurons_is_one_too(text_base: Path, tmp_path: Path) -> None:
+    made, _ = brickyard.tune(
+        "dsee:r=2,n_sparse=4,neurons=0.5", base=str(text_base), data=text_data(), device="cpu", out=tmp_path / "run",
+        training={"batch": 8, "epochs": 4, "lr": 5e-3},
+    )  # fmt: skip
+    done = export(made.folder, "merged", tmp_path / "merged")
+    assert done["max_gap"] <= 1e-4 and "(intermediate_size 32)" in done["sentence"]
+    assert AutoConfig.from_pretrained(tmp_path / "merged").intermediate_size == 32
+    assert AutoConfig.from_pretrained(text_base).intermediate_size == 64
+
+
+def test_blocks_of_different_sizes_have_no_configuration(grouped_base: Path) -> None:
+    model = open_base(str(grouped_base)).model(task_of(read_data(documents(), task="causal-lm")), seed=0)
+    slimmed = Slimmed()
+    heads = next(unit for unit in units(model) if unit.kind == "heads")
+    keep_units(slimmed, dict(model.named_modules()), heads, torch.tensor([0]))
+    with pytest.raises(Refused, match="blocks differ in the outputs of query, key and up"):
+        resize_config(model)
+    slimmed.undo()
+    assert resize_config(model) == {}
 
 
 class Stop:

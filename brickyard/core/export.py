@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import warnings
@@ -19,13 +20,14 @@ from brickyard.core.base import Base, HeadedModel, open_base
 from brickyard.core.brick import Brick
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.files import complete_folder, write_json, write_tensors
-from brickyard.core.inject_export import check_whole, to_lora
+from brickyard.core.inject_export import to_lora
 from brickyard.core.inject_layer import BrickyardLinear
 from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.receipt import assert_parity, parity
 from brickyard.core.relog import write_log, write_weights
 from brickyard.core.retention import fixed_inputs
 from brickyard.core.side import SIDE
+from brickyard.core.slim import resize_config
 from brickyard.core.wrap import ADAPTER
 
 
@@ -155,12 +157,17 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
     plain: Any = made.apply(base).model
     at_rank(applied, rank)
     at_rank(plain, rank)
+    sizes: dict[str, int] = {}
     if isinstance(plain, PeftModel):
-        check_whole({n: m for n, m in plain.named_modules() if isinstance(m, BrickyardLinear)})
+        tuner = plain.base_model
+        slimmed = isinstance(tuner, BrickyardTuner) and any(s.before for s in tuner.slimmed.values())
         try:
             plain = plain.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError) as error:
             raise Refused(f"{made.manifest['arm']} cannot be merged: {error}") from error
+        if slimmed:
+            plain.config = copy.deepcopy(plain.config)  # the base's own is that of the whole model
+            sizes = resize_config(plain)
     if hasattr(plain, SIDE):
         raise Refused(f"{made.manifest['arm']} works beside the base and changes none of its weights; load the brick.")
     if isinstance(plain, HeadedModel):
@@ -179,8 +186,9 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
     proof = parity(applied, again, fixed_inputs(base, 4))
     assert_parity(proof, "the merged model against base + brick")
     gap = proof["max_gap"]
+    smaller = f" ({', '.join(f'{name} {size}' for name, size in sizes.items())})" if sizes else ""
     return {
         "max_gap": gap,
         "error": 0.0,
-        "sentence": f"merged model; reloaded logits differ by at most {gap:.1e} from base + brick.",
+        "sentence": f"merged model{smaller}; reloaded logits differ by at most {gap:.1e} from base + brick.",
     }

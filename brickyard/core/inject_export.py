@@ -62,7 +62,7 @@ def to_lora(peft_model: nn.Module, adapter: str, folder: str | Path, *, max_rank
         for name, module in peft_model.named_modules()
         if isinstance(module, BrickyardLinear) and adapter in module.bound
     }
-    check_whole(layers)
+    _check_whole(layers)
     warn_of_rank(layers.values(), adapter)
     lows, exact, lost, whole = {}, True, 0.0, 0.0
     for name, layer in layers.items():
@@ -82,7 +82,7 @@ def to_lora(peft_model: nn.Module, adapter: str, folder: str | Path, *, max_rank
     return Exported(folder, ranks, exact, 0.0 if exact or not whole else (lost / whole) ** 0.5)
 
 
-def check_whole(layers: dict[str, BrickyardLinear]) -> None:
+def _check_whole(layers: dict[str, BrickyardLinear]) -> None:
     """Raise Refused where the base layer under an adapter was made smaller: no plain file fits both bases."""
     for name, layer in layers.items():
         leaf = next(iter(layer.bound.values())).leaf
@@ -90,7 +90,8 @@ def check_whole(layers: dict[str, BrickyardLinear]) -> None:
         if found != (leaf.in_features, leaf.out_features):
             raise Refused(
                 f"{name} has {found[1]} outputs and {found[0]} inputs left of {leaf.out_features} and "
-                f"{leaf.in_features}; a base whose parts were removed has no plain form yet. Open the brick instead."
+                f"{leaf.in_features}; no adapter fits a base whose parts were removed. Write the whole model "
+                "(--to merged), or open the brick."
             )
 
 

@@ -44,22 +44,9 @@ class Unit:
 def units(model: nn.Module) -> list[Unit]:
     """Return the removable parts of every block of `model`; Refused where its layers do not show them."""
     found: list[Unit] = []
-    kinds, modules = roles(model), dict(model.named_modules())
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(text, "num_attention_heads", None)
-    for block, _ in blocks(model):
-        here: dict[str, list[str]] = {}
-        for name, role in kinds.items():
-            if name.startswith(f"{block}."):
-                here.setdefault(role, []).append(name)
-        one = {role: names[0] for role, names in here.items() if len(names) == 1}
-        missing = sorted({"query", "key", "value", "out", "up", "down"} - one.keys())
-        if missing or not isinstance(heads, int):
-            raise Refused(
-                f"block {block} shows no single {', '.join(missing) or 'number of heads'}; heads and neurons can be "
-                "removed only where each projection is a layer of its own."
-            )
+    modules, text = dict(model.named_modules()), _text_config(model)
+    heads = text.num_attention_heads
+    for block, one in _projections(model).items():
         out_of = {role: _size(modules[name], OUTPUTS) for role, name in one.items() if role != "norm"}
         groups = getattr(text, "num_key_value_heads", None) or heads
         wide, narrow = out_of["query"] // groups, out_of["key"] // groups
@@ -89,6 +76,65 @@ def units(model: nn.Module) -> list[Unit]:
                 gate=one["down"],
             )
         )
+    return found
+
+
+def _projections(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return block -> {role: name of its only layer}; Refused where a block does not show its projections."""
+    kinds, found = roles(model), {}
+    heads = getattr(_text_config(model), "num_attention_heads", None)
+    for block, _ in blocks(model):
+        here: dict[str, list[str]] = {}
+        for name, role in kinds.items():
+            if name.startswith(f"{block}."):
+                here.setdefault(role, []).append(name)
+        one = {role: names[0] for role, names in here.items() if len(names) == 1}
+        missing = sorted({"query", "key", "value", "out", "up", "down"} - one.keys())
+        if missing or not isinstance(heads, int):
+            raise Refused(
+                f"block {block} shows no single {', '.join(missing) or 'number of heads'}; heads and neurons can be "
+                "removed only where each projection is a layer of its own."
+            )
+        found[block] = one
+    return found
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def resize_config(model: nn.Module) -> dict[str, int]:
+    """Write the sizes that a slimmed model has into its configuration, so that transformers builds it; return them.
+
+    Raises Refused where the configuration has no words for them: blocks of different sizes, or fewer heads in a model
+    whose heads are as wide as hidden_size / num_attention_heads.
+    """
+    modules, text = dict(model.named_modules()), _text_config(model)
+    sizes = {
+        block: tuple(_size(modules[one[role]], OUTPUTS) for role in ("query", "key", "up"))
+        for block, one in _projections(model).items()
+    }
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{block} {size}" for block, size in sizes.items())
+        raise Refused(f"blocks differ in the outputs of query, key and up ({told}); no configuration can say so.")
+    query, key, up = next(iter(sizes.values()))
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    found = {}
+    if query != heads * width:
+        if not hasattr(text, "head_dim"):
+            raise Refused(
+                f"{type(text).__name__} makes heads hidden_size / num_attention_heads wide, so it cannot hold "
+                f"{query // width} heads of {width}; open the brick instead, or remove neurons alone."
+            )
+        found |= {"num_attention_heads": query // width, "head_dim": width}
+        found |= {} if groups is None else {"num_key_value_heads": key // width}
+    name = next((n for n in ("intermediate_size", "n_inner") if hasattr(text, n)), "")
+    if name and up != (getattr(text, name) or 4 * text.hidden_size):
+        found[name] = up
+    for setting, value in found.items():
+        setattr(text, setting, value)
     return found
 
 

@@ -11,7 +11,8 @@ where a robust decomposition W ~ L + S finds the largest outliers; W stays froze
 Source: Chen et al., "DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models", ACL 2023, arXiv
 2111.00160, sec. 3 and the released code.
 Headline claim: a quarter fewer inference FLOPs at comparable quality with 0.5 % of the parameters trained.
-Unstructured zeros save no time here and none is claimed. The coefficients of what is left stay in the brick. Left out:
+Unstructured zeros save no time here and none is claimed. The coefficients of what is left stay in the brick; exported
+`--to merged` it is a plain checkpoint of its own sizes, where the model's configuration has words for them. Left out:
 per-model (not per-block) removal of heads.
 Legend: n in, m out, N entries of S, T tokens of the batch, K units that are kept.
 """
@@ -92,7 +93,7 @@ RECORD = Record(
             base="embedded:pylm",
             data="embedded:python-tests",
             epochs=1,
-            lr_factors=(1.0, 3.0, 10.0),
+            lr_factors=(3.0, 10.0, 30.0),
             train_rows=200,
             batch=16,
             max_length=128,
