@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from brickyard import api
 from brickyard.console import Live
+from brickyard.core import registry
 from brickyard.core.errors import UsageError
 from brickyard.core.generate import Decoding
 
@@ -435,12 +436,15 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Re-measure claims; exit code 3 when one does not hold."""
-    console, results = Console(stderr=args.json), []
+    console, results, judged = Console(stderr=args.json), [], []
     for name in args.methods:
         with Live(console) as live:
             options = {"base": args.base, "data": args.data, "full": args.full, "only": args.claim, "out": args.out}
             results += api.check([name], **options, listen=live)
-        for claim in results[-1]["claims"]:
+        stated = registry.find(name).record.claims
+        now = {stated[number - 1].text for number in args.claim or range(1, len(stated) + 1)}
+        judged += (measured := [claim for claim in results[-1]["claims"] if claim["text"] in now])
+        for claim in measured:
             holds = {True: "[green]holds[/]", False: "[red]does not hold[/]"}.get(
                 claim["holds"], f"[yellow]{claim['holds']}[/]"
             )
@@ -449,7 +453,7 @@ def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
             console.print(f"  {escape(told)}", highlight=False)
     if args.json:
         _print_json(results if len(results) > 1 else results[0])
-    return DONE if all(claim["holds"] is True for result in results for claim in result["claims"]) else DOUBTFUL
+    return DONE if all(claim["holds"] is True for claim in judged) else DOUBTFUL
 
 
 def report(args: argparse.Namespace, argv: Sequence[str]) -> int:

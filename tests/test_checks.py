@@ -19,6 +19,7 @@ from brickyard.checks import _data
 from brickyard.checks import run as checks
 from brickyard.checks._takes import taken, takes
 from brickyard.checks.run import Answers, Inequality, judge
+from brickyard.cli import main
 from brickyard.compare.plan import Contestant, Request
 from brickyard.core import registry
 from brickyard.core.arm import parse
@@ -309,7 +310,7 @@ def test_a_measurement_takes_the_base_and_data_it_was_given(monkeypatch: pytest.
 
 
 def test_one_claim_is_measured_alone_and_what_is_known_of_the_others_stays(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = faked(monkeypatch, first=("base",), second=("base",), third=("base",))
     texts = [claim.text for claim in checks.registry.find("any").record.claims]
@@ -322,6 +323,9 @@ def test_one_claim_is_measured_alone_and_what_is_known_of_the_others_stays(
     assert [claim["text"] for claim in found] == texts and len(seen) == 3
     assert [claim["date"] == "2001-02-03" for claim in found] == [False, True, False]
     assert json.loads((tmp_path / "any.json").read_text())["claims"] == found
+    assert main(["check", "any", "--claim", "2", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "any holds: second" in said and "first" not in said, "nothing else was measured"
     for wrong in (0, 4):
         with pytest.raises(UsageError, match=f"any has no claim {wrong}; they count from 1 to 3"):
             checks.check("any", only=[wrong], out=tmp_path)
