@@ -99,10 +99,11 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
             continue
         holds = {True: "holds", False: "does not hold"}.get(found["holds"], found["holds"])
         interval = f"{_number(found['low'])} to {_number(found['high'])}"
+        unit = " hundredths of bits per byte" if found.get("metric") == "bits_per_byte" else ""
         judged = found["inequality"] or found["detail"]
         older = found.get("date", result["date"]) if result else ""
         on = f", on {older}" if result and older != result["date"] else ""
-        write(f"    {holds}: {judged}; measured {_number(found['measured'])} ({interval}), {found['kind']}{on}\n")
+        write(f"    {holds}: {judged}; measured {_number(found['measured'])}{unit} ({interval}), {found['kind']}{on}\n")
         if found.get("control"):
             gone = "destroyed" if found["control"]["destroyed"] else "NOT destroyed"
             write(f"    control: {found['control']['what']}: gain {gone}\n")

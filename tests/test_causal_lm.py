@@ -169,6 +169,8 @@ def test_a_claim_on_a_language_model_is_judged_by_gains_over_the_untouched_base(
     full, lora = (found["arms"][name]["mean"] for name in ("full", "lora"))
     bare = full + found["gate"]["measured"] / 100
     assert found["measured"] == pytest.approx(100 * (0.9 * lora + 0.1 * bare - full), abs=1e-3)
+    assert found["gains"] == pytest.approx({"full": 100 * (bare - full), "lora": 100 * (bare - lora)}, abs=1e-3)
+    assert f"full {found['gains']['full']:.2f}" in found["detail"]
 
 
 def test_plain_text_files_are_documents(tmp_path: Path, causal_base: Path) -> None:

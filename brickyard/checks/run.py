@@ -325,6 +325,11 @@ class _Run:
         out["at_end_of_grid"] = [label for label in claim.arms if self._at_end(claim, label)]
         unit = f"hundredths of {shown.metric(metric).title.lower()}" if metric in PER_TEXT else "points"
         out["detail"] = f"measured {out['measured']:+.2f} {unit} ({out['low']:+.2f} to {out['high']:+.2f}){needed}"
+        if metric in PER_TEXT:
+            bare = self.rows[UNTOUCHED]["score"]["mean"]
+            gains = {label: 100 * (bare - self.rows[label]["score"]["mean"]) for label in claim.arms}
+            out["gains"] = gains
+            out["detail"] += f"; gains over the untouched base: {', '.join(f'{k} {v:.2f}' for k, v in gains.items())}"
         if out["at_end_of_grid"]:
             ends = ", ".join(out["at_end_of_grid"])
             out["detail"] += f"; {ends}: the best learning rate is the last of those tried, others may do better"
