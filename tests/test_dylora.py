@@ -268,3 +268,32 @@ def test_the_spread_over_ranks_is_judged_against_half_of_a_cut_loras() -> None:
     assert {c.part for c in dylora.RECORD.claims if c.measure == "by_rank"} == {
         *checks.judged(answers_of(RATES), "accuracy")
     }
+
+
+def bits_of(gains: dict[str, float], seeds: int = 3, n: int = 200) -> dict[str, Answers]:
+    """Nats of documents of 100 bytes under models that need so much less than 2 bits a byte."""
+    hard_N = np.random.Generator(np.random.PCG64(3)).normal(0, 0.1, n)
+    nats = lambda gain, seed: np.log(2) * 100 * (2.0 + hard_N - gain * (1 + 0.02 * hard_N) + 1e-4 * seed)  # noqa: E731
+    return {
+        name: Answers(np.full(n, 100), np.stack([nats(gain, s) for s in range(seeds)])) for name, gain in gains.items()
+    }
+
+
+def test_on_a_language_model_shares_of_the_gain_over_the_untouched_base_count() -> None:
+    gains = {"base": 0.0, **{f"lora{r}": 0.20 for r in checks.RANKS}, **{f"dylora@{r}": 0.19 for r in checks.RANKS}}
+    for scaling, gain in zip(checks.SCALINGS, (0.05, 0.10), strict=True):
+        gains |= {f"cut@{r} {scaling}": gain for r in checks.RANKS}
+    gains |= {f"cut@{r} {checks.SVD}": 0.20 for r in checks.RANKS}
+    found = checks.judged(bits_of(gains), "bits_per_byte")
+    assert {name: part["holds"] for name, part in found.items() if name != "spread"} == {
+        "every_rank": True,
+        "against_cutting": True,
+    }
+    assert found["every_rank"]["gate"]["measured"] == pytest.approx(20, abs=0.1)
+    assert found["every_rank"]["control"]["destroyed"] is True
+    assert {p["b"].partition(" ")[2] for p in found["against_cutting"]["comparisons"]} == {checks.SCALINGS[1]}
+    assert "dylora@1 - 0.9 lora1 +1.0" in found["every_rank"]["detail"] and "dylora@1 19.0" in found["spread"]["detail"]
+    poor = {**gains, "dylora@2": 0.17}
+    assert checks.judged(bits_of(poor), "bits_per_byte")["every_rank"]["holds"] is False
+    nothing = {**gains, "lora8": 0.001}
+    assert {p["holds"] for p in checks.judged(bits_of(nothing), "bits_per_byte").values()} == {"set-up invalid"}

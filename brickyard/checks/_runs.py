@@ -17,6 +17,7 @@ from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
 from brickyard.core.arm import parse
 from brickyard.core.errors import RunFailed
+from brickyard.core.influence import LOWER_IS_BETTER
 from brickyard.core.jobs import Job, Local
 from brickyard.core.method import Claim
 from brickyard.core.trial import Prepared, Setting
@@ -62,8 +63,13 @@ def tuned(
         argument = {"setting": setting, "folder": str(folder / f"search-{name}-{lr}"), "role": "search"}
         jobs.append(Job(key=f"{name} {lr}", function="brickyard.core.trial:run", argument=argument))
     found = finished(jobs, workers)
-    # Validation scores tie often on small sets; the loss of the same rows then decides.
-    rank = lambda name, lr: (found[f"{name} {lr}"]["validation"], -found[f"{name} {lr}"]["validation_loss"])  # noqa: E731
+
+    def rank(name: str, lr: float) -> tuple[float, float]:
+        # Validation scores tie often on small sets; the loss of the same rows then decides.
+        one = found[f"{name} {lr}"]
+        sign = -1 if one["score"]["metric"] in LOWER_IS_BETTER else 1
+        return sign * one["validation"], -one["validation_loss"]
+
     return {name: every[name, max(claim.lrs, key=lambda lr: rank(name, lr))] for name in arms}
 
 
@@ -115,6 +121,12 @@ def lora_factors(model: nn.Module) -> list[tuple[Any, Any, Any]]:
     """Return (layer, A [r, n], B [m, r]) of every layer that PEFT's LoRA adapts, the live parameters."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     return [(layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers]
+
+
+def untouched(ready: Prepared, seeds: int) -> Answers:
+    """Return what the base says without any training, once a seed."""
+    found = answer(ready.base.model(ready.task, seed=0), ready.encoded["test"], ready.task).predictions
+    return Answers(ready.encoded["test"].labels.numpy(), np.tile(found, (seeds, 1)))
 
 
 def majority(of: Answers) -> Answers:
