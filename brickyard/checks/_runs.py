@@ -17,7 +17,6 @@ from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
 from brickyard.core.arm import parse
 from brickyard.core.errors import RunFailed
-from brickyard.core.influence import LOWER_IS_BETTER
 from brickyard.core.jobs import Job, Local
 from brickyard.core.method import Claim
 from brickyard.core.trial import Prepared, Setting
@@ -51,7 +50,13 @@ def with_training(text: str, **training: Any) -> str:
 
 
 def tuned(
-    claim: Claim, arms: Mapping[str, str], asked: Mapping[str, Any], folder: Path, workers: int
+    claim: Claim,
+    arms: Mapping[str, str],
+    asked: Mapping[str, Any],
+    folder: Path,
+    workers: int,
+    *,
+    lower_is_better: bool = False,
 ) -> dict[str, str]:
     """Return the arms with the learning rate of `claim.lrs` that validates best with seed 0."""
     if len(claim.lrs) < 2:
@@ -67,8 +72,7 @@ def tuned(
     def rank(name: str, lr: float) -> tuple[float, float]:
         # Validation scores tie often on small sets; the loss of the same rows then decides.
         one = found[f"{name} {lr}"]
-        sign = -1 if one["score"]["metric"] in LOWER_IS_BETTER else 1
-        return sign * one["validation"], -one["validation_loss"]
+        return -one["validation"] if lower_is_better else one["validation"], -one["validation_loss"]
 
     return {name: every[name, max(claim.lrs, key=lambda lr: rank(name, lr))] for name in arms}
 

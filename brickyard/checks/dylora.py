@@ -52,12 +52,13 @@ def by_rank(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
     arms = {"dylora": f"dylora:r={RANKS[-1]},{TARGET}", "frozen": f"dylora:r={RANKS[-1]},frozen=true,{TARGET}"}
     arms |= {f"lora{r}": f"lora:r={r},alpha=16,{TARGET}" for r in RANKS}
     asked = {**asked_by(claim), **more}
+    ready = prepare(Setting(arm=arms["lora8"], **asked), ("train", "test"))
+    language = ready.task.metric in PER_TEXT
     with tempfile.TemporaryDirectory(prefix="brickyard-dylora-") as place:
         folder = Path(place)
-        arms = tuned(claim, arms, asked, folder, workers)
+        arms = tuned(claim, arms, asked, folder, workers, lower_is_better=language)
         runs = trained(arms, asked, claim.seeds, folder, workers)
         found = {name: answers(folder, name, claim.seeds) for name in arms}
-        ready = prepare(Setting(arm=arms["lora8"], **asked), ("train", "test"))
         for r in RANKS:
             for name in ("dylora", "frozen"):
                 change = [lambda model, r=r: at_rank(model, r)] * claim.seeds
@@ -65,7 +66,7 @@ def by_rank(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
             for how in CUT:
                 change = [lambda model, r=r, how=how: cut(model, r, how)] * claim.seeds
                 found[f"cut@{r} {how}"] = opened_answers(ready, folder, "lora8", change)
-        if ready.task.metric in PER_TEXT:
+        if language:
             found[BASE] = untouched(ready, claim.seeds)
         else:
             found["majority"] = majority(found["lora8"])
