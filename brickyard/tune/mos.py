@@ -107,7 +107,7 @@ RECORD = Record(
             inequality="mos >= 0.9 lora16",
             arms={
                 "mos": "mos:r=5,e=2,p=1,l=4",
-                "lora16": "lora:r=16,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
+                "lora16": "lora:r=16,alpha=16,dropout=0.1,target=blocks",
             },
             control={
                 "what": "every next token dealt out anew within its block: there is nothing left to learn",
@@ -130,7 +130,7 @@ RECORD = Record(
             inequality="mos >= lora2",
             arms={
                 "mos": "mos:r=5,e=2,p=1,l=4",
-                "lora2": "lora:r=2,alpha=16,dropout=0.1,target=[query,key,value,out,up,down]",
+                "lora2": "lora:r=2,alpha=16,dropout=0.1,target=blocks",
             },
             control={
                 "what": "every next token dealt out anew within its block: there is nothing left to learn",
