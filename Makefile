@@ -19,7 +19,7 @@ demo: setup
 	$(VENV)/bin/brickyard compare --data embedded:stdlib-topics --methods moment-probing lora --max-length 32 --batch-size 8 --minutes 4.5 --seeds 3 --out runs/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal
 
 lint: setup
 	$(VENV)/bin/ruff check brickyard tests benchmarks scripts

@@ -88,13 +88,14 @@ def test_a_share_of_a_gain_is_counted_from_the_untouched_base() -> None:
         ("full > base + 51.0", False),
         ("full >= most + 3.0", True),
     ):
-        found = judge(Inequality.read(text), known, "bits_per_byte")
+        found = judge(Inequality.read(text), known, "bits_per_byte", base=known["base"])
         assert found["holds"] is holds, text
         assert found["low"] <= found["measured"] <= found["high"]
-    found = judge(Inequality.read("most >= 0.9 full"), known, "bits_per_byte")
+    found = judge(Inequality.read("most >= 0.9 full"), known, "bits_per_byte", base=known["base"])
     assert found["measured"] == pytest.approx(100 * (0.9 * 1.5 + 0.1 * 2.0 - 1.54), abs=0.05), (
         "0.01 bits a byte to spare"
     )
+    assert judge(Inequality.read("most > full"), known, "bits_per_byte")["holds"] is True, "plain values without a base"
     with pytest.raises(UsageError, match="no gain over an untouched base"):
         judge(Inequality.read("a >= 0.9 b"), {"a": answers([0.9]), "b": answers([0.8])}, "accuracy")
 

@@ -15,10 +15,13 @@ from torch import nn
 
 from brickyard.core import registry
 from brickyard.core.arm import parse
+from brickyard.core.base import open_base
+from brickyard.core.build import build, resolve
 from brickyard.core.errors import Refused, UnknownName, UsageError
 from brickyard.core.inject import BrickyardConfig, Leaf, Part, register, to_lora
 from brickyard.core.inject_layer import BrickyardLinear
 from brickyard.core.measure import saved_for_backward
+from brickyard.core.task import Task
 from brickyard.tune import mos
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -321,10 +324,11 @@ def test_layers_that_the_options_do_not_fit_are_named():
 
 def test_every_arm_of_the_claims_is_legal_on_six_layers():
     record = registry.find("mos").record
-    assert record.search["lr"] == (5e-4, 1e-3, 2e-3) and len(record.claims) == 3
+    claims = [claim for claim in record.claims if claim.base == "embedded:minilm"]
+    assert record.search["lr"] == (5e-4, 1e-3, 2e-3) and len(claims) == 3
     leaves = [*group(6, 384, 384, "query"), *group(6, 384, 1536, "up"), *group(6, 1536, 384, "down")]
     counts = {}
-    for claim in record.claims:
+    for claim in claims:
         for name, text in {**claim.arms, claim.control["what"]: claim.control["arm"]}.items():
             piece = parse(text).pieces[0]
             if piece.name != "mos":
@@ -337,6 +341,16 @@ def test_every_arm_of_the_claims_is_legal_on_six_layers():
     assert registry.config("mos", {}) == mos.Config()
     with pytest.raises(UnknownName):
         registry.config("mos", {"rank": 3})
+
+
+def test_the_claims_on_a_language_model_compare_arms_of_as_many_parameters():
+    base, task = open_base("embedded:pylm"), Task("causal-lm", "bits_per_byte", None, 1, "text")
+    arms: dict[str, str] = {}
+    for claim in registry.find("mos").record.claims:
+        arms |= claim.arms if claim.base == "embedded:pylm" else {}
+    made = {name: build(resolve(parse(text), task), base, task, seed=0) for name, text in arms.items()}
+    counts = {name: sum(p.numel() for p in attached.parameters()) for name, attached in made.items()}
+    assert counts["mos"] == counts["sharing"] == counts["lora2"] == counts["lora16"] / 8
 
 
 def test_without_a_rank_the_layers_say_how_many_shards_there_are(tmp_path):

@@ -86,8 +86,8 @@ def judged(found: dict[str, Answers], metric: str) -> dict[str, dict[str, Any]]:
     below = "" if language else " - 1.0"
 
     def compare(a: str, b: str, margin: float, share: float = 1.0) -> dict[str, Any]:
-        names = {"a": found[a], "b": found[b], BASE: found.get(BASE, found[b])}
-        return {"a": a, "b": b, "margin": margin, **judge(Inequality("a", "b", margin, share), names, metric)}
+        names, asked = {"a": found[a], "b": found[b]}, Inequality("a", "b", margin, share)
+        return {"a": a, "b": b, "margin": margin, **judge(asked, names, metric, base=found.get(BASE))}
 
     means = {name: float(influence(f.labels, f.predictions, metric)[0].mean()) for name, f in found.items()}
     sign = -1 if language else 1

@@ -53,8 +53,7 @@ BASE = "base"  # in an inequality: the base as it is, where it answers the task 
 class Inequality:
     """`left >= share right + margin`, margin in points (hundredths of the metric).
 
-    Of a metric of which less is better (bits, nats), what counts is the gain over the untouched base: of `share` 0.9
-    the left one has at least 90 % of the right one's. Scores have no such zero, so there the share is 1.
+    With `share` 0.9 the left one has at least 90 % of the right one's gain over the untouched base; see `judge`.
     """
 
     left: str
@@ -81,20 +80,27 @@ class Answers:
 
 
 def judge(
-    inequality: Inequality, answers: dict[str, Answers], metric: str, *, together: bool = False
+    inequality: Inequality,
+    answers: dict[str, Answers],
+    metric: str,
+    *,
+    together: bool = False,
+    base: Answers | None = None,
 ) -> dict[str, Any]:
     """Measure an inequality: the difference in points with its 95 % interval, and whether it holds.
 
     True when the interval clears the margin, False when it misses it, else "undecided" with the examples needed.
     together: seed s of both arms shares its labelled rows or its model; see `stats.paired`.
+    base: of bits or nats per text, what the untouched base answers; the sides are then gains over it, of which more is
+    better. Without it they are the metric's own values.
     """
     a, b = answers[inequality.left], answers[inequality.right]
-    if metric in PER_TEXT:
+    if base is not None:
         # Sums over texts are linear, so a share of a gain is a mixture; what is less is better.
-        mixed = inequality.share * b.predictions + (1 - inequality.share) * answers[BASE].predictions
+        mixed = inequality.share * b.predictions + (1 - inequality.share) * base.predictions
         a, b = Answers(a.labels, mixed), a
     elif inequality.share != 1:
-        raise UsageError(f"{metric} has no gain over an untouched base to take {inequality.share:g} of.")
+        raise UsageError(f"there is no gain over an untouched base in {metric} to take {inequality.share:g} of.")
     found = paired(a.labels, a.predictions, b.predictions, metric, together=together)
     points = {k: 100 * float(getattr(found, k)) for k in ("difference", "low", "high")}
     # Identical answers leave no room for doubt: the interval is a point and counts as clearing its own value.
@@ -282,7 +288,8 @@ class _Run:
 
     def _compare(self, claim: Claim, inequality: str, answers: dict[str, Answers]) -> dict[str, Any]:
         together = bool(claim.shots)  # a seed draws its labelled rows, the same for every arm
-        return judge(Inequality.read(inequality), answers, self.result["task"]["metric"], together=together)
+        metric, base = self.result["task"]["metric"], answers.get(BASE)
+        return judge(Inequality.read(inequality), answers, metric, together=together, base=base)
 
     def judge(self, claim: Claim) -> dict[str, Any]:
         """Judge one claim with its gate and its control."""
