@@ -12,6 +12,7 @@ Everything is coded inside `forward`, so that the full tensor is freed at once, 
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -243,8 +244,9 @@ class _Random(TorchDispatchMode):
             return self.draw(func, args, kwargs)
         return func(*args, **kwargs)
 
+    @abstractmethod
     def draw(self, func: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError
+        """Return what an operation that draws returns."""
 
 
 class _Draws(_Random):
