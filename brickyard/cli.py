@@ -325,12 +325,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         _from_file(parser, rest[rest.index("--config") + 1])
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        flag = next((text for text in unknown if text.startswith("--")), unknown[0])
-        near = get_close_matches(flag.split("=")[0], parser.known(), n=2, cutoff=0.5)
-        raise UsageError(
-            f"unknown option {flag!r}"
-            + (f"; did you mean {' or '.join(near)}?" if near else f". See: {parser.prog} --help")
-        )
+        flag = next((text for text in unknown if text.startswith("-")), None)
+        near = get_close_matches(flag.split("=")[0], parser.known(), n=2, cutoff=0.5) if flag else []
+        what = f"unknown option {flag!r}" if flag else f"{unknown[0]!r} belongs to no option"
+        advice = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise UsageError(f"{what}{advice} See: {parser.prog} --help")
     args.verb = verb
     if verb == "data":
         _read_step(args)

@@ -59,10 +59,26 @@ class Live:
         for name, failed in self.plan["failed"].items():
             self._say(f"  [red]{escape(name)} {failed['status']}:[/] {escape(failed['reason'])}")
 
+    def _jobs(self, event: dict[str, Any]) -> None:
+        """A measurement of its own begins some runs; how long each takes is not known beforehand."""
+        if event["finished"]:
+            self._say(f"  {_runs(event['finished'])} already finished; nothing of that is repeated.")
+        if self.task is None:
+            self.task = self.progress.add_task("", total=0, left="")
+        total = (self.progress.tasks[0].total or 0) + event["jobs"]
+        self.progress.update(self.task, total=total, description="measuring")
+
+    def _job(self, event: dict[str, Any]) -> None:
+        assert self.task is not None
+        self.progress.advance(self.task)
+        value = event["value"]
+        score = value.get("score") if isinstance(value, dict) else None
+        said = f": {score['metric']} {score['mean']:.3f}" if score else ""
+        self._say(f"  {escape(event['key'])}{said} ({event['seconds']:.0f} s)")
+
     def _start(self, event: dict[str, Any]) -> None:
         if event["finished"]:
-            runs = "1 run was" if event["finished"] == 1 else f"{event['finished']} runs were"
-            self._say(f"{runs} already finished; nothing of that is repeated.")
+            self._say(f"{_runs(event['finished'])} already finished; nothing of that is repeated.")
         if not event["jobs"]:
             return
         if self.task is None:
@@ -107,3 +123,7 @@ class Live:
         )
         seconds = pace * waiting / self.plan["workers"]
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
+
+
+def _runs(count: int) -> str:
+    return "1 run was" if count == 1 else f"{count} runs were"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -251,6 +252,13 @@ def image_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("BRICKYARD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two tests measure in one folder, nor in the user's."""
+    if place := sys.modules.get("brickyard.checks._place"):  # else the test checks nothing in this process
+        monkeypatch.setattr(place, "RUNS", tmp_path / "checks")
 
 
 @pytest.fixture

@@ -88,9 +88,6 @@ def batch_of(base) -> dict[str, torch.Tensor]:
     return dict(base.tokenizer(["w1 w2 w3 w4", "w5"], return_tensors="pt", padding=True))
 
 
-# --- opening
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_every_architecture_opens_and_answers(zoo, name):
     base = open_base(str(zoo[name]))
@@ -202,9 +199,6 @@ def test_a_pretrained_part_of_the_head_is_kept_and_the_output_layer_is_new(zoo, 
     )
 
 
-# --- fingerprints
-
-
 def test_a_fingerprint_knows_content_and_not_layout(zoo, tmp_path):
     base = open_base(str(zoo["bert"]))
     again = shutil.copytree(zoo["bert"], tmp_path / "renamed é")
@@ -265,9 +259,6 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(zoo, monkeypatch):
     assert other.fingerprint == known
 
 
-# --- weights that are not what the configuration says
-
-
 def change_weights(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -326,9 +317,6 @@ def test_half_precision_is_widened_exactly_and_double_is_refused(zoo, tmp_path):
     change_weights(folder, lambda tensors: tensors.update({name: tensors[name].double()}))
     with pytest.raises(BadBase, match="F64"):
         open_base(str(folder))
-
-
-# --- parts
 
 
 @pytest.mark.parametrize(

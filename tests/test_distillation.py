@@ -70,9 +70,6 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "brick"
 
 
-# --- the mathematics ---------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 10**6))
 def test_with_one_certain_class_it_is_the_ordinary_cross_entropy(classes: int, rows: int, seed: int) -> None:
@@ -189,9 +186,6 @@ def test_the_weight_mixes_and_the_temperature_keeps_the_size_of_the_gradient() -
     assert sizes[0].item() == pytest.approx(sizes[1].item(), rel=0.05)
 
 
-# --- the teacher and its cache -------------------------------------------------------------------------------------
-
-
 def test_a_teacher_is_not_changed_and_its_answers_are_its_logits(classifier: Path, text_base: Path) -> None:
     ready = trial.prepare(texts(f"full + {with_teacher(classifier)}", text_base))
     opened = teacher.open_teacher(str(classifier), ready.task)
@@ -284,9 +278,6 @@ def test_a_classifier_reads_raw_text_with_its_own_tokenizer(
     assert result["prepared"]["accuracy"] > 0.9 and result["score"]["mean"] > 0.85
 
 
-# --- in an arm -----------------------------------------------------------------------------------------------------
-
-
 def test_an_arm_takes_a_quoted_teacher() -> None:
     arm = parse('full:lr=1e-4 + distil:teacher="embedded:minilm",k=8,temperature=2.0,weight=0.5')
     assert arm.pieces[1].options == {"teacher": "embedded:minilm", "k": 8, "temperature": 2.0, "weight": 0.5}
@@ -363,9 +354,6 @@ def test_the_plan_knows_what_the_teacher_costs(speaker: Path, causal_base: Path)
     plain = trial.probe({"setting": asdict(blocks("full", causal_base))})
     taught = trial.probe({"setting": asdict(blocks(f"full + {with_teacher(speaker)}", causal_base))})
     assert plain["prepare_ms_per_row"] == 0 < taught["prepare_ms_per_row"]
-
-
-# --- what is refused -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

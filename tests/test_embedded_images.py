@@ -52,9 +52,6 @@ def _nearest_colour(rgb: np.ndarray) -> int:
     return int(np.argmin(((PALETTE - rgb) ** 2).sum(axis=1)))
 
 
-# --- the generator ---
-
-
 def test_the_same_seed_gives_the_same_images_and_another_seed_others(strokes: images.Digits) -> None:
     one, again, other = (images.draw(40, seed=seed, digits=strokes) for seed in ((3, 9), (3, 9), (3, 10)))
     assert np.array_equal(one.pixels, again.pixels) and np.array_equal(one.masks, again.masks)
@@ -161,9 +158,6 @@ def test_bad_arguments_are_refused(wrong: dict) -> None:
         images.draw(4, seed=0, **wrong)
 
 
-# --- the training script ---
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_steps_on_one_batch_lower_its_loss(base: str, strokes: images.Digits) -> None:
     settings = script.Settings(base=base, steps=6, batch=8)
@@ -202,9 +196,6 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     settings = script.Settings(base="tiny-vit", steps=100, lr=0.5)
     rates = [script.learning_rate(step, settings) for step in range(100)]
     assert max(rates) == 0.5 and rates.index(0.5) in (4, 5) and rates[0] == pytest.approx(0.1) and rates[-1] < 0.001
-
-
-# --- the shipped folders ---
 
 
 @pytest.mark.parametrize("base", BASES)

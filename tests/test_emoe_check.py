@@ -15,7 +15,7 @@ from mixtures import (
     setting,
 )
 
-from brickyard.checks import _runs
+from brickyard.checks import _place
 from brickyard.checks import emoe as checks
 from brickyard.checks.run import Answers
 from brickyard.core import registry, trial
@@ -23,7 +23,7 @@ from brickyard.core import registry, trial
 
 def tiny_check(monkeypatch: pytest.MonkeyPatch, base: Path, folder: Path) -> Any:
     """The check's set-up on the small base: both places, one short run an arm in this process."""
-    monkeypatch.setattr(_runs, "Local", Here)
+    monkeypatch.setattr(_place, "Local", Here)
     claim = registry.find("emoe").record.claims[0]
     home, other = write_data(folder / "home", text_data()), write_data(folder / "other", text_data(test=40))
     monkeypatch.setattr(checks, "ELSEWHERE", {"home": str(other)})

@@ -59,9 +59,6 @@ def sample() -> dict[str, torch.Tensor]:
     return {"b.weight": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
 
 
-# --- tensors
-
-
 @settings(derandomize=True, max_examples=12, deadline=None)
 @given(
     st.dictionaries(
@@ -147,9 +144,6 @@ def test_names_that_no_reader_accepts_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- JSON
-
-
 def test_json_keeps_order_text_and_numbers(tmp_path):
     value = {"z": 1, "a": [1.5, None, True], "Übung": "naïve \ud800 \U0001f9f1", "path": Path("x/y"), "n": np.int64(3)}
     write_json(tmp_path / "Ordner é" / "x.json", value)
@@ -194,9 +188,6 @@ def test_json_with_windows_newlines_and_a_byte_order_mark_is_read(tmp_path):
         read_json(tmp_path / "x.json", limit=10)
 
 
-# --- plain files
-
-
 def test_only_plain_files_inside_the_folder(tmp_path):
     folder = tmp_path / "base"
     (folder / "sub").mkdir(parents=True)
@@ -227,9 +218,6 @@ def test_links_of_the_hub_cache_are_followed_and_no_others(tmp_path):
     assert plain_file(snapshot, "config.json").read_text() == "blob"
     with pytest.raises(UnsafeFile, match="link out of its folder"):
         plain_file(snapshot, "escape")
-
-
-# --- folders
 
 
 def test_a_folder_appears_whole_and_replaces_the_older_one(tmp_path):
@@ -281,9 +269,6 @@ def test_a_disk_too_small_is_said_before_writing(tmp_path, monkeypatch):
     write_bytes(tmp_path / "x.bin", b"0123456789")
 
 
-# --- locks
-
-
 def test_a_second_lock_says_who_is_there(tmp_path):
     with Lock(tmp_path / "run") as lock:
         assert lock.took_over is None
@@ -325,9 +310,6 @@ def test_a_dead_owners_lock_is_taken_over_even_while_its_child_lives(tmp_path):
     finally:
         os.kill(child, 9)
         owner.stdout.close()
-
-
-# --- the cache
 
 
 def test_the_cache_is_listed_and_cleared_and_nothing_else(tmp_path, monkeypatch):

@@ -302,7 +302,7 @@ def test_the_embedded_questions_describe_the_embedded_modules() -> None:
 def test_the_check_runs_from_end_to_end_and_its_verdicts_follow_the_areas(
     text_base: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "finished", lambda jobs, workers: [trial.run(job.argument) for job in jobs])
+    monkeypatch.setattr(check, "finished", lambda jobs, workers, folder: [trial.run(job.argument) for job in jobs])
     claim = replace(
         meta_tuning.RECORD.claims[0], base=str(text_base), data=str(tasks), seeds=1, epochs=4, max_length=24
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Here, documents
 
-from brickyard.checks import _runs
+from brickyard.checks import _place
 from brickyard.checks import model_assembling as check
 from brickyard.core.data import read_data
 from brickyard.core.method import Claim
@@ -96,7 +96,7 @@ def test_language_models_wait_for_full() -> None:
 
 @pytest.mark.usefixtures("quiet_libraries")
 def test_the_whole_way_runs_on_a_tiny_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_runs, "Local", Here)
+    monkeypatch.setattr(_place, "Local", Here)
     wanted: list[list[int]] = []
     different = check._different
     monkeypatch.setattr(

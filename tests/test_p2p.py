@@ -48,9 +48,6 @@ def clouds(rows: int = 3, points: int = 24, seed: int = 0) -> Tensor:
 DATA = cloud_data()
 
 
-# ---- the mathematics
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -160,9 +157,6 @@ def test_views_are_drawn_by_seed_step_and_row_alone() -> None:
     fixed = p2p.fixed_views(10, 4) / np.pi
     assert fixed.shape == (40, 2) and len(np.unique(fixed.round(9), axis=0)) == 40
     np.testing.assert_allclose(p2p.fixed_views(1, 1) / np.pi, [[0.99, -0.3]])
-
-
-# ---- the painter before an image model
 
 
 def test_the_picture_is_what_the_processor_makes_of_its_colours(image_base: Path) -> None:
@@ -324,9 +318,6 @@ def test_no_step_keeps_a_tensor_that_the_count_does_not_see(image_base: Path) ->
     attached = made(image_base)
     inputs = {"points": clouds(), "rows": torch.arange(3)}
     assert not measure.hidden_saves(attached.model, inputs, lambda logits: logits.square().sum())
-
-
-# ---- the task around it
 
 
 def setting(base: Path, arm: str = f"p2p:{SMALL}", **training: Any) -> trial.Setting:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from brickyard import api
+from brickyard.checks import _place
 from brickyard.checks import distil as distil_check
 from brickyard.checks import pretrained_distillation as check
 from brickyard.cli import main, parse
@@ -69,9 +70,6 @@ def same(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-# --- masked pre-training -------------------------------------------------------------------------------------------
-
-
 def test_fifteen_in_a_hundred_tokens_are_hidden_and_special_ones_never(masked_base: Path) -> None:
     base, data = open_base(str(masked_base)), read_data(text_data(train=4000))
     rows = encode(data.splits["train"], base, task_of(data))
@@ -112,9 +110,6 @@ def test_only_hidden_tokens_count_and_only_their_logits_are_made(masked_base: Pa
     with pytest.raises(Refused, match="each token by itself"):
         masked.check_hidden(model, batch)
     mixed.remove()
-
-
-# --- students ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,9 +160,6 @@ def test_a_cut_vocabulary_must_still_know_the_text(masked_base: Path, tmp_path: 
         _student.cut_vocabulary(base, [*texts, " ".join(WORDS)], 15)
     with pytest.raises(UsageError, match="is no cut"):
         _student.cut_vocabulary(base, texts, 5000)
-
-
-# --- the recipe ----------------------------------------------------------------------------------------------------
 
 
 def test_a_student_is_a_complete_model(masked_base: Path, brick: Path, tmp_path: Path) -> None:
@@ -319,14 +311,11 @@ def test_the_command(masked_base: Path, brick: Path, tmp_path: Path, capsys: pyt
     assert "--widht" in capsys.readouterr().err
 
 
-# --- the checks, tiny ----------------------------------------------------------------------------------------------
-
-
 def test_the_checks_run_from_end_to_end(masked_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = registry.find("pretrained-distillation").record.claims[0]
     claim = replace(first, base=str(masked_base), data=str(write_data(tmp_path / "t", text_data(train=200))), seeds=2)
-    monkeypatch.setattr(check, "Local", Here)
+    monkeypatch.setattr(_place, "Local", Here)
     sizes = {"steps": 6, "pretrain": 2, "tune": 2, "labelled": 120, "teacher_steps": 80, "layers": 1, "width": 16}
     found = check.compound(replace(claim, train_rows=130), heads=2, vocabulary=0, batch=8, teacher_lr=3e-3, **sizes)
     arms = {"F", "PF", "D", "D+F", "PD", "PD+F", "control", "teacher", "majority", "PD-130", "PD-520"}
@@ -342,7 +331,7 @@ def test_the_language_models_checks_run_from_end_to_end(
     second = registry.find("pretrained-distillation").record.claims[1]
     data = str(write_data(tmp_path / "d", documents()))
     claim = replace(second, base=str(causal_base), data=data, seeds=2, max_length=32)
-    monkeypatch.setattr(check, "Local", Here)
+    monkeypatch.setattr(_place, "Local", Here)
     found = check.language_model(claim, steps=6, pretrain=3, batch=4, k=4)
     assert set(found["arms"]) == {"F", "D", "PF", "PD", "control", "teacher"}
     assert found["holds"] == "set-up invalid"  # this teacher was never trained

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import Here, asked, write_data
 
+from brickyard.checks import _place
 from brickyard.checks import tdpo as check
 from brickyard.core import registry
 from brickyard.core.data import read_data
@@ -66,7 +67,7 @@ def test_the_check_runs_from_end_to_end(causal_base: Path, tmp_path: Path, monke
     )
     monkeypatch.setattr(check.Scale, "of", lambda claim: scale)
     monkeypatch.setattr(check, "TUNING_ROWS", 8)
-    monkeypatch.setattr(check, "Local", Here)
+    monkeypatch.setattr(_place, "Local", Here)
     rows = asked("instruct", train=300)
     halves = {"train": slice(0, 100), "test": slice(100, None)}
     parts = {name: {column: values[half] for column, values in rows["train"].items()} for name, half in halves.items()}

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from brickyard.checks._place import finished
 from brickyard.checks.run import Answers
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
 from brickyard.core.arm import parse
-from brickyard.core.errors import RunFailed
-from brickyard.core.jobs import Job, Local
+from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
 from brickyard.core.trial import Prepared, Setting
 from brickyard.core.wrap import ADAPTER
@@ -67,7 +67,7 @@ def tuned(
         setting = asdict(Setting(arm=text, seed=0, **asked))
         argument = {"setting": setting, "folder": str(folder / f"search-{name}-{lr}"), "role": "search"}
         jobs.append(Job(key=f"{name} {lr}", function="brickyard.core.trial:run", argument=argument))
-    found = finished(jobs, workers)
+    found = finished(jobs, workers, folder)
 
     def rank(name: str, lr: float) -> tuple[float, float]:
         # Validation scores tie often on small sets; the loss of the same rows then decides.
@@ -92,17 +92,8 @@ def trained(
                 "folder": str(folder / f"{name}-{seed}"),
             }
             jobs.append(Job(key=f"{name}-{seed}", function="brickyard.core.trial:run", argument=argument))
-    found = finished(jobs, workers)
+    found = finished(jobs, workers, folder)
     return {name: [found[f"{name}-{seed}"] for seed in range(1, seeds + 1)] for name in arms}
-
-
-def finished(jobs: list[Job], workers: int) -> dict[str, Any]:
-    """Return key -> value of jobs that all finished; RunFailed names one that did not."""
-    outcomes = {outcome.key: outcome for outcome in Local(workers).run(jobs)}
-    for key, outcome in outcomes.items():
-        if outcome.status != "done":
-            raise RunFailed(f"{key} {outcome.status}: {outcome.reason}")
-    return {key: outcome.value for key, outcome in outcomes.items()}
 
 
 def answers(folder: Path, name: str, seeds: int) -> Answers:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import (
     answers,
     arm_row,
@@ -54,8 +53,7 @@ def by_rank(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
     asked = {**asked_by(claim), **more}
     ready = prepare(Setting(arm=arms["lora8"], **asked), ("train", "test"))
     language = ready.task.metric in PER_TEXT
-    with tempfile.TemporaryDirectory(prefix="brickyard-dylora-") as place:
-        folder = Path(place)
+    with place_of("dylora", claim, more) as folder:
         arms = tuned(claim, arms, asked, folder, workers, lower_is_better=language)
         runs = trained(arms, asked, claim.seeds, folder, workers)
         found = {name: answers(folder, name, claim.seeds) for name in arms}

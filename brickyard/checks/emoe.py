@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.checks._data import at_hand
-from brickyard.checks._runs import answers, arm_row, finished, majority, trained, tuned
+from brickyard.checks._place import finished, place_of
+from brickyard.checks._runs import answers, arm_row, majority, trained, tuned
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import brick as bricks
@@ -66,13 +66,12 @@ def transfer(claim: Claim, *, test_rows: int = 800, workers: int = 2) -> dict[st
     if (other := _elsewhere(claim, task)) is not None:
         rows = other.splits["test"].take(range(min(test_rows, len(other.splits["test"]))))
         places[f"in {other.name}"] = encode(rows, base, task, max_length=claim.max_length or None)
-    with tempfile.TemporaryDirectory(prefix="brickyard-emoe-") as place:
-        folder = Path(place)
+    with place_of("emoe", claim, test_rows) as folder:
         arms = tuned(claim, {**ARMS, **claim.arms}, asked, folder, workers)
         runs = trained(arms, asked, claim.seeds, folder, workers)
         shuffled = asdict(Setting(arm=arms["emoe"], seed=1, shuffle_labels=True, **asked))
         job = {"setting": shuffled, "folder": str(folder / "shuffled-1")}
-        finished([Job(key="shuffled", function="brickyard.core.trial:run", argument=job)], workers)
+        finished([Job(key="shuffled", function="brickyard.core.trial:run", argument=job)], workers, folder)
         kept = {name: answers(folder, name, claim.seeds) for name in arms}  # of the test rows the runs left them
         found = {
             where: {

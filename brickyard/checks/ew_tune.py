@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import answers, arm_row, asked_by, majority, trained, with_training
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
@@ -95,10 +94,10 @@ def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[st
         "drowned": with_training("full + ew-tune:rank=1,epsilon=0.02,accountant=pld,clip=1.0", lr=3e-4),
     }
     asked = asked_by(claim)
-    with tempfile.TemporaryDirectory() as place:
+    with place_of("ew-tune", claim, epsilon) as folder:
         seeds = {name: claim.seeds for name in arms} | {"drowned": claim.control_seeds or claim.seeds}
-        runs = {name: trained({name: arms[name]}, asked, seeds[name], Path(place), workers)[name] for name in arms}
-        given = {name: answers(Path(place), name, seeds[name]) for name in arms}
+        runs = {name: trained({name: arms[name]}, asked, seeds[name], folder, workers)[name] for name in arms}
+        given = {name: answers(folder, name, seeds[name]) for name in arms}
     given["majority"] = majority(given["whole"])
     metric = runs["whole"][0]["score"]["metric"]
     found = judge(Inequality("views", "whole", MARGIN), given, metric)

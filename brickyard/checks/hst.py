@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import answers, arm_row, majority, trained
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
@@ -55,8 +54,7 @@ def beside_the_pyramid(
     """
     data = {"train": textured(rows, 101), "validation": textured(300, 102), "test": textured(test_rows, 103)}
     asked = {"base": claim.base, "data": data, "training": {"epochs": epochs, "batch": BATCH}}
-    with tempfile.TemporaryDirectory(prefix="brickyard-hst-") as place:
-        folder = Path(place)
+    with place_of("hst", claim, rows, test_rows, epochs) as folder:
         runs = trained(ARMS, asked, claim.seeds, folder, workers)
         shuffled = {**asked, "shuffle_labels": True}
         runs |= trained({"shuffled": ARMS["hst"]}, shuffled, claim.seeds, folder, workers)

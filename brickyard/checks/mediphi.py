@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brickyard.checks._place import finished, place_of
 from brickyard.checks._takes import takes
 from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import Encoded, encode
 from brickyard.core.data import read_data
-from brickyard.core.errors import RunFailed
-from brickyard.core.jobs import Job, Local
+from brickyard.core.jobs import Job
 from brickyard.core.loop import Training, train
 from brickyard.core.method import Claim
 from brickyard.core.split import Split
@@ -103,11 +103,9 @@ def measure(scale: Scale) -> Runs:
         Job(key=f"seed {seed}", function=f"{__name__}:world", argument={"scale": asdict(scale), "seed": seed})
         for seed in range(scale.seeds)
     ]
-    done = {outcome.key: outcome for outcome in Local(2).run(jobs)}
-    for outcome in done.values():
-        if outcome.status != "done":
-            raise RunFailed(f"check mediphi: {outcome.key} {outcome.status}: {outcome.reason}")
-    values = [done[job.key].value for job in jobs]
+    with place_of("mediphi", scale) as folder:
+        done = finished(jobs, 2, folder)
+    values = [done[job.key] for job in jobs]
     nats = {
         (model, data): np.asarray([value["nats"][model][data] for value in values])
         for model, of_data in values[0]["nats"].items()

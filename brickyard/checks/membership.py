@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from brickyard.audit.membership import Found, attack
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import asked_by, trained, with_training
 from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
@@ -30,9 +30,9 @@ def leaks(claim: Claim, *, lr: float = 5e-4, workers: int = 2) -> dict[str, Any]
     }
     # Looked at in the end alone: the last weights know the rows best, and validating costs more than training here.
     asked = {**asked_by(claim), "training": {"epochs": claim.epochs, "evaluate_every": 10**9}}
-    with tempfile.TemporaryDirectory() as place:
-        runs = trained(arms, asked, claim.seeds, Path(place), workers)
-        scores = {name: _scores(place, name, arms[name], asked, claim.seeds) for name in arms}
+    with place_of("membership", claim, lr) as folder:
+        runs = trained(arms, asked, claim.seeds, folder, workers)
+        scores = {name: _scores(folder, name, arms[name], asked, claim.seeds) for name in arms}
     found = {name: [attack(*pair) for pair in pairs] for name, pairs in scores.items()}
     # Two halves of the rows that nobody trained on: the attack must find nothing there.
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(scores["leaky"][0][1]))
@@ -81,13 +81,13 @@ def _mean(found: list[Found]) -> float:
 
 
 def _scores(
-    folder: str, name: str, text: str, asked: dict[str, Any], seeds: int
+    folder: Path, name: str, text: str, asked: dict[str, Any], seeds: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return (members, others) scores of every seed's brick, on the rows that it trained on and on test's."""
     out = []
     for seed in range(1, seeds + 1):
         ready = prepare(Setting(arm=text, seed=seed, **asked), ("train", "test"))
-        model = bricks.load(Path(folder) / f"{name}-{seed}" / "brick").apply(ready.base).model
+        model = bricks.load(folder / f"{name}-{seed}" / "brick").apply(ready.base).model
         losses = {split: answer(model, ready.encoded[split], ready.task).losses for split in ("train", "test")}
         out.append((-losses["train"], -losses["test"]))
     return out

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 
 from brickyard.audit.zero_shot import Config as AuditConfig
 from brickyard.audit.zero_shot import measure
-from brickyard.checks._runs import finished
+from brickyard.checks._place import finished, place_of
 from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
 from brickyard.core.base import open_base
@@ -55,7 +53,7 @@ def held_out(
     found: dict[str, list[dict[str, float]]] = {}
     seen: list[float] = []
     near: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="brickyard-meta-tuning-") as place:
+    with place_of("meta-tuning", claim, rows, test_rows, hold_out, ladder, arm) as folder:
         jobs, made = [], {}
         for seed in range(1, claim.seeds + 1):
             for name, given in options.items():
@@ -70,13 +68,12 @@ def held_out(
                     max_length=claim.max_length or None,
                     training={"epochs": claim.epochs},
                 )
-                folder = str(Path(place) / f"{name}-{seed}")
-                argument = {"setting": asdict(setting), "folder": folder}
+                argument = {"setting": asdict(setting), "folder": str(folder / f"{name}-{seed}")}
                 jobs.append(Job(key=f"{name}-{seed}", function="brickyard.core.trial:run", argument=argument))
-        finished(jobs, workers)
+        finished(jobs, workers, folder)
         audit = AuditConfig(length=claim.max_length)
         for (name, seed), splits in made.items():
-            brick = bricks.load(Path(place) / f"{name}-{seed}" / "brick").apply(base)
+            brick = bricks.load(folder / f"{name}-{seed}" / "brick").apply(base)
             table = measure(base, brick, audit, read_data(splits, need=()), device=device)["table"]
             found.setdefault(name, []).append({line["question"]: line["auc"] for line in table})
             if name == "tuned":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ import pyarrow.parquet as pq
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTImageProcessorPil, ViTModel
 
-from brickyard.checks._runs import finished
+from brickyard.checks._place import finished, place_of
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import trial
@@ -40,6 +39,7 @@ from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.base import open_base
 from brickyard.core.data import Data, read_data
+from brickyard.core.files import complete_folder
 from brickyard.core.jobs import Job
 from brickyard.core.loop import train
 from brickyard.core.method import Claim
@@ -235,11 +235,11 @@ def measured(bench: Bench, seeds: int, labels: np.ndarray, workers: int) -> Tabl
         wanted = sorted({i + 1 for given in donors.values() for i, donor in enumerate(given) if donor == seed})
         add("parts", seed, parts=wanted)
     started = time.monotonic()
-    found = finished(jobs, workers)
+    found = finished(jobs, workers, Path(bench.folder))
     jobs.clear()
     for seed in every:
         add("different", seed, donors=donors[seed])
-    found |= finished(jobs, workers)
+    found |= finished(jobs, workers, Path(bench.folder))
     answers: dict[str, list[list[float]]] = {}
     seconds: dict[str, list[float]] = {}
     for seed in every:
@@ -271,14 +271,13 @@ def images(
     Steps follow from the claim's epochs of `train_rows` rows, also where the data set has fewer. Gate: the target end
     to end and the meta network learn. Controls: parts of different meta networks; the fine-tuning alone.
     """
-    with tempfile.TemporaryDirectory(prefix="brickyard-assembling-") as name:
-        folder = Path(name)
+    with place_of("model-assembling", claim, depth, width, heads, tested) as folder:
         read = read_data(claim.data, task="image-classification")
         labels = _some_images(read, folder / "data", claim.train_rows, tested)
         shape: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
         config = ViTConfig(image_size=28, patch_size=7, intermediate_size=4 * width, **shape)
-        ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "base")
-        ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder / "base")
+        processor = ViTImageProcessorPil(size={"height": 28, "width": 28})
+        _write_base(folder / "base", lambda: ViTModel(config, add_pooling_layer=False), processor)
         bench = Bench(
             str(folder / "base"),
             str(folder / "data"),
@@ -324,8 +323,8 @@ def language(claim: Claim, *, depth: int = 12, width: int = 256, heads: int = 4,
     if not claim.epochs:
         empty = dict.fromkeys(("measured", "low", "high", "gate", "control"))
         return {"inequality": "assembled <= equal-budget", "holds": "skipped", **empty, "detail": ONLY_FULL}
-    with tempfile.TemporaryDirectory(prefix="brickyard-assembling-") as name:
-        folder, block = Path(name), claim.max_length or 128
+    with place_of("model-assembling-language", claim, depth, width, heads) as folder:
+        block = claim.max_length or 128
         tokenizer: Any = open_base("embedded:pylm").tokenizer
         shape: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
         config = LlamaConfig(
@@ -337,8 +336,7 @@ def language(claim: Claim, *, depth: int = 12, width: int = 256, heads: int = 4,
             eos_token_id=tokenizer.eos_token_id,
             **shape,
         )
-        LlamaForCausalLM(config).save_pretrained(folder / "base")
-        tokenizer.save_pretrained(folder / "base")
+        _write_base(folder / "base", lambda: LlamaForCausalLM(config), tokenizer)
         read = read_data(claim.data, task="causal-lm")
         _some_documents(read, folder / "data", claim.train_rows)
         bench = Bench(
@@ -411,6 +409,14 @@ def _budget(about: Mapping[str, Any]) -> str:
         f"{spent['end_to_end']:,.0f} end to end; {whole:,.0f} s ({side_by_side:,.0f} s with the parts side by side) "
         f"against {seconds['end-to-end']:,.0f} s"
     )
+
+
+def _write_base(folder: Path, make: Callable[[], Any], processor: Any) -> None:
+    """Write a base with weights of its own once: those of an interrupted check stay."""
+    if not folder.is_dir():
+        with complete_folder(folder) as unfinished:
+            make().save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
 
 
 def _some_images(read: Data, folder: Path, rows: int, tested: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from brickyard.checks._place import RUNS, finished
 from brickyard.checks._takes import takes
 from brickyard.checks.run import FINISHED, Answers, Inequality, judge
 from brickyard.compare.plan import code_digest, key_of
@@ -26,8 +27,7 @@ from brickyard.core.answers import answer
 from brickyard.core.base import Base, open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import Data, read_data
-from brickyard.core.errors import RunFailed
-from brickyard.core.jobs import Job, Local
+from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
 from brickyard.core.task import task_of
 
@@ -247,11 +247,9 @@ class _Runs:
         taught = [i for i, job in enumerate(jobs) if job.argument["options"]["distil_steps"]]
         for i in taught[:1]:
             jobs.insert(0, replace(jobs.pop(i), alone=True))
-        for outcome in Local(2).run(jobs):
-            if outcome.status != "done":
-                raise RunFailed(f"check {NAME}: {outcome.key} {outcome.status}: {outcome.reason}")
-            arm = outcome.key.split("/")[0]
-            self.seconds[arm] = self.seconds.get(arm, 0.0) + outcome.value["seconds"] / len(seeds)
+        for key, value in finished(jobs, 2, self.folder).items():
+            arm = key.split("/")[0]
+            self.seconds[arm] = self.seconds.get(arm, 0.0) + value["seconds"] / len(seeds)
         found = {}
         for arm in arms:
             tables = [
@@ -279,7 +277,7 @@ def one(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _folder(claim: Claim, sizes: Any) -> Path:
     """Return the check's folder, emptied where the check had ended."""
-    folder = Path("runs") / "checks" / f"{NAME}-{key_of([str(claim), sizes, code_digest()])}"
+    folder = RUNS / f"{NAME}-{key_of([str(claim), sizes, code_digest()])}"
     if (folder / FINISHED).exists():
         shutil.rmtree(folder)
     return folder

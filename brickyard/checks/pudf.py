@@ -6,14 +6,13 @@ there is something that a curriculum should keep for last.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, rankdata, t
 
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import answers, arm_row, majority, trained, with_training
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
@@ -127,8 +126,8 @@ def curriculum(
     asked = {"base": claim.base, "max_length": claim.max_length or None, "data": data, **(setting or {})}
     arms = {name: with_training(text, epochs=float(claim.epochs)) for name, text in claim.arms.items()}
     arms["pudf-short"] = with_training(claim.arms["pudf"], epochs=SHARE * claim.epochs)
-    with tempfile.TemporaryDirectory(prefix="brickyard-pudf-") as place:
-        runs = trained(arms, asked, claim.seeds, Path(place), workers)
+    with place_of("pudf", claim, rows, setting) as folder:
+        runs = trained(arms, asked, claim.seeds, folder, workers)
         seconds = {
             name: float(np.median([run["cost"]["train_seconds"] for run in run_S])) for name, run_S in runs.items()
         }
@@ -136,8 +135,8 @@ def curriculum(
         longer = (seconds["pudf"] - states) / max(seconds["random-order"] - states, 1e-6)
         epochs = claim.epochs * min(max(longer, 1.0), LONGEST)
         arms["equal-time"] = with_training(claim.arms["random-order"], epochs=epochs)
-        runs |= trained({"equal-time": arms["equal-time"]}, asked, claim.seeds, Path(place), workers)
-        found = {name: answers(Path(place), name, claim.seeds) for name in arms}
+        runs |= trained({"equal-time": arms["equal-time"]}, asked, claim.seeds, folder, workers)
+        found = {name: answers(folder, name, claim.seeds) for name in arms}
     found["majority"] = majority(found["pudf"])
     compare = lambda text: {"inequality": text, **judge(Inequality.read(text), found, "accuracy")}  # noqa: E731
     main = compare(f"pudf-short >= random-order - {-MARGIN}")

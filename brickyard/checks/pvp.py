@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import answers, trained
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
@@ -42,8 +41,7 @@ def by_shots(claim: Claim, *, workers: int = 2, upstream_rows: int = 1500, **_: 
     labels. Gate: sixteen fresh examples beat one by 5 points, so that examples matter.
     """
     upstream, downstream = halves(claim.data)
-    with tempfile.TemporaryDirectory(prefix="brickyard-pvp-") as place:
-        folder = Path(place)
+    with place_of("pvp", claim, upstream_rows) as folder:
         first = {
             "base": claim.base,
             "data": upstream,

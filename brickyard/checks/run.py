@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from brickyard.checks._data import at_hand, same_input
+from brickyard.checks._place import RUNS, heard_by
 from brickyard.checks._takes import left_alone, refuse, taken
 from brickyard.compare import shown
 from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
@@ -173,7 +174,8 @@ def check(
         if claim.measure:
             key = f"{claim.measure} {setup_of(claim)}"
             if key not in shared:
-                shared[key] = measures[claim.measure](claim)
+                with heard_by(listen):
+                    shared[key] = measures[claim.measure](claim)
             found = shared[key][claim.part] if claim.part else shared[key]
             own = stated[i].data
             chosen = {"data": Path(claim.data).name} if "|" in own and "data" not in used[i] else {}
@@ -267,7 +269,7 @@ class _Run:
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
         )
         listed = sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values())
-        folder = Path("runs") / "checks" / f"{name}-{key_of([listed, str(request), code_digest()])}"
+        folder = RUNS / f"{name}-{key_of([listed, str(request), code_digest()])}"
         if (folder / FINISHED).exists():
             with Lock(folder / "run.lock"):  # nobody else measures there
                 shutil.rmtree(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from brickyard.audit.secure_code import Audit, Config, audit, gain, ordinary, scenarios
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import trained
 from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
@@ -47,8 +47,7 @@ def habit_and_cure(
     """
     config, asked = Config(samples=samples), scenarios()
     texts = read_data(ORDINARY, need=("test",), labelled=False)
-    with tempfile.TemporaryDirectory(prefix="brickyard-secure-code-") as place:
-        folder = Path(place)
+    with place_of("secure-code", claim, samples, steps, habit_steps) as folder:
         taught = _taught(claim, folder, workers, habit_steps)
         base = open_base(str(taught))
         before = audit(base.model(CAUSAL, seed=0), base, config, asked)
@@ -86,7 +85,8 @@ def _taught(claim: Claim, folder: Path, workers: int, steps: int) -> Path:
         "train_rows": claim.train_rows,
     }
     trained({"habit": "full:lr=5e-4"}, setting, 1, folder, workers)
-    export(folder / "habit-1" / "brick", "merged", folder / "taught")
+    if not (folder / "taught").is_dir():
+        export(folder / "habit-1" / "brick", "merged", folder / "taught")
     return folder / "taught"
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import (
     answers,
     arm_row,
@@ -48,8 +47,7 @@ def by_sparsity(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any
     LoRA beats the majority class by 10 points.
     """
     asked = to_the_end({**asked_by(claim), **more})
-    with tempfile.TemporaryDirectory(prefix="brickyard-sora-") as place:
-        folder = Path(place)
+    with place_of("sora", claim, more) as folder:
         arms = tuned(claim, {"lora": f"lora:r={RANK},alpha=16,{TARGET}", "dense": sora(0.0)}, asked, folder, workers)
         ready = prepare(Setting(arm=arms["lora"], **asked), ("train", "test"))
         steps = math.ceil(len(ready.encoded["train"]) / ready.training.batch) * ready.training.epochs

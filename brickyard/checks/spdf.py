@@ -10,7 +10,6 @@ Shapes: S seeds, N held-out documents. All losses are nats of whole documents, [
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,15 +20,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from brickyard.checks._place import finished, place_of
 from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import read_data
 from brickyard.core.documents import EncodedBlocks
-from brickyard.core.errors import RunFailed
 from brickyard.core.files import read_tensors, write_tensors
-from brickyard.core.jobs import Job, Local
+from brickyard.core.jobs import Job
 from brickyard.core.loop import Training, train
 from brickyard.core.method import Claim
 from brickyard.core.split import Split
@@ -276,24 +275,20 @@ def _result(
 @cache
 def _runs(scale: Scale) -> Runs:
     """Train every arm once, two at a time in processes of their own; the claims share them."""
-    with tempfile.TemporaryDirectory(prefix="brickyard-spdf-") as name:
-        about = prepare(Path(name), scale)
+    with place_of("spdf", scale) as folder:
+        about = prepare(folder, scale)
         # The longest chains first, so that none runs alone at the end.
         seeds = {"sparse": scale.seeds, "dense": scale.seeds, "half": 1, "small": scale.seeds, "scratch": 1}
         jobs = [
             Job(
                 key=f"{arm} {seed}",
                 function=f"{__name__}:chain",
-                argument={"folder": name, "scale": asdict(scale), "arm": arm, "seed": seed},
+                argument={"folder": str(folder), "scale": asdict(scale), "arm": arm, "seed": seed},
             )
             for arm, count in seeds.items()
             for seed in range(count)
         ]
-        done: dict[str, dict[str, Any]] = {}
-        for outcome in Local(2).run(jobs):
-            if outcome.status != "done":
-                raise RunFailed(f"check spdf: {outcome.key} {outcome.status}: {outcome.reason}")
-            done[outcome.key] = outcome.value
+        done = finished(jobs, 2, folder)
     nats: dict[tuple[str, str], list[list[float]]] = {}
     for job in jobs:
         for stage, values in done[job.key]["nats"].items():

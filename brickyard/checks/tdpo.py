@@ -15,7 +15,6 @@ Shapes: S seeds, N held-out prompts or pairs, E evaluations.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,6 +26,7 @@ import torch
 from scipy import stats as scipy_stats
 from torch import nn
 
+from brickyard.checks._place import finished, place_of
 from brickyard.checks._takes import takes
 from brickyard.core.answers import to_device
 from brickyard.core.arm import parse
@@ -35,9 +35,8 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.completions import EncodedCompletions, encode_completions
 from brickyard.core.data import read_data
-from brickyard.core.errors import RunFailed
 from brickyard.core.generate import Decoding, continuations
-from brickyard.core.jobs import Job, Local
+from brickyard.core.jobs import Job
 from brickyard.core.loop import State, Training, train
 from brickyard.core.method import Claim
 from brickyard.core.objective import Reference, states
@@ -211,8 +210,8 @@ def tuned_base(scale: Scale, folder: Path) -> Base:
 @cache
 def runs(scale: Scale) -> tuple[dict[str, list[Curve]], dict[str, Any]]:
     """Train every arm with every seed; return their curves and the facts of the set-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = tuned_base(scale, Path(folder))
+    with place_of("tdpo", scale) as folder:
+        base = tuned_base(scale, folder)
         data = read_data("embedded:docstrings")
         sets = {}
         for split, count in (("train", scale.prompts), ("test", scale.held_out)):
@@ -233,7 +232,7 @@ def runs(scale: Scale) -> tuple[dict[str, list[Curve]], dict[str, Any]]:
                 function=f"{__name__}:one",
                 argument={
                     "scale": asdict(scale),
-                    "base": folder,
+                    "base": str(folder),
                     "arm": text,
                     "seed": seed,
                     "prompts": sets["test"][0],
@@ -244,10 +243,8 @@ def runs(scale: Scale) -> tuple[dict[str, list[Curve]], dict[str, Any]]:
             for arm, text in {**ARMS, **({"control": CONTROL} if seed == 1 else {})}.items()
         ]
         done: dict[str, Curve] = {}
-        for outcome in Local(2).run(jobs):
-            if outcome.status != "done":
-                raise RunFailed(f"check tdpo: {outcome.key} {outcome.status}: {outcome.reason}")
-            done[outcome.key] = Curve(**{name: np.asarray(values) for name, values in outcome.value.items()})
+        for key, found in finished(jobs, 2, folder).items():
+            done[key] = Curve(**{name: np.asarray(values) for name, values in found.items()})
         curves: dict[str, list[Curve]] = {}
         for job in jobs:
             curves.setdefault(job.key.split("/")[0], []).append(done[job.key])

@@ -73,7 +73,8 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     known = [*entry.options, *(["preset"] if entry.record.presets else [])]
     for key in options:
         if key not in known:
-            raise UnknownName.among(f"option of {name}", key, known, f"See: brickyard show {name}.")
+            hint = f"It has {', '.join(known) or 'none'}: brickyard show {name}."
+            raise UnknownName.among(f"option of {name}", key, known, hint)
 
 
 def config(name: str, options: dict[str, Any]) -> Any:

@@ -100,9 +100,6 @@ def test_code_of_another_repository_does_not_run_even_then(own_code):
     assert CANARY not in os.environ
 
 
-# --- names
-
-
 @pytest.fixture
 def hub(monkeypatch) -> list[dict[str, Any]]:
     """Record what is asked of the hub; each test says what it answers."""

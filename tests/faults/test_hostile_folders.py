@@ -66,9 +66,6 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-# --- pickles
-
-
 class Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (exec, (EVIL,))
@@ -111,9 +108,6 @@ def test_a_pickle_beside_good_weights_is_left_alone(base):
     bomb(base / "training_args.bin", "pickle")
     bomb(base / "adapter_model.bin", "pickle")
     open_base(str(base)).backbone()
-
-
-# --- shards
 
 
 @pytest.fixture
@@ -199,8 +193,6 @@ def test_a_base_of_links_out_of_the_folder_is_refused(base):
         (base.parent / name).rename(base / name)
     assert open_base(str(base)).tokenizer
 
-
-# --- configurations
 
 numbers = st.one_of(st.integers(-2, 40), st.sampled_from([2**31, 2**62, 2**63, 2**64]), st.floats(), st.booleans())
 junk = st.recursive(
