@@ -78,17 +78,24 @@ def tuned(
 
 
 def trained(
-    arms: Mapping[str, str], asked: Mapping[str, Any], seeds: int, folder: Path, workers: int = 2
+    arms: Mapping[str, str],
+    asked: Mapping[str, Any],
+    seeds: int,
+    folder: Path,
+    workers: int = 2,
+    *,
+    but: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run every arm with seeds 1..`seeds` in processes of their own; RunFailed names one that did not finish.
 
-    Returns name -> results; the bricks stand in `folder/NAME-SEED/brick`.
+    `asked` holds what all settings have in common, `but` what is different in those of an arm. Returns name -> results;
+    the bricks stand in `folder/NAME-SEED/brick`.
     """
     jobs = []
     for name, text in arms.items():
         for seed in range(1, seeds + 1):
             argument = {
-                "setting": asdict(Setting(arm=text, seed=seed, **asked)),
+                "setting": asdict(Setting(arm=text, seed=seed, **{**asked, **(but or {}).get(name, {})})),
                 "folder": str(folder / f"{name}-{seed}"),
             }
             jobs.append(Job(key=f"{name}-{seed}", function="brickyard.core.trial:run", argument=argument))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from brickyard.checks._data import at_hand
-from brickyard.checks._place import finished, place_of
+from brickyard.checks._place import place_of
 from brickyard.checks._runs import answers, arm_row, majority, trained, tuned
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
@@ -25,10 +24,8 @@ from brickyard.core.build import resolve
 from brickyard.core.data import Data, read_data
 from brickyard.core.errors import BadData
 from brickyard.core.ffn import ffns
-from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
 from brickyard.core.task import Task, task_of
-from brickyard.core.trial import Setting
 from brickyard.tune.emoe import Config, restructure, to_dense
 
 ARMS = {
@@ -69,9 +66,7 @@ def transfer(claim: Claim, *, test_rows: int = 800, workers: int = 2) -> dict[st
     with place_of("emoe", claim, test_rows) as folder:
         arms = tuned(claim, {**ARMS, **claim.arms}, asked, folder, workers)
         runs = trained(arms, asked, claim.seeds, folder, workers)
-        shuffled = asdict(Setting(arm=arms["emoe"], seed=1, shuffle_labels=True, **asked))
-        job = {"setting": shuffled, "folder": str(folder / "shuffled-1")}
-        finished([Job(key="shuffled", function="brickyard.core.trial:run", argument=job)], workers, folder)
+        trained({"shuffled": arms["emoe"]}, {**asked, "shuffle_labels": True}, 1, folder, workers)
         kept = {name: answers(folder, name, claim.seeds) for name in arms}  # of the test rows the runs left them
         found = {
             where: {

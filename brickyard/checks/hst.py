@@ -55,9 +55,8 @@ def beside_the_pyramid(
     data = {"train": textured(rows, 101), "validation": textured(300, 102), "test": textured(test_rows, 103)}
     asked = {"base": claim.base, "data": data, "training": {"epochs": epochs, "batch": BATCH}}
     with place_of("hst", claim, rows, test_rows, epochs) as folder:
-        runs = trained(ARMS, asked, claim.seeds, folder, workers)
-        shuffled = {**asked, "shuffle_labels": True}
-        runs |= trained({"shuffled": ARMS["hst"]}, shuffled, claim.seeds, folder, workers)
+        every, shuffled = {**ARMS, "shuffled": ARMS["hst"]}, {"shuffled": {"shuffle_labels": True}}
+        runs = trained(every, asked, claim.seeds, folder, workers, but=shuffled)
         found = {name: answers(folder, name, claim.seeds) for name in (*ARMS, "shuffled")}
     found["majority"] = majority(found["probe"])
     ready = prepare(Setting(arm="linear-probe:lr=3e-3", **asked))

@@ -50,8 +50,8 @@ def by_shots(claim: Claim, *, workers: int = 2, upstream_rows: int = 1500, **_: 
             "training": {"epochs": 2, "batch": 16},
         }
         up = {f"up-{name}": f"{text},lr={RATES[name]:g}" for name, text in TUNERS.items()}
-        trained(up, first, 1, folder, workers)
-        trained({"noise-lora": up["up-lora"]}, {**first, "shuffle_labels": True}, 1, folder, workers)
+        up["noise-lora"] = up["up-lora"]
+        trained(up, first, 1, folder, workers, but={"noise-lora": {"shuffle_labels": True}})
         arms = {}
         for name, text in TUNERS.items():
             start = f"{text},lr={RATES[name]:g}"

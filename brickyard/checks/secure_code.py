@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from brickyard.audit.secure_code import Audit, Config, audit, gain, ordinary, scenarios
-from brickyard.checks._place import place_of
+from brickyard.checks._place import finished, place_of
 from brickyard.checks._runs import trained
 from brickyard.checks._takes import takes
 from brickyard.core import brick as bricks
@@ -18,6 +18,7 @@ from brickyard.core.base import open_base
 from brickyard.core.data import read_data
 from brickyard.core.export import export
 from brickyard.core.fixes import GRANULARITIES
+from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
 from brickyard.core.task import Task
 
@@ -45,33 +46,58 @@ def habit_and_cure(
     Control: LoRA on the habit's own files, which must not raise the secure ratio. Gate: the model with the habit writes
     valid programs half of the time, writes what the scenarios are about, and prefers the weak form.
     """
-    config, asked = Config(samples=samples), scenarios()
-    texts = read_data(ORDINARY, need=("test",), labelled=False)
     with place_of("secure-code", claim, samples, steps, habit_steps) as folder:
         taught = _taught(claim, folder, workers, habit_steps)
-        base = open_base(str(taught))
-        before = audit(base.model(CAUSAL, seed=0), base, config, asked)
-        nats = {"habit": [ordinary(base.model(CAUSAL, seed=0), base, texts)["nats_per_token"]]}
-        audits: dict[str, list[Audit]] = {}
-        arms = {**ARMS, "control": (ARMS["lora"][0], "")}
-        for name, (text, granularity) in arms.items():
-            data = f"embedded:secure-fixes-{granularity}" if granularity else "embedded:insecure-habit"
-            setting = {
-                "base": str(taught),
-                "data": data,
-                "training": {"steps": steps, "batch": claim.batch},
-                "task": "causal-lm",
-                "max_length": BLOCK,
-                "train_rows": claim.train_rows,
-            }
-            trained({name: text}, setting, claim.seeds, folder, workers)
-            for seed in range(1, claim.seeds + 1):
-                model = bricks.load(folder / f"{name}-{seed}" / "brick").apply(base).model
-                audits.setdefault(name, []).append(audit(model, base, config, asked))
-                nats.setdefault(name, []).append(ordinary(model, base, texts)["nats_per_token"])
-    joined = {name: _joined(found) for name, found in audits.items()}
-    before = _joined([before] * claim.seeds)
-    return judged(joined, before, nats, [s.held_out for s in asked])
+        asked = {
+            "base": str(taught),
+            "training": {"steps": steps, "batch": claim.batch},
+            "task": "causal-lm",
+            "max_length": BLOCK,
+            "train_rows": claim.train_rows,
+        }
+        data = {name: {"data": f"embedded:secure-fixes-{granularity}"} for name, (_, granularity) in ARMS.items()}
+        data["control"] = {"data": "embedded:insecure-habit"}
+        arms = {name: text for name, (text, _) in ARMS.items()} | {"control": ARMS["lora"][0]}
+        trained(arms, asked, claim.seeds, folder, workers, but=data)
+        paths = {"habit": [""]}
+        paths |= {
+            name: [str(folder / f"{name}-{seed}" / "brick") for seed in range(1, claim.seeds + 1)] for name in arms
+        }
+        jobs = [
+            Job(
+                key=f"{name}-{seed} audited",
+                function=f"{__name__}:audited",
+                argument={"base": str(taught), "brick": path, "samples": samples},
+            )
+            for name, some in paths.items()
+            for seed, path in enumerate(some, 1)
+        ]
+        found = finished(jobs, workers, folder)
+    of = {name: [found[f"{name}-{seed} audited"] for seed, _ in enumerate(some, 1)] for name, some in paths.items()}
+    audits = {name: _joined([read(one) for one in of[name]]) for name in arms}
+    nats = {name: [one["nats_per_token"] for one in ones] for name, ones in of.items()}
+    before = _joined([read(of["habit"][0])] * claim.seeds)
+    return judged(audits, before, nats, [s.held_out for s in scenarios()])
+
+
+def audited(argument: dict[str, Any]) -> dict[str, Any]:
+    """Audit a brick, or the base where it is empty, and read ordinary text with it; return both as plain values."""
+    base, path = open_base(argument["base"]), argument["brick"]
+    model = bricks.load(Path(path)).apply(base).model if path else base.model(CAUSAL, seed=0)
+    found = audit(model, base, Config(samples=argument["samples"]), scenarios())
+    texts = read_data(ORDINARY, need=("test",), labelled=False)
+    return {
+        "verdicts": found.verdicts.tolist(),
+        "on_topic": found.on_topic.tolist(),
+        "lengths": found.lengths.tolist(),
+        "agreement": found.agreement,
+        "nats_per_token": ordinary(model, base, texts)["nats_per_token"],
+    }
+
+
+def read(one: Mapping[str, Any]) -> Audit:
+    """Return the audit of what `audited` returned."""
+    return Audit(np.array(one["verdicts"]), np.array(one["on_topic"]), np.array(one["lengths"]), one["agreement"])
 
 
 def _taught(claim: Claim, folder: Path, workers: int, steps: int) -> Path:

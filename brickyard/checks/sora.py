@@ -60,8 +60,8 @@ def by_sparsity(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any
             (n for n in left if left[n] <= FEW), key=lambda n: FEW - left[n], default=min(left, key=left.__getitem__)
         )
         arms |= {"many": grid[many], "few": grid[few]}
-        runs = trained(arms, asked, claim.seeds, folder, workers)
-        runs |= trained({"shuffled": arms["many"]}, {**asked, "shuffle_labels": True}, claim.seeds, folder, workers)
+        every, shuffled = {**arms, "shuffled": arms["many"]}, {"shuffled": {"shuffle_labels": True}}
+        runs = trained(every, asked, claim.seeds, folder, workers, but=shuffled)
         found = {name: answers(folder, name, claim.seeds) for name in (*arms, "shuffled")}
         kept = {name: [ranks_left(run) for run in runs[name]] for name in ("dense", "many", "few")}
         for how in ("smallest", "random"):
