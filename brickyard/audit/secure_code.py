@@ -83,7 +83,7 @@ RECORD = Record(
 _CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")
 _RESAMPLES = 10_000
 _ROWS = 64  # of ordinary text
-EACH = 4  # built-in scenarios of every weakness
+EACH = 8  # built-in scenarios of every weakness
 
 
 @dataclass(frozen=True, kw_only=True)

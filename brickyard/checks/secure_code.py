@@ -25,10 +25,10 @@ from brickyard.core.task import Task
 ORDINARY = "embedded:python-source"
 CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")
 ARMS = {
-    "lora": ("lora:r=16,alpha=32,target=blocks,lr=1e-3", "function"),
-    "ia3": ("ia3:lr=1e-2", "function"),
+    "lora": ("lora:r=16,alpha=32,target=blocks,lr=2e-4", "function"),
+    "ia3": ("ia3:lr=5e-3", "function"),
     "full": ("full:lr=2e-4", "function"),
-    **{name: ("lora:r=16,alpha=32,target=blocks,lr=1e-3", name) for name in GRANULARITIES if name != "function"},
+    **{name: ("lora:r=16,alpha=32,target=blocks,lr=2e-4", name) for name in GRANULARITIES if name != "function"},
 }
 GAIN, DEARER, INVALID = 10.0, 0.02, 3.0  # points, share of the nats, points
 # Lines are a seventh of the tokens of functions: at equal epochs they would have lost by too few steps alone.
