@@ -21,8 +21,8 @@ from brickyard.checks import loca as check
 from brickyard.core import trial
 from brickyard.core.arm import parse
 from brickyard.core.build import build, resolve
-from brickyard.core.errors import BadBrick, Refused, UsageError
-from brickyard.core.inject import BrickyardConfig, Leaf, Part, register, to_lora
+from brickyard.core.errors import BadBrick, BadMix, Refused, UsageError
+from brickyard.core.inject import BrickyardConfig, BrickyardLinear, Leaf, Part, register, to_lora
 from brickyard.core.loop import Backprop, train
 from brickyard.core.measure import saved_for_backward
 from brickyard.core.method import Claim
@@ -383,6 +383,32 @@ def test_rows_of_a_batch_are_served_by_their_own_adapters():
     mixed = logits(tuned, adapter_names=["second", "default", "__base__", "second"])
     expected = torch.stack([alone["second"][0], alone["default"][1], logits(bert())[2], alone["second"][3]])
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_one_transform_serves_the_rows_of_many_adapters(monkeypatch: pytest.MonkeyPatch, alpha: float):
+    def options(count: int) -> dict:
+        return {"n_frequency": count, "alpha": alpha, "target": ["query", "value"]}
+
+    tuned = get_peft_model(bert(), BrickyardConfig(method="loca", options=options(30), seed=0)).eval()
+    for i in range(3):  # one of them with fewer coefficients
+        tuned.add_adapter(f"a{i}", BrickyardConfig(method="loca", options=options(30 - i), seed=i + 1))
+    names = ["default", "a0", "a1", "a2"]
+    for seed, name in enumerate(names):
+        stir(tuned, name, seed=seed)
+    asked = ["a2", "a0", "__base__", "a1"]
+    monkeypatch.setattr(_cosines, "cheapest", lambda *_: "spectrum")
+    alone = logits(tuned, adapter_names=asked)  # `loca` still asks the real one, which prefers another way
+    spectra, calls = loca.by_spectra, []
+    monkeypatch.setattr(loca, "cheapest", lambda *_: "spectrum")
+    monkeypatch.setattr(loca, "by_spectra", lambda *args: calls.append(args[0].shape) or spectra(*args))
+    torch.testing.assert_close(logits(tuned, adapter_names=asked), alone, rtol=0, atol=1e-6)
+    layers = sum(isinstance(module, BrickyardLinear) for module in tuned.modules())
+    assert len(calls) == layers and all(shape[0] == 3 for shape in calls), "once a layer, with the rows that have one"
+    with pytest.raises(BadMix, match="2 adapter_names were given for a batch of 4"):
+        logits(tuned, adapter_names=["a0", "a1"])
+    with pytest.raises(BadMix, match="5 adapter_names were given for a batch of 4"):
+        logits(tuned, adapter_names=["a0", "a1", "a2", "a0", "a1"])
 
 
 def test_every_arm_of_the_claims_is_legal():

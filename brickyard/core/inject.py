@@ -12,6 +12,8 @@ PEFT; a method file brings its mathematics as module-level functions. `config` i
     around(config, part, x, y) -> y                  the whole step from base output y, for rescalers and fused paths
     whole(config, part, x, bias) -> y                optional, beside `weight`: the layer in one product where no other
                                                      adapter is active; the base layer is not called
+    together(configs, parts, x) -> y' or None        optional, beside `delta`: a mixed batch's, row i of x with the i-th
+                                                     config and part, in one go; None where one by one is cheaper
     draw(config, leaves, generator) -> {name: any}   optional: once per training forward, seen as `part.drawn`
     at_rank(config, leaves, rank) -> {name: any}     optional: what `choose` sets where one adapter serves several ranks
     check(config, part) -> None                      optional: raise BadBrick for loaded tensors that cannot be right

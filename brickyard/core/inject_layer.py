@@ -368,7 +368,26 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
         if self.merged:
             raise BadMix(f"adapter_names were given while {self.merged_adapters} are merged; unmerge them first.")
         y = self.base_layer(x, *args, **kwargs)
-        return served(x, y, adapter_names, self.bound, partial(self._adapted, keep=False))
+        alone = dict(self.bound)
+        for module in {bound.module for bound in self.bound.values() if bound.has("together")}:
+            rows = [i for i, name in enumerate(adapter_names) if name in alone and alone[name].module is module]
+            if max(rows, default=0) >= len(x):
+                continue  # `served` says what is wrong
+            change = self._together(module, x[rows], [adapter_names[i] for i in rows])
+            if change is not None:
+                y = y.index_put((torch.tensor(rows, device=y.device),), change.to(y.dtype), accumulate=True)
+                alone = {name: bound for name, bound in alone.items() if bound.module is not module}
+        return served(x, y, adapter_names, alone, partial(self._adapted, keep=False))
+
+    def _together(self, module: ModuleType, x: Tensor, names: list[str]) -> Tensor | None:
+        """Return what rows of several adapters of one method add, or None where they are better served one by one."""
+        parts = [self.part(name) for name in names]
+        if len(set(names)) < 2 or len({_dtype(part, x) for part in parts}) > 1:
+            return None
+        return module.together([self.bound[name].config for name in names], parts, self._cast(x, parts[0]))
+
+    def _cast(self, x: Tensor, part: Part) -> Tensor:
+        return x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, _dtype(part, x))
 
     def _adapted(self, adapter: str, x: Tensor, y: Tensor, *, keep: bool = True) -> Tensor:
         """Return the layer's output y with one adapter's effect; x is the layer's input.
@@ -377,9 +396,7 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
         """
         bound, part = self.bound[adapter], self.part(adapter)
         module, config = bound.module, bound.config
-        dtype = next((t.dtype for t in part.tensors.values() if t.is_floating_point()), x.dtype)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, dtype)
+        x = self._cast(x, part)
         rate = getattr(config, "dropout", 0.0)
         if rate and self.training:
             x = F.dropout(x, rate)
@@ -407,6 +424,10 @@ class BrickyardLinear(nn.Module, BaseTunerLayer):
                 held[adapter_name] = tensor if tensor.is_meta else tensor.to(device)
         if adapter_name in self.shared:
             self.shared[adapter_name].move(device)
+
+
+def _dtype(part: Part, x: Tensor) -> torch.dtype:
+    return next((t.dtype for t in part.tensors.values() if t.is_floating_point()), x.dtype)
 
 
 def warn_of_rank(layers: Iterable[BrickyardLinear], adapter: str) -> None:

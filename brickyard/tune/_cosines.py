@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from brickyard.tune._dct import LARGEST_TABLE, cost, dct, dct2, idct, idct2, rows
 
 COEFFICIENTS, POSITIONS = "coefficients", "positions"
 WAYS = TOKENS, SPECTRUM, DENSE = "tokens", "spectrum", "dense"
-GATHERED = 100  # multiplications of a matrix product in the time of gathering and adding one number (measured, a CPU)
+GATHERED = 50  # multiplications of a matrix product in the time of gathering and adding one number (measured, a CPU)
 
 
 def nearest(places_2K: Tensor) -> Tensor:
@@ -78,6 +79,15 @@ def by_spectrum(x_Tn: Tensor, a_K: Tensor, index_2K: Tensor, m: int) -> Tensor:
     return idct(_wide(_scattered(x_Tn, a_K, index_2K[0], index_2K[1], m))).to(kind)
 
 
+def by_spectra(x_RTn: Tensor, a_L: Tensor, index_2L: Tensor, row_L: Tensor, m: int) -> Tensor:
+    """Return x_r (C_m^T S_r C_n)^T [R, T, m]; coefficient l is one of S_r for r = row_l."""
+    count, tokens, n = x_RTn.shape
+    spectra_RnT = dct(_wide(x_RTn)).mT
+    to_L, from_L = index_2L[0] + row_L * m, index_2L[1] + row_L * n
+    mixed = _added(spectra_RnT.reshape(count * n, tokens), a_L, to_L, from_L, count * m)
+    return idct(_wide(mixed.view(count, m, tokens).mT)).to(x_RTn.dtype)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Return `x` in a type that `dct` takes; half precision is enough for a table, not for an FFT."""
     return x if x.shape[-1] <= LARGEST_TABLE else x.to(torch.promote_types(x.dtype, torch.float32))
@@ -85,11 +95,15 @@ def _wide(x: Tensor) -> Tensor:
 
 def _scattered(x_Tn: Tensor, a_K: Tensor, to_K: Tensor, from_K: Tensor, m: int) -> Tensor:
     """Return x S^T [T, m] for S that takes a_k of entry from_k to entry to_k."""
-    y_Tm = x_Tn.new_zeros(len(x_Tn), m)
-    size = min(m, x_Tn.shape[1])
-    for to_B, from_B, a_B in zip(to_K.split(size), from_K.split(size), a_K.to(x_Tn.dtype).split(size), strict=True):
-        y_Tm.index_add_(1, to_B, x_Tn.index_select(1, from_B).mul_(a_B))
-    return y_Tm
+    return _added(x_Tn.t().contiguous(), a_K, to_K, from_K, m).t()
+
+
+def _added(x_nT: Tensor, a_K: Tensor, to_K: Tensor, from_K: Tensor, m: int) -> Tensor:
+    """Return S x [m, T]: each row of the result is a bag of weighted rows of x, of which there may be none."""
+    to_K, order_K = to_K.sort(stable=True)
+    starts_m = torch.searchsorted(to_K, torch.arange(m, device=to_K.device))
+    weights_K = a_K.to(x_nT.dtype)[order_K]
+    return F.embedding_bag(from_K[order_K], x_nT, starts_m, mode="sum", per_sample_weights=weights_K)
 
 
 @dataclass

@@ -40,7 +40,17 @@ from brickyard.core.inject import BrickyardLinear, Leaf, Part, Plan
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 from brickyard.core.wrap import ADAPTER
-from brickyard.tune._cosines import COEFFICIENTS, POSITIONS, WAYS, Cosines, change, nearest
+from brickyard.tune._cosines import (
+    COEFFICIENTS,
+    POSITIONS,
+    SPECTRUM,
+    WAYS,
+    Cosines,
+    by_spectra,
+    change,
+    cheapest,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from brickyard.core.loop import State
@@ -252,6 +262,24 @@ def delta(config: Config, part: Part, x: Tensor) -> Tensor:
             config.mode,
             part.drawn,
         )
+
+
+def together(configs: Sequence[Config], parts: Sequence[Part], x: Tensor) -> Tensor | None:
+    """Return dW_i x_i for every row x_i [..., n] of x; one transform serves the tokens of all adapters."""
+    m, n = parts[0].leaf.out_features, parts[0].leaf.in_features
+    counts = [len(part[COEFFICIENTS]) for part in parts]
+    tokens = x[0].numel() // n
+    if torch.is_grad_enabled() or any(c.mode != "auto" for c in configs):
+        return None  # the gradient of positions is that of `Cosines`
+    if any(cheapest(tokens, count, m, n) != SPECTRUM for count in counts):
+        return None
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    with torch.autocast(kind, enabled=False):
+        a_L = torch.cat([part[COEFFICIENTS] * config.alpha for config, part in zip(configs, parts, strict=True)])
+        index_2L = torch.cat([nearest(positions(part)) for part in parts], dim=1)
+        row_L = torch.arange(len(x), device=x.device).repeat_interleave(torch.tensor(counts, device=x.device))
+        return by_spectra(x.to(dtype).reshape(len(x), tokens, n), a_L, index_2L, row_L, m).view(*x.shape[:-1], m)
 
 
 def check(config: Config, part: Part) -> None:
