@@ -244,7 +244,7 @@ def evaluate(
     source = readers.read(data)
     task = task or _kind(source, known)
     rows = read_data(source, task=task, metric=metric, need=("test",))
-    wanted = _same_task(task_of(rows, kind=task, metric=metric), known, metric)
+    wanted = _same_task(task_of(rows, kind=task, metric=metric), known, metric, made)
     if made is None and wanted.kind in FOREIGN_TASKS:
         raise UsageError(
             f"no base reads {wanted.input} by itself; give --brick, of a method that works on {wanted.kind}."
@@ -310,7 +310,7 @@ def _model(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), base, made.task, made
 
 
-def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
+def _same_task(found: Task, known: Task | None, metric: str | None, made: Brick | None) -> Task:
     if known is None:
         return found
     if found.generative != known.generative or (
@@ -318,6 +318,13 @@ def _same_task(found: Task, known: Task | None, metric: str | None) -> Task:
     ):
         raise UsageError(f"the brick was trained for {known.kind}; the data is for {found.kind}.")
     if found.generative and found.kind != known.kind:
+        for piece in parse(made.manifest["arm"]).pieces if made else ():
+            record = registry.find(piece.name).record
+            if record.slot == "tuner" and found.kind not in record.needs:
+                raise UsageError(
+                    f"the data is for {found.kind}, and a brick of {piece.name} answers {', '.join(record.needs)}"
+                    f"{f': {record.because}' if record.because else ''}."
+                )
         return found
     extra = sorted(set(found.labels or ()) - set(known.labels or ()))
     if extra:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bridged import bert, logits, stir, words
-from conftest import text_data
+from conftest import documents, text_data
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import brickyard
@@ -215,3 +215,17 @@ def test_ranks_and_places_beyond_the_model_are_refused() -> None:
         model(low=[99])
     with pytest.raises(UsageError, match="no layer carries"):
         ce_ssl.importances(bert(), [])
+
+
+def test_a_step_that_leaves_every_adapter_out_changes_nothing(causal_base: Path, tmp_path: Path) -> None:
+    data = documents(train=40)
+    brick, found = brickyard.tune(
+        "ce-ssl:r=2,p=0.9,target=[query]",
+        base=str(causal_base),
+        data=data,
+        task="causal-lm",
+        out=tmp_path,
+        training={"steps": 30, "batch": 4, "lr": 1e-2, "evaluate_every": 30},
+        device="cpu",
+    )
+    assert found["steps"] == 30 and all(np.isfinite(point["train_loss"]) for point in found["history"])

@@ -138,6 +138,23 @@ def test_answers_are_cut_and_counted_and_prompts_never(causal_base: Path) -> Non
         encode(Split({"prompt": ["the " * 100], "completion": ["film"]}), base, TASKS["instruct"])
 
 
+def test_of_a_cut_answer_only_the_bytes_that_are_left_count(causal_base: Path) -> None:
+    rows = {"prompt": ["good film", "the plot"], "completion": ["the acting was fine and great " * 3, "dull"]}
+    task, base = TASKS["instruct"], open_base(str(causal_base))
+    model = base.model(task, seed=0)
+    cut = encode(Split(rows), base, task, max_length=12)
+    assert isinstance(cut, EncodedCompletions) and cut.report["truncated"] == 1
+    share = cut.tokens[0] / len(rows["completion"][0].split())
+    assert share < 0.6
+    assert cut.bytes.tolist() == [round(share * len(rows["completion"][0])), len("dull")] == cut.labels.tolist()
+    # So a cut answer costs about as many bits per byte as the whole one, not a fraction of them.
+    found = [
+        task.score(made.labels.numpy(), answer(model, made, task).predictions)
+        for made in (cut, encode(Split(rows), base, task))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=0.3)
+
+
 def test_a_chat_template_wraps_prompts_alike_in_training_and_in_use(tmp_path: Path) -> None:
     folder = make_text_base(tmp_path / "chat", causal=True)
     opened = open_base(str(folder))
@@ -257,6 +274,16 @@ def test_a_brick_answers_to_other_tasks_of_its_language_model(causal_base: Path,
     for kind in ("preference", "multiple-choice"):
         found = brickyard.evaluate(brick=brick.folder, data=asked(kind), device="cpu")
         assert found["score"]["metric"] == "accuracy" and 0 <= found["score"]["mean"] <= 1
+
+
+def test_prompts_made_of_the_whole_instruction_do_not_answer_to_plain_text(causal_base: Path, tmp_path: Path) -> None:
+    data = asked("instruct", train=40)
+    brick, _ = brickyard.tune(
+        "iapt", base=str(causal_base), data=data, out=tmp_path, training={"steps": 2}, device="cpu"
+    )
+    text = {"test": {"text": ["good film the plot was fine"] * 30}}
+    with pytest.raises(UsageError, match=r"data is for causal-lm, and a brick of iapt answers .*instruct: prompts are"):
+        brickyard.evaluate(brick=brick.folder, data=text, device="cpu")
 
 
 def test_compare_preferences_by_objective(causal_base: Path, tmp_path: Path) -> None:

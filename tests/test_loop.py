@@ -14,10 +14,15 @@ from torch import nn
 from transformers import get_scheduler
 
 from brickyard.core.answers import predict
+from brickyard.core.arm import parse
 from brickyard.core.attached import Attached, attach_in_place
+from brickyard.core.base import open_base
+from brickyard.core.batches import encode
+from brickyard.core.build import build, resolve
+from brickyard.core.data import read_data
 from brickyard.core.errors import Changed, NotFinite, UsageError
 from brickyard.core.loop import Backprop, State, Training, train, train_mode
-from brickyard.core.task import Task
+from brickyard.core.task import Task, task_of
 
 TASK = Task(kind="text-classification", metric="accuracy", labels=("a", "b", "c"), width=3, input="text")
 
@@ -180,6 +185,24 @@ def test_accumulation_gives_the_update_of_the_whole_batch() -> None:
         model = attach_in_place(model.model, [n for n, _ in model.model.named_parameters()], matched={})
         train(model, Rows(), None, TASK, replace(BASIC, accumulation=accumulation), device="cpu")
         runs.append(tensors(model))
+    for name in runs[0]:
+        torch.testing.assert_close(runs[0][name], runs[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["instruct", "preference"])
+def test_a_micro_batch_weighs_what_the_loss_is_a_mean_over(causal_base: Path, kind: str) -> None:
+    rows = {"prompt": ["good film", "the plot", "a", "the"], "completion": ["fine", "dull " * 30, "great film", "bad"]}
+    if kind == "preference":
+        rows = {"prompt": rows["prompt"], "chosen": rows["completion"], "rejected": ["poor"] * 4}
+    task = task_of(read_data({"train": rows}, need=("train",)))
+    base, runs, losses = open_base(str(causal_base)), [], []
+    for accumulation in (1, 4):
+        made = build(resolve(parse("full + dpo" if kind == "preference" else "full"), task), base, task, seed=0)
+        training = Training(lr=1e-3, batch=4, steps=1, warmup=0.0, accumulation=accumulation, clip=0.0)
+        encoded = encode(read_data({"train": rows}, need=("train",)).splits["train"], base, task)
+        losses.append(train(made, encoded, None, task, training, device="cpu").history[-1]["train_loss"])
+        runs.append(tensors(made))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name in runs[0]:
         torch.testing.assert_close(runs[0][name], runs[1][name], rtol=1e-4, atol=1e-5)
 

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import text_data
+from conftest import asked, text_data
 from transformers import TrainingArguments
 
 from brickyard.core import trial
+from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
-from brickyard.core.batches import Order
-from brickyard.core.build import build
+from brickyard.core.base import open_base
+from brickyard.core.batches import Order, encode
+from brickyard.core.build import build, resolve
+from brickyard.core.data import read_data
 from brickyard.core.errors import UsageError
 from brickyard.core.loop import Training, train
+from brickyard.core.task import task_of
 from brickyard.core.trainer import ArmTrainer, TrainersTraining
 from brickyard.tune import dsee
 from brickyard.tune.sora import Sparsifier
@@ -139,3 +143,16 @@ def test_a_schedule_that_depends_on_scores_is_refused_where_it_is_asked_for(tmp_
     )
     with pytest.raises(UsageError, match="ReduceLROnPlateau"):
         found.factor(0, 10)
+
+
+def test_an_objective_is_what_trainer_trains(causal_base: Path, tmp_path: Path) -> None:
+    data = asked("preference", train=16)
+    base = open_base(str(causal_base))
+    task = task_of(read_data(data))
+    made = build(resolve(parse("lora + tdpo"), task), base, task, seed=0)
+    rows = encode(read_data(data).splits["train"], base, task)
+    trainer = ArmTrainer(made, task, args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    loss = trainer.compute_loss(made.model, rows.collate(np.arange(16)))
+    assert loss.item() == pytest.approx(np.log(2), abs=1e-5), "before the first step no answer is preferred"
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in made.parameters())

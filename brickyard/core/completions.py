@@ -200,6 +200,7 @@ def encode_completions(split: Split, base: Base, task: Task, max_length: int | N
     replies = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
     ids: list[int] = []
     prompt_S, length_S = np.empty(len(texts), dtype=np.int64), np.empty(len(texts), dtype=np.int64)
+    bytes_S = np.fromiter((len(text.encode()) for text in texts), dtype=np.int64)
     truncated = longest = 0
     for s, row in enumerate(np.repeat(np.arange(len(prompts)), count_N)):
         prompt, reply = prompts[row], [*replies[s], end]
@@ -213,13 +214,14 @@ def encode_completions(split: Split, base: Base, task: Task, max_length: int | N
                 )
             reply = reply[: limit + 1 - len(prompt)]
             truncated += 1
+            # Only what is left of an answer is scored; its bytes by its share of the tokens, as of pieces of documents.
+            bytes_S[s] = round(bytes_S[s] * len(reply) / len(replies[s]))
         # The last token of the prompt predicts the first of the reply; the end token is never an input.
         prompt_S[s], length_S[s] = len(prompt) - 1, len(prompt) + len(reply) - 1
         ids += prompt
         ids += reply
     flat = np.asarray(ids, dtype=np.int32)
     known_to(int(flat.max()), tokenizer.pad_token_id, base)
-    bytes_S = np.fromiter((len(text.encode()) for text in texts), dtype=np.int64)
     columns = {"ids": flat, "lengths": length_S, "prompts": prompt_S, "bytes": bytes_S}
     tokens_S = length_S - prompt_S
     labels = {

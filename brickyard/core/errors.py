@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+_FEW = 20  # names that are listed whole
+
+
 class BrickyardError(Exception):
     """Base of every error that Brickyard raises on purpose."""
 
@@ -25,11 +28,13 @@ class UnknownName(UsageError):
 
     @classmethod
     def among(cls, what: str, given: str, known: Iterable[str], hint: str = "") -> UnknownName:
-        """Build the error for `given`, naming the nearest of the `known` names."""
+        """Build the error for `given`, naming the nearest of the `known` names, and all of them where they are few."""
         known = sorted(known)
         near = get_close_matches(given, known, n=3, cutoff=0.5)
-        advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}."
-        return cls(f"unknown {what} {given!r}; {advice}{' ' + hint if hint else ''}")
+        advice = [f"did you mean {' or '.join(near)}?"] if near else []
+        if not near or len(known) <= _FEW:
+            advice.append(f"known: {', '.join(known) or 'none'}.")
+        return cls(f"unknown {what} {given!r}; {' '.join([*advice, *([hint] if hint else [])])}")
 
 
 class BadData(BrickyardError):

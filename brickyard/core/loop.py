@@ -23,6 +23,7 @@ from brickyard.core.answers import Examples, answer, to_device
 from brickyard.core.attached import Attached
 from brickyard.core.batches import Order
 from brickyard.core.checkpoint import Checkpoints
+from brickyard.core.encoded import IGNORED
 from brickyard.core.errors import NotFinite, UsageError
 from brickyard.core.task import Task
 
@@ -189,7 +190,8 @@ class Backprop:
             total += weight * loss.item()
             if state.attached.extra_loss is not None:
                 loss = loss + state.attached.extra_loss()
-            state.accelerator.backward(weight * loss)
+            if loss.requires_grad:  # not where a step's draw leaves every adapter out and no head trains
+                state.accelerator.backward(weight * loss)
         if not math.isfinite(total):
             raise NotFinite(
                 f"the loss is {total} at step {state.step + 1}, {self._where(state)}; lower lr or check the data."
@@ -324,7 +326,7 @@ def train(
     with attached.saving():
         for rows in batches:
             state.batch_rows = rows
-            state.losses.append(step(state, list(_micro(examples, rows, training, accelerator))))
+            state.losses.append(step(state, _micro(examples, rows, task, training, accelerator)))
             state.step += 1
             due = state.step % every == 0 or state.step == state.total or state.hooks.due(state)
             if validation is not None and due:
@@ -363,12 +365,26 @@ def _rows(order: Sampler, per_epoch: int, start: int, total: int) -> Iterator[np
 
 
 def _micro(
-    examples: Examples, rows: np.ndarray, training: Training, accelerator: Accelerator
-) -> Iterator[tuple[float, dict[str, Any]]]:
+    examples: Examples, rows: np.ndarray, task: Task, training: Training, accelerator: Accelerator
+) -> list[tuple[float, dict[str, Any]]]:
+    """Return the micro-batches of a batch, each with its share of what the batch's loss is a mean over."""
     if not len(rows):
-        return
-    for part in np.array_split(rows, min(training.accumulation, len(rows))):
-        yield len(part) / len(rows), to_device(examples.collate(part), accelerator.device)
+        return []
+    parts = [examples.collate(part) for part in np.array_split(rows, min(training.accumulation, len(rows)))]
+    counts = [_terms(batch["labels"], task) for batch in parts]
+    every = sum(counts) or 1
+    # A part without a target adds nothing; the mean over none of them would be NaN.
+    return [
+        (count / every, to_device(batch, accelerator.device))
+        for count, batch in zip(counts, parts, strict=True)
+        if count or len(parts) == 1
+    ]
+
+
+def _terms(labels: Tensor, task: Task) -> int:
+    """Return how many numbers the loss of a batch is a mean over: tokens of texts, pairs, or rows."""
+    of_tokens = labels.ndim == 2 and task.generative and task.kind != "preference"
+    return int((labels != IGNORED).sum()) if of_tokens else len(labels)
 
 
 def _point(state: State, scores: dict[str, float]) -> None:

@@ -73,8 +73,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     known = [*entry.options, *(["preset"] if entry.record.presets else [])]
     for key in options:
         if key not in known:
-            hint = f"It has {', '.join(known) or 'none'}: brickyard show {name}."
-            raise UnknownName.among(f"option of {name}", key, known, hint)
+            raise UnknownName.among(f"option of {name}", key, known, f"See: brickyard show {name}.")
 
 
 def config(name: str, options: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from brickyard.core.base import Base, HeadedModel
 from brickyard.core.batches import Encoded, encode
 from brickyard.core.data import read_data
+from brickyard.core.errors import UsageError
+from brickyard.core.side import SIDE
 from brickyard.core.task import Task, task_of
+
+if TYPE_CHECKING:
+    from brickyard.core.attached import Attached
+    from brickyard.core.trial import Prepared
 
 # Plain sentences of several registers; what matters is that they are the same for everyone.
 TEXTS = (
@@ -39,6 +45,31 @@ def inner(model: nn.Module) -> nn.Module:
     if isinstance(plain, HeadedModel):
         return plain.backbone
     return getattr(plain, str(getattr(plain, "base_model_prefix", "")), plain)
+
+
+def watched(ready: Prepared, attached: Attached) -> Drift | Retention | None:
+    """Return what will say what an untrained arm's training kept: of `retain`, else the drift on fixed inputs.
+
+    None where the base's states cannot change, which a network beside it only reads. Raises UsageError where the
+    arm's states are not as wide as the base's, so that no head of the base can read them.
+    """
+    base, retain = ready.base, ready.setting.retain
+    beside = any(name.rpartition(".")[2] == SIDE for name, _ in attached.model.named_modules())
+    if attached.frozen_states or (beside and retain is None):
+        return None
+    model = attached.model
+    if beside or getattr(model, "reads_instructions", False):  # prompts and side networks are no base, even untrained
+        model = base.model(ready.task, seed=0, attention=ready.setting.attention).to(ready.device)
+        few = {name: rows.to(ready.device) for name, rows in fixed_inputs(base, 1).items()}
+        own, untouched = pooled(attached.model, few).shape[1], pooled(model, few).shape[1]
+        if own != untouched:
+            raise UsageError(
+                f"--retain: {ready.plan.arm} leaves states of width {own}, and a head fitted on the base's reads "
+                f"{untouched}; leave --retain out."
+            )
+    if retain is None:
+        return Drift.before(model, base)
+    return Retention.before(model, base, retain, max_length=ready.setting.max_length)
 
 
 @torch.no_grad()

@@ -131,10 +131,13 @@ class ArmTrainer(Trainer):
             return super().evaluate(*args, **options)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
-        """Return the task's mean loss over the batch, plus the arm's regulariser."""
-        labels = inputs["labels"]
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        loss = self.task_of_arm.loss(outputs.logits.float(), labels)
+        """Return the mean loss of the arm's objective, else the task's, over the batch, plus the arm's regulariser."""
+        outputs: Any = {}  # an objective reads what it wants of the model itself
+        if self.attached.objective is not None:
+            loss = self.attached.objective(self.attached.model, inputs)
+        else:
+            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+            loss = self.task_of_arm.loss(outputs.logits.float(), inputs["labels"])
         if self.attached.extra_loss is not None and model.training:
             loss = loss + self.attached.extra_loss()
         return (loss, outputs) if return_outputs else loss

@@ -44,7 +44,7 @@ from brickyard.core.errors import UsageError
 from brickyard.core.loop import Training, batch_loss, train, train_mode
 from brickyard.core.objective import check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
-from brickyard.core.retention import Drift, Retention
+from brickyard.core.retention import watched
 from brickyard.core.spent import announced
 from brickyard.core.split import support
 from brickyard.core.states import States
@@ -241,16 +241,16 @@ def tune(
     setting, task = ready.setting, ready.task
     attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
     attached.model.to(ready.device)
-    chosen |= initialise(ready, attached)
     sets, cost = examples(ready, attached)
+    few = min(_few(task, sets["train"]), len(sets["train"]))
+    probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
+    with attached.untouched():  # and before any first weights are set: an arm may start far from the base
+        kept, base_logits = watched(ready, attached), _logits(attached, probe)
+    chosen |= initialise(ready, attached)
     cost |= attached.cost
     curriculum = curriculum_of(ready, sets, attached)
     joined = joined_by(ready, attached)
     refuse_unaccounted(ready, chosen, joined)
-    few = min(_few(task, sets["train"]), len(sets["train"]))
-    probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
-    with attached.untouched():
-        kept, base_logits = _retention(ready, attached), _logits(attached, probe)
     if attached.objective is not None and task.generative:
         check_head(attached.model, probe)
     _measure_reference(ready)
@@ -360,15 +360,6 @@ def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def _logits(attached: Attached, inputs: dict[str, Any]) -> torch.Tensor:
     attached.model.eval()
     return attached.model(**inputs).logits.float().cpu()
-
-
-def _retention(ready: Prepared, attached: Attached) -> Drift | Retention | None:
-    """Return what will say what the change kept: of `retain` if one is given, else the drift on fixed inputs."""
-    if attached.frozen_states:
-        return None  # the backbone cannot change
-    if ready.setting.retain is None:
-        return Drift.before(attached.model, ready.base)
-    return Retention.before(attached.model, ready.base, ready.setting.retain, max_length=ready.setting.max_length)
 
 
 def write_answers(path: Path, answers: Answers, labels: np.ndarray) -> None:
