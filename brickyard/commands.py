@@ -280,10 +280,9 @@ def shrink(args: argparse.Namespace, argv: Sequence[str]) -> int:
         )
     if "score" in result:
         score = result["score"]
-        console.print(
-            f"test {score['metric']} {score['mean']:.4f} (95 % interval {score['low']:.4f} to {score['high']:.4f})",
-            highlight=False,
-        )
+        known = score["low"] is not None
+        told = f"95 % interval {score['low']:.4f} to {score['high']:.4f}" if known else score["note"]
+        console.print(f"test {score['metric']} {score['mean']:.4f} ({told})", highlight=False)
     console.print(f"model: {escape(result['model'])}", soft_wrap=True, highlight=False)
     return DONE
 

@@ -238,13 +238,15 @@ def test_cached_answers_train_the_same_weights_as_those_made_on_the_fly(
         found[name] = bricks.load(tmp_path / name / "brick").tensors()
         assert result["cost"]["train_seconds"] > result["cost"]["prepare_seconds"] > 0
         assert not result["prepared"]["streamed"]
+    accuracy = result["prepared"].get("accuracy")
     assert all(
         torch.equal(v, found["found"][k]) and torch.equal(v, found["memory"][k]) for k, v in found["built"].items()
     )
     monkeypatch.setenv(LIMIT_VARIABLE, "1")
     with pytest.warns(UserWarning, match="run for every batch"):
         result = run(asked(), tmp_path / "streamed")
-    assert result["prepared"]["streamed"]
+    assert result["prepared"]["streamed"] and result["prepared"].get("accuracy") == accuracy
+    assert (accuracy is not None) == (kind == "classes")
     streamed = bricks.load(tmp_path / "streamed" / "brick").tensors()
     for name, tensor in found["built"].items():
         torch.testing.assert_close(tensor, streamed[name], atol=2e-4, rtol=1e-3)
@@ -383,9 +385,12 @@ def test_a_teacher_of_another_kind_or_of_other_classes_is_refused(
         run(setting(f"full + {with_teacher(classifier)}", text_base, data), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's answers")
+@pytest.mark.parametrize("limit", ["", "64"], ids=["kept", "streamed"])
 def test_classes_are_matched_by_name_and_permuted_ones_found_by_accuracy(
-    classifier: Path, text_base: Path, tmp_path: Path
+    limit: str, classifier: Path, text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, limit)
     assert teacher.class_order(("b", "a", "c"), ("a", "b", "c"), "t") == [1, 0, 2]
     assert teacher.class_order(("LABEL_0", "LABEL_1"), ("no", "yes"), "t") == [0, 1]
     manifest = json.loads((classifier / "brick.json").read_text())

@@ -24,8 +24,10 @@ from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, Changed, Refused, UsageError, WrongBase
+from brickyard.core.states import LIMIT_VARIABLE
 from brickyard.core.task import task_of
 from brickyard.shrink import _student
+from brickyard.shrink import pretrained_distillation as recipe
 
 SHAPE = "pretrained-distillation:layers=1,width=16,heads=2"
 STEPS = "pretrain_steps=6,distil_steps=8,tune_steps=4"
@@ -137,6 +139,15 @@ def test_a_student_is_a_smaller_network_of_the_same_class(config: object) -> Non
         _student.scaled_config(config, 5, 32, 2, 96)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("inner", [None, 256])
+def test_a_width_of_the_feed_forward_part_that_is_not_said_is_set_too(inner: int | None) -> None:
+    config = GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=2, n_inner=inner)
+    small = _student.scaled_config(config, 1, 32, 2, 48)
+    assert small.n_inner == 48 and config.n_inner == inner
+    (_, block), *_ = _student.blocks(AutoModel.from_config(small))
+    assert block.mlp.c_fc.weight.shape == (32, 48)
+
+
 def test_nothing_of_the_teacher_is_taken_over(masked_base: Path, tmp_path: Path) -> None:
     """With the base's own sizes the student still is a new network, drawn from the seed alone."""
     base = open_base(str(masked_base))
@@ -223,6 +234,63 @@ def test_the_labels_of_the_unlabelled_text_change_nothing(masked_base: Path, bri
     assert same(tmp_path / "a" / "student", tmp_path / "b" / "student")
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's answers")
+def test_streamed_answers_are_checked_and_teach_what_kept_ones_do(
+    masked_base: Path, brick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, found = f"{SHAPE},pretrain_steps=0,distil_steps=4,tune_steps=0", {}
+    for name, limit in (("kept", ""), ("streamed", "64")):
+        monkeypatch.setenv(LIMIT_VARIABLE, limit)
+        found[name] = shrink(arm, masked_base, tmp_path / name, bricks=[brick])["stages"]["distil"]
+        assert found[name]["teacher_streamed"] == (name == "streamed")
+    assert found["kept"]["teacher_accuracy"] == found["streamed"]["teacher_accuracy"] > 0.9
+    left, right = (weights(tmp_path / name / "student") for name in found)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("limit", ["", "64"], ids=["kept", "streamed"])
+@pytest.mark.filterwarnings("ignore:the teacher's answers")
+def test_a_teacher_near_chance_is_refused_before_stage_one(
+    limit: str, masked_base: Path, brick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, limit)
+    swapped = text_data()
+    swapped["train"]["label"] = [{"good": "bad", "bad": "good"}[label] for label in swapped["train"]["label"]]
+    with pytest.raises(Refused, match="another order than the labels"):
+        shrink(f"{SHAPE},{STEPS}", masked_base, tmp_path, bricks=[brick], data=swapped)
+    assert not (tmp_path / "stages").exists()
+    shrink(f"{SHAPE},{STEPS}", masked_base, tmp_path, bricks=[brick])  # the folder is free for one that knows its task
+
+
+def test_few_test_rows_give_a_mean_without_an_interval(
+    masked_base: Path, brick: Path, causal_base: Path, tmp_path: Path
+) -> None:
+    report = shrink(f"{SHAPE},{STEPS}", masked_base, tmp_path / "a", bricks=[brick], data=text_data(test=12))
+    score = report["score"]
+    assert score["low"] is None and score["high"] is None and "12 test examples are too few" in score["note"]
+    assert score["mean"] in [n / 12 for n in range(13)]
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["score"] == score
+    open_base(report["model"]).model(open_base(report["model"]).own_task, seed=0, stored_head=True)
+    arm = f"{SHAPE},pretrain_steps=2,distil_steps=0,tune_steps=0"
+    report = shrink(arm, causal_base, tmp_path / "b", data=documents(test=5), batch=4, max_length=32)
+    assert 0 < report["score"]["mean"] < 10 and "7 test examples" in report["score"]["note"]  # pieces of 5 documents
+
+
+def test_a_score_that_fails_does_not_cost_the_student(
+    masked_base: Path, brick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> None:
+        raise BadData("no score")
+
+    arm = f"{SHAPE},pretrain_steps=0,distil_steps=0,tune_steps=2"
+    with monkeypatch.context() as patch, pytest.raises(BadData, match="no score"):
+        patch.setattr(recipe, "answer", fail)
+        shrink(arm, masked_base, tmp_path, bricks=[brick])
+    assert same(tmp_path / "student", tmp_path / "stages" / "tune") and not (tmp_path / "report.json").exists()
+    assert shrink(arm, masked_base, tmp_path, bricks=[brick])["score"]["mean"] > 0
+
+
 def test_every_arm_of_the_paper_runs_and_may_start_from_an_earlier_stage(
     masked_base: Path, brick: Path, tmp_path: Path
 ) -> None:
@@ -275,6 +343,9 @@ def test_what_does_not_fit_is_refused_before_training(
         "width=30,heads=4",
         "pretrain_steps=0,distil_steps=0,tune_steps=0",
         "mask=0.0",
+        "k=0",
+        "temperature=0.0",
+        "temperature=-1.0",
         'student="x",vocabulary=9',
     ):
         with pytest.raises(UsageError, match="pretrained-distillation"):

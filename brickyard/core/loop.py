@@ -371,7 +371,7 @@ def _micro(
     if not len(rows):
         return []
     parts = [examples.collate(part) for part in np.array_split(rows, min(training.accumulation, len(rows)))]
-    counts = [_terms(batch["labels"], task) for batch in parts]
+    counts = [_terms(batch, task) for batch in parts]
     every = sum(counts) or 1
     # A part without a target adds nothing; the mean over none of them would be NaN.
     return [
@@ -381,8 +381,11 @@ def _micro(
     ]
 
 
-def _terms(labels: Tensor, task: Task) -> int:
+def _terms(batch: dict[str, Any], task: Task) -> int:
     """Return how many numbers the loss of a batch is a mean over: tokens of texts, pairs, or rows."""
+    labels = batch.get("labels")
+    if labels is None:  # rows without one, for an objective that asks a teacher
+        return len(next(value for value in batch.values() if isinstance(value, Tensor)))
     of_tokens = labels.ndim == 2 and task.generative and task.kind != "preference"
     return int((labels != IGNORED).sum()) if of_tokens else len(labels)
 

@@ -135,9 +135,9 @@ class SoftLabels:
     """A teacher's answers to the rows of train, as `objective.Columns`.
 
     Attributes:
-        report: positions, bytes, seconds (what building cost, also when the entry was found), streamed; of classes
-            `entropy` (mean, in nats) and, where rows have labels, `accuracy`; of tokens also `kept_mass`, the mean
-            probability that the k tokens hold together.
+        report: positions, bytes, seconds (what building cost, also when the entry was found), streamed; of classes,
+            where rows have labels, `accuracy`; unless streamed also `entropy` (mean, in nats) and of tokens
+            `kept_mass`, the mean probability that the k tokens hold together.
         digest: of the teacher, the rows and the options.
     """
 
@@ -208,17 +208,30 @@ def soft_labels(
         rows = encode(split, teacher.base, teacher.task, max_length=teacher.max_length or max_length)
         source = _Classes(teacher, rows, class_order(teacher.task.labels or (), task.labels, teacher.spec), device)
     made = _kept(source, cache)
-    if not task.generative and made.values is not None:
-        logits = torch.from_numpy(np.array(made.values))
-        made.report["entropy"] = float(torch.distributions.Categorical(logits=logits).entropy().mean())
+    if isinstance(source, _Classes):
+        if made.values is not None:
+            logits = torch.from_numpy(np.array(made.values))
+            made.report["entropy"] = float(torch.distributions.Categorical(logits=logits).entropy().mean())
         if split is not None and "label" in split.columns:
-            made.report["accuracy"] = _knows(logits, torch.tensor(split["label"]), teacher.spec)
+            made.report["accuracy"] = _knows(_said(made, source), torch.tensor(split["label"]), teacher.spec)
     return made
 
 
-def _knows(logits_NK: Tensor, labels_N: Tensor, spec: str) -> float:
+def _said(made: SoftLabels, source: _Classes) -> Tensor:
+    """Return the most probable class [N] of each row; where answers are streamed the teacher runs for it here."""
+    if made.values is not None:
+        return torch.from_numpy(np.array(made.values)).argmax(1)
+    started = time.monotonic()
+    said_N = torch.empty(len(source.counts), dtype=torch.int64)
+    for rows in _plan(source.rows.lengths):
+        said_N[torch.from_numpy(rows)] = source.run(rows)[0].argmax(1)
+    made.report["seconds"] += time.monotonic() - started
+    return said_N
+
+
+def _knows(said_N: Tensor, labels_N: Tensor, spec: str) -> float:
     """Return the teacher's accuracy; Refused where it does not clearly beat the most frequent class."""
-    hits = float((logits_NK.argmax(1) == labels_N).double().mean())
+    hits = float((said_N == labels_N).double().mean())
     majority = float(labels_N.bincount().max()) / len(labels_N)
     needed = majority + _DOUBT * (majority * (1 - majority) / len(labels_N)) ** 0.5
     if hits <= min(needed, 1 - 1e-9):

@@ -129,7 +129,9 @@ def lightning_attention(
         block: positions computed at once; the result does not depend on it beyond rounding.
 
     Raises:
-        UsageError: shapes or dtypes that do not fit, no position, a slope that is not positive or wants a gradient.
+        UsageError: shapes or dtypes that do not fit, no position, slopes that want a gradient or, on the CPU, one that
+            is not positive. On CUDA, where reading them would stall the device, such a slope is a device-side
+            assertion: a RuntimeError at some later call, after which the process cannot use the device any more.
     """
     sequences = _checked(q_BHNd, k_BHNd, v_BHNe, slopes_H, cu_seqlens, block)
     state = torch.float64 if q_BHNd.dtype == torch.float64 else torch.float32

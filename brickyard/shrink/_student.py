@@ -50,7 +50,7 @@ def scaled_config(config: PretrainedConfig, layers: int, width: int, heads: int,
     if isinstance(getattr(made, "head_dim", None), int):
         made.head_dim = width // heads
     made.num_hidden_layers, made.num_attention_heads, made.hidden_size = layers, heads, width
-    named = next((name for name in _INNER if isinstance(getattr(made, name, None), int)), None)
+    named = next((name for name in _INNER if isinstance(getattr(made, name, "absent"), int | None)), None)
     if named is not None:
         setattr(made, named, inner)
     made.tie_word_embeddings = True

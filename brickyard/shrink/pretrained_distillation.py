@@ -41,6 +41,7 @@ from brickyard.core.data import Data, read_data
 from brickyard.core.encoded import Encoded
 from brickyard.core.errors import BadData, Refused, UsageError, WrongBase
 from brickyard.core.files import complete_folder, read_json, write_json
+from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.loop import Training, train
 from brickyard.core.masked import MaskedRows, check_hidden, masked_loss
 from brickyard.core.method import Claim, Record
@@ -138,6 +139,10 @@ class Config:
             raise UsageError(f"pretrained-distillation: steps {steps} must be 0 or more, and not all 0.")
         if not 0 < self.mask < 1 or min(self.pretrain_lr, self.distil_lr, self.tune_lr) <= 0:
             raise UsageError(f"pretrained-distillation: mask={self.mask} must lie in (0, 1), and rates above 0.")
+        if self.k < 1 or not self.temperature > 0:
+            raise UsageError(
+                f"pretrained-distillation: k={self.k} must be at least 1, and temperature={self.temperature} above 0."
+            )
         if self.student and self.vocabulary:
             raise UsageError("pretrained-distillation: student=... has its own vocabulary; leave vocabulary out.")
 
@@ -212,6 +217,12 @@ class Recipe:
         """The teacher, opened."""
         return open_teacher(self.teacher, self.task)
 
+    @cached_property
+    def teacher_accuracy(self) -> float:
+        """The teacher's accuracy on the labelled rows; Refused where it is near chance."""
+        labelled = self.data.splits["train"]
+        return self._soft(labelled, self._encoded(labelled, self.base), self.base).report["accuracy"]
+
     @property
     def texts(self) -> list[str]:
         """All texts of the unlabelled pool; both of a pair."""
@@ -245,8 +256,7 @@ class Recipe:
         )
         report = {**soft.report, "teacher": self.teacher}
         if self.task.labels is not None:
-            labelled = self.data.splits["train"]
-            report["accuracy"] = self._soft(labelled, self._encoded(labelled, student), student).report["accuracy"]
+            report["accuracy"] = self.teacher_accuracy
         return attached, WithColumns(rows, soft), self.task, report
 
     def tune(self, student: Base) -> tuple[Attached, Examples, Task, Any]:
@@ -335,8 +345,9 @@ def run(
     teacher = _teacher_of(base, bricks)
     pretrained_as(base)
     recipe = Recipe(base, config, how, task, known, pool, teacher, folder)
-    if config.distil_steps:  # a teacher that does not fit is refused before anything is trained
-        _ = recipe.taught_by
+    if config.distil_steps:  # a teacher that does not fit or does not know the task is refused before any training
+        _ = recipe.taught_by if task.labels is None else recipe.teacher_accuracy
+        recipe.taught_by.model.cpu()  # leaves the device to stage 1
     identity = {
         "config": asdict(config),
         "running": {k: v for k, v in asdict(how).items() if k in ("seed", "batch", "max_length", "precision")},
@@ -402,6 +413,10 @@ def _full(model: nn.Module, task: Task) -> Attached:
 
 def _finish(recipe: Recipe, at: Path, stages: dict[str, Any]) -> dict[str, Any]:
     """Copy the last stage's model to its place, score it where there are test rows, and write the report."""
+    with complete_folder(recipe.folder / STUDENT) as temporary:  # first, so that no fault of the score costs the model
+        for path in at.iterdir():
+            if path.is_file() and path.name != REPORT:
+                shutil.copyfile(path, temporary / path.name)
     student = open_base(str(at))
     model = _answering(student, recipe.task)
     report: dict[str, Any] = {
@@ -424,15 +439,20 @@ def _finish(recipe: Recipe, at: Path, stages: dict[str, Any]) -> dict[str, Any]:
     if model is not None and "test" in recipe.data.splits:
         rows = encode(recipe.data.splits["test"], student, recipe.task, max_length=recipe.running.max_length)
         answers: Answers = answer(model.to(recipe.running.place), rows, recipe.task)
-        found = interval(rows.labels.numpy(), answers.predictions[None], recipe.task.metric)
-        report["score"] = {"metric": recipe.task.metric, **{k: getattr(found, k) for k in ("mean", "low", "high")}}
         trial.write_answers(recipe.folder / "answers.parquet", answers, rows.labels.numpy())
-    with complete_folder(recipe.folder / STUDENT) as temporary:
-        for path in at.iterdir():
-            if path.is_file() and path.name != REPORT:
-                shutil.copyfile(path, temporary / path.name)
+        report["score"] = _score(recipe.task, rows.labels.numpy(), answers.predictions)
     write_json(recipe.folder / REPORT, report)
     return report
+
+
+def _score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    """Return the test score with its interval; of too few examples the mean alone, and a note that says so."""
+    if len(labels) < MINIMUM_EXAMPLES:
+        note = f"{len(labels)} test examples are too few for an interval; it takes at least {MINIMUM_EXAMPLES}."
+        mean = task.score(labels, predictions)
+        return {"metric": task.metric, "mean": mean, "low": None, "high": None, "note": note}
+    found = interval(labels, predictions[None], task.metric)
+    return {"metric": task.metric, **{k: getattr(found, k) for k in ("mean", "low", "high")}}
 
 
 def _answering(student: Base, task: Task) -> nn.Module | None:
