@@ -13,6 +13,7 @@ import pytest
 from brickyard.cli import main
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, UsageError
+from brickyard.core.fixes import GRANULARITIES
 from brickyard.data.fix_commits import Config, source, tokens
 
 WEAK = "import hashlib\n\n\ndef digest(text):\n    return hashlib.md5(text)\n\n\ndef other():\n    return 1\n"
@@ -84,8 +85,23 @@ def test_what_is_not_read_is_counted(commit: Commit, tmp_path: Path) -> None:
         "does not parse": ["old.py"],
         "a test": ["tests/test_a.py"],
     }
-    read = source(Config(granularity="line", tests=True, **ALL), tmp_path, 0).splits["train"]["file"]
-    assert {"old.py", "big.py", "many0.py", "tests/test_a.py"} <= set(read)
+    more = source(Config(granularity="line", tests=True, **ALL), tmp_path, 0)
+    assert {"big.py", "many0.py", "tests/test_a.py"} <= set(more.splits["train"]["file"])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_fixed_file_that_does_not_parse_gives_no_row(granularity: str, commit: Commit, tmp_path: Path) -> None:
+    commit(
+        "Begin", {"a.py": WEAK, "old.py": "x = 1\n", "null.py": "x = 1\n", "deep.py": "x = 1\n", "cured.py": "x = (\n"}
+    )
+    deep = "x = " + "-" * 100_000 + "1\n"
+    commit(
+        "Fix", {"a.py": FIXED, "old.py": "print 2\n", "null.py": "x = 2 # \0\n", "deep.py": deep, "cured.py": "x = 2\n"}
+    )
+    made = source(Config(granularity=granularity, **ALL), tmp_path, 0)  # type: ignore[arg-type]
+    assert set(made.splits["train"]["file"]) == {"a.py", "cured.py"}
+    assert [of.split()[0] for of in made.skipped.pop("does not parse")] == ["deep.py", "null.py", "old.py"]
+    assert not made.skipped
 
 
 def test_a_file_is_in_one_split_whatever_the_commit(commit: Commit, tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def selection(claim: Claim) -> dict[str, Any]:
         # The same share of the rows is left out as for their loss, but under labels that say nothing.
         labels = list(np.random.default_rng([seed, 3]).permutation(given.pool.columns["label"]))
         blind = replace(given.pool, columns={**given.pool.columns, "label": labels})
-        config = selection_step.Config(budget=BUDGET, noisy=0.3, balance="free")
+        config = selection_step.Config(budget=BUDGET, noisy=0.3)
         answers["shuffled loss"].append(trained(selection_step.run(config, blind).rows))
     stacked = {name: np.stack(values) for name, values in answers.items()}
     compared = {
@@ -325,9 +325,9 @@ def selection(claim: Claim) -> dict[str, Any]:
         },
         "control": control(
             "losses under shuffled labels choose nothing of use",
-            "gain over random < 1.0, low end",
+            "gain over random < 1.0, high end",
             [100 * blind_gain.difference],
-            100 * blind_gain.low < 1.0,
+            100 * blind_gain.high < 1.0,
         ),
         "gate": {"inequality": "random >= majority + 5.0", "measured": 100 * gate.difference, "holds": valid},
     }
@@ -430,9 +430,7 @@ def doremi_worst_domain(claim: Claim, config: mix.Config | None = None, windows:
         "detail": f"worst-domain excess {mean['doremi']:.4f} nats a byte against {mean['uniform']:.4f} with uniform "
         f"weights; weights {np.round(np.mean(weights, axis=0), 2).tolist()}; {claim.seeds} seeds",
         "figures": {"worst_excess": worst, "weights": weights, "domains": ["python", "english", "json"]},
-        "control": control(
-            "the weights handed to the wrong domains", "gain < doremi's", wrong, bool(np.mean(wrong) < np.mean(gains))
-        ),
+        "control": control("the weights handed to the wrong domains", "gain <= 0", wrong, bool(np.mean(wrong) <= 0)),
     }
 
 

@@ -7,11 +7,14 @@
 
 Source of the four granularities: "An Exploratory Study on Fine-Tuning Large Language Models for Secure Code
 Generation", arXiv 2408.09078. Python's own parser finds the blocks, so files must parse.
+
+A line is what the parser takes for one: it ends with \\n, \\r\\n or \\r, and no other character ends it.
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +42,7 @@ def edits(before: str, after: str, granularity: str) -> list[Edit]:
     """
     if granularity not in GRANULARITIES:
         raise UsageError(f"granularity={granularity!r}; expected one of {', '.join(GRANULARITIES)}.")
-    old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    old, new = _lines(before), _lines(after)
     steps = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     changed = [(j1, j2) for kind, _, _, j1, j2 in steps if kind != "equal"]
     if not changed:
@@ -61,7 +64,7 @@ def edits(before: str, after: str, granularity: str) -> list[Edit]:
 
 def apply(before: str, changes: list[Edit]) -> str:
     """Return the old file with the edits made."""
-    lines = before.splitlines(keepends=True)
+    lines = _lines(before)
     for edit in sorted(changes, key=lambda e: e.start, reverse=True):
         lines[edit.start : edit.end] = [edit.text]
     return "".join(lines)
@@ -94,10 +97,23 @@ def _around(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int
 def _spans(source: str, granularity: str) -> list[tuple[int, int]]:
     """Return the lines of each block or function."""
     try:
-        tree = ast.parse(source)
-    except SyntaxError as cause:
-        raise BadData(f"a fixed file does not parse (line {cause.lineno}); give granularity=line or file.") from cause
+        tree = parsed(source)
+    except BadData as cause:
+        raise BadData(f"{cause} Give granularity=line or file.") from cause
     return [span for node in ast.walk(tree) for span in _spans_of(node, granularity)]
+
+
+def parsed(source: str) -> ast.Module:
+    """Return the syntax tree of a fixed file; BadData where it does not parse."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as cause:  # a null byte; expressions nested too deep
+        raise BadData(f"a fixed file does not parse: {cause}.") from cause
+
+
+def _lines(text: str) -> list[str]:
+    # str.splitlines also breaks at form feeds, \x1c, \x85, U+2028 and others, which would shift the parser's numbers.
+    return list(io.StringIO(text, newline=""))
 
 
 def _spans_of(node: ast.AST, granularity: str) -> Iterator[tuple[int, int]]:
@@ -116,8 +132,12 @@ def _spans_of(node: ast.AST, granularity: str) -> Iterator[tuple[int, int]]:
 
 
 def pieces(before: str, after: str, granularity: str) -> list[tuple[str, str]]:
-    """Return (old, new) code of each edit that leaves any, without the indentation that is common to its lines."""
-    old = before.splitlines(keepends=True)
+    """Return (old, new) code of each edit that leaves any, without the indentation that is common to its lines.
+
+    Lines end with \\n in what is returned; a change of line ends alone is none.
+    """
+    before, after = (text.replace("\r\n", "\n").replace("\r", "\n") for text in (before, after))
+    old = _lines(before)
     found = [("".join(old[e.start : e.end]), e.text) for e in edits(before, after, granularity) if e.text.strip()]
     return [(_outdented(was), _outdented(now)) for was, now in found]
 

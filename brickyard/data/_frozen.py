@@ -52,19 +52,24 @@ def embeddings(pool: Pool, texts: list[str] | None = None) -> tuple[np.ndarray, 
 def head_losses(
     v_ND: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, classes: int, *, l2: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the loss [N] of each row's label, and the probabilities [N, K], by a head fitted on the other folds.
+    """Return the loss [N] of each row's label by a head fitted on the other folds, and a mask [N] of rows without one.
 
-    A class that the other folds lack has no finite loss under them; such rows are given the loss of a uniform guess.
+    A head knows the classes that its folds hold. A row whose label the other folds lack has no finite loss under them:
+    it is given log K, the loss of a uniform guess, and marked in the mask.
     """
-    x_ND, y = torch.from_numpy(v_ND).double(), torch.from_numpy(y_N)
-    log_p = torch.full((len(y), classes), -float(np.log(classes)), dtype=torch.float64)
+    x_ND = torch.from_numpy(v_ND).double()
+    loss_N, unknown_N = np.full(len(y_N), np.log(classes)), np.ones(len(y_N), bool)
     for fold in np.unique(fold_N):
-        inside = torch.from_numpy(fold_N != fold)
-        if len(y[inside].unique()) < classes:
+        inside_N = fold_N != fold
+        known, y = np.unique(y_N[inside_N], return_inverse=True)
+        rows = np.flatnonzero(~inside_N & np.isin(y_N, known))
+        if not len(rows):
             continue
-        weight_DK, bias_K = fit_head(x_ND[inside], y[inside], classes, l2)
-        log_p[~inside] = F.log_softmax(x_ND[~inside] @ weight_DK + bias_K, dim=1)
-    return F.nll_loss(log_p, y, reduction="none").numpy(), log_p.exp().numpy()
+        weight, bias = fit_head(x_ND[inside_N], torch.from_numpy(y), len(known), l2)
+        own = torch.from_numpy(np.searchsorted(known, y_N[rows]))
+        loss_N[rows] = F.cross_entropy(x_ND[rows] @ weight + bias, own, reduction="none").numpy()
+        unknown_N[rows] = False
+    return loss_N, unknown_N
 
 
 def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:

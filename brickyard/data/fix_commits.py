@@ -8,8 +8,8 @@ stood before, every edit gives a row: `text` is the fixed code (what a model rea
 function is around them), `before` the code it replaced, beside them `commit`, `file`, `subject`, `cwe` (where the
 message names one) and `licence` (the first line of the repository's). Files are dealt to train, validation and test by
 their names, so that no file is in two of them. A row whose tokens equal an earlier one's, comments and spaces apart, is
-dropped. Merges, tests, commits that change many files (refactoring), large files and files that do not parse are not
-read; the card counts them.
+dropped. Merges, tests, commits that change many files (refactoring), large files and files that do not parse once they
+are fixed give no row at any granularity; the card counts them.
 
 Source: "An Exploratory Study on Fine-Tuning Large Language Models for Secure Code Generation", arXiv 2408.09078, which
 trains on the functions and blocks of fixes in C and C++. Here Python's own parser finds them. Its claim is that of
@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brickyard.core.errors import BadData, UsageError
-from brickyard.core.fixes import GRANULARITIES, pieces
+from brickyard.core.fixes import GRANULARITIES, parsed, pieces
 from brickyard.core.method import Record
 from brickyard.core.pool import Outcome, Pool
 from brickyard.core.readers import SPLITS, Source
@@ -114,6 +114,7 @@ def source(config: Config, spec: Any, seed: int) -> Source:
     for commit in _fixing(config, spec):
         for file, before, after in _changed(config, spec, commit, skipped):
             try:
+                parsed(after)  # lines and whole files are taken without a parser, but are to be Python all the same
                 found = pieces(before, after, config.granularity)
             except BadData:
                 skipped["does not parse"].append(f"{file} at {commit.short}")

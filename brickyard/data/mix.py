@@ -5,9 +5,10 @@
                    sum_i w_i L_i, with the excess loss of a batch  e_i = max(mean of (L_proxy,i - L_reference,i), 0):
                    w_i <- w_i exp(eta e_i),   w <- w / sum w,   w <- (1 - c) w + c / D;     result: mean of w over steps
 
-Reference and proxy are small byte-level models (an MLP on the last `context` bytes), trained here and not kept. Where
-more rows are wanted than a domain has, its rows are repeated; the report says how often, and what that is worth: U
-unique rows seen R more times are worth U + U R* (1 - exp(-R / R*)) rows, R* about 15.
+Reference and proxy are small byte-level models (an MLP on the last `context` bytes), trained here and not kept. Their
+weights are shares of bytes, so rows are drawn in shares ~ w_i / (mean bytes of a row); the report gives the shares of
+rows and of bytes. Where more rows are wanted than a domain has, its rows are repeated; the report says how often, and
+what that is worth: U unique rows seen R more times are worth U + U R* (1 - exp(-R / R*)) rows, R* about 15.
 
 Source: Xie et al. (DoReMi), arXiv 2305.10429, algorithm 1; Muennighoff et al., "Scaling data-constrained language
 models", arXiv 2305.16264, section 3.1 (R* = 15.4); Hoffmann et al., arXiv 2203.15556, section 3.3 (the law that
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from brickyard.core.errors import BadData, UsageError
 from brickyard.core.method import Record
 from brickyard.core.pool import Outcome, Pool
+from brickyard.data._options import belong
 
 RECORD = Record(
     name="mix",
@@ -88,6 +90,9 @@ class Config:
                 f"temperature={self.temperature}, eta={self.eta}, lr={self.lr}, smoothing={self.smoothing}: positive "
                 "numbers, and a smoothing from 0 to below 1, were expected."
             )
+        belong(self, ("temperature",), "by=temperature", used=self.by == "temperature")
+        proxy = ("eta", "smoothing", "steps", "reference_steps", "batch", "context", "width", "lr")
+        belong(self, proxy, "by=doremi", used=self.by == "doremi")
 
 
 REPEATS = 15.4  # R*, Muennighoff et al., section 3.1
@@ -242,7 +247,10 @@ def doremi(streams: list[Tensor], config: Config, seed: int) -> tuple[np.ndarray
 
 
 def mix(config: Config, domains: dict[str, list[str]], seed: int) -> np.ndarray:
-    """Return the weights [D] of domains, each with its texts, in the order given; they sum to 1."""
+    """Return the weights [D] of domains, each with its texts, in the order given; they sum to 1.
+
+    DoReMi's are shares of bytes, the others of rows.
+    """
     sizes_D = np.array([len(texts) for texts in domains.values()], np.float64)
     if config.by == "doremi":
         empty = [name for name, texts in domains.items() if not any(text.strip() for text in texts)]
@@ -272,19 +280,27 @@ def run(config: Config, pool: Pool) -> Outcome:
     members = {name: np.flatnonzero([str(value) == name for value in values]) for name in names}
     w_D = mix(config, {name: [pool.texts[i] for i in rows] for name, rows in members.items()}, pool.seed)
     total = config.rows or len(pool)
-    ideal = w_D * total
+    bytes_N = np.array([len(text.encode()) for text in pool.texts])
+    share_D = w_D
+    if config.by == "doremi":
+        share_D = w_D / np.array([bytes_N[rows].mean() for rows in members.values()])
+        share_D = share_D / share_D.sum()
+    ideal = share_D * total
     count_D = np.floor(ideal).astype(np.int64)
     count_D[np.argsort(count_D - ideal, kind="stable")[: total - count_D.sum()]] += 1
     lost = [name for name, count in zip(names, count_D, strict=True) if not count]
     if lost:
         raise UsageError(f"{total} rows leave none for domain {lost[0]!r}; ask for more rows.")
     pairs = zip(members.values(), count_D.tolist(), strict=True)
-    rows = np.concatenate([drawn(rows, count, pool.seed + i) for i, (rows, count) in enumerate(pairs)])
+    taken = [drawn(rows, count, pool.seed + i) for i, (rows, count) in enumerate(pairs)]
+    rows, byte_D = np.concatenate(taken), np.array([bytes_N[part].sum() for part in taken])
     order = np.argsort(np.random.PCG64(np.random.SeedSequence([pool.seed, total])).random_raw(total), kind="stable")
     unique_D = np.array([len(r) for r in members.values()])
     report = {
         "weights": dict(zip(names, map(float, w_D), strict=True)),
         "rows": dict(zip(names, count_D.tolist(), strict=True)),
+        "row_shares": dict(zip(names, (count_D / total).tolist(), strict=True)),
+        "byte_shares": dict(zip(names, (byte_D / max(byte_D.sum(), 1)).tolist(), strict=True)),
         "passes": dict(zip(names, (count_D / unique_D).tolist(), strict=True)),
         "worth_of_unique_rows": dict(zip(names, worth(unique_D, count_D).tolist(), strict=True)),
     }

@@ -35,6 +35,7 @@ from brickyard.core.pool import Outcome, Pool, joined, read_pool
 from brickyard.data._frozen import FOLDS
 from brickyard.data._language import nats_per_token
 from brickyard.data._ngrams import counts, fit_logistic, nats_per_character, tf
+from brickyard.data._options import belong
 
 RECORD = Record(
     name="quality-filter",
@@ -71,7 +72,7 @@ class Config:
     classifier: bool = False
     """score rows by a classifier against the trusted set"""
     trusted: str = "validation"
-    """the validation split, or another data set (its split train)"""
+    """what classifier and ngram compare with: the validation split, or another data set (its split train)"""
     cut: float = 0.0
     """drop rows whose probability of being trusted is below this; 0: off"""
     drop_share: float = 0.0
@@ -91,6 +92,8 @@ class Config:
             raise UsageError("cut and drop_share belong to the classifier; say --classifier true too.")
         if (self.low > 0 or self.high < 1) and self.perplexity == "off":
             raise UsageError("low and high belong to the perplexity; say --perplexity ngram (or base) too.")
+        compared = self.classifier or self.perplexity == "ngram"
+        belong(self, ("trusted",), "classifier=true and perplexity=ngram", used=compared)
 
 
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})  # Gopher, appendix A1.1

@@ -34,6 +34,7 @@ from brickyard.core.pool import Outcome, Pool, joined, read_pool
 from brickyard.data._frozen import FOLDS, dynamics, embeddings, head_losses
 from brickyard.data._language import nats_per_token
 from brickyard.data._ngrams import counts, log_shares
+from brickyard.data._options import belong
 
 RECORD = Record(
     name="select",
@@ -68,7 +69,7 @@ class Config:
     tau: float = 0.9
     """deita: cosine from which a row adds nothing"""
     l2: float = 1e-3
-    """penalty of the linear heads behind loss and deita"""
+    """penalty of the linear heads behind loss, deita and noisy"""
     epochs: int = 100
     """epochs behind confidence, variability and forgetting"""
     lr: float = 0.05
@@ -84,6 +85,11 @@ class Config:
                 f"tau={self.tau}, l2={self.l2}, epochs={self.epochs}, lr={self.lr}: a cosine, a positive penalty, at "
                 "least 2 epochs and a positive learning rate were expected."
             )
+        belong(self, ("target",), "by=dsir and by=nearest", used=self.by in ("dsir", "nearest"))
+        belong(self, ("tau",), "by=deita", used=self.by == "deita")
+        belong(self, ("l2",), "by=loss, by=deita and noisy=", used=self.by in ("loss", "deita") or self.noisy > 0)
+        dynamic = self.by in ("confidence", "variability", "forgetting")
+        belong(self, ("epochs", "lr"), "by=confidence, by=variability and by=forgetting", used=dynamic)
 
 
 def size_of(budget: float, rows: int, pool: int) -> int:
@@ -192,7 +198,7 @@ def score(config: Config, pool: Pool) -> tuple[np.ndarray, dict[str, np.ndarray]
         pool.must_have_words(f"select --by {by}")
         v_ND, report["embeddings"] = embeddings(pool)
     if by in LABELLED or config.noisy:
-        found.update(_labelled(config, pool, v_ND))
+        found.update(_labelled(config, pool, v_ND, report))
     if by == "dsir":
         x_NM = counts(pool.texts)
         ratio_M = log_shares(counts(_target(config.target, pool))) - log_shares(x_NM)
@@ -213,8 +219,8 @@ def score(config: Config, pool: Pool) -> tuple[np.ndarray, dict[str, np.ndarray]
     return -found["loss"] if by == "loss" else found[by], found, report, v_ND
 
 
-def _labelled(config: Config, pool: Pool, v_ND: Any) -> dict[str, np.ndarray]:
-    """Return the scores that compare a row's label with what its text says."""
+def _labelled(config: Config, pool: Pool, v_ND: Any, report: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the scores that compare a row's label with what its text says; report the rows that have no such loss."""
     names = sorted(set(pool.labels or ()))
     if len(names) < 2 or any(isinstance(name, float) for name in names):
         raise Refused(f"select --by {config.by} compares classes; these data have no labels that are classes.")
@@ -225,7 +231,8 @@ def _labelled(config: Config, pool: Pool, v_ND: Any) -> dict[str, np.ndarray]:
     else:
         found = {}
     if config.by in ("loss", "deita") or config.noisy:
-        found["loss"], _ = head_losses(v_ND, y_N, pool.folds(FOLDS), len(names), l2=config.l2)
+        found["loss"], unknown_N = head_losses(v_ND, y_N, pool.folds(FOLDS), len(names), l2=config.l2)
+        report["label_not_in_other_folds"] = int(unknown_N.sum())
     return found
 
 
