@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 _FEW = 20  # names that are listed whole
 
 
