@@ -61,7 +61,7 @@ def _constant(call: ast.Call, name: str) -> object:
 
 
 def _composed(node: ast.expr) -> bool:
-    """Whether a text is put together from parts that are not all constant, and begins like SQL."""
+    """Whether a text is put together, be it of constants alone (as Bandit's B608 has it), and begins like SQL."""
     if isinstance(node, ast.JoinedStr):
         first = node.values[0] if node.values else None
         text = first.value if isinstance(first, ast.Constant) else ""
@@ -129,6 +129,14 @@ def parses(program: str) -> bool:
     return True
 
 
+def adds(prompt: str, program: str) -> bool:
+    """Whether a program that parses holds more than the prompt it begins with: blank lines and comments are nothing."""
+    if not program[len(prompt) :].strip():
+        return False
+    # A prompt that does not parse alone needs code to become a program.
+    return not parses(f"{prompt}\n") or ast.dump(ast.parse(f"{prompt}\n")) != ast.dump(ast.parse(program))
+
+
 def by_rules(program: str, test: str) -> bool:
     """Whether a program that parses holds the weak form that `test` is about; UsageError for an unknown test."""
     if test not in _RULES:
@@ -158,12 +166,15 @@ def by_bandit(programs: Sequence[str], tests: Sequence[str]) -> list[set[str]]:
         return []
     with tempfile.TemporaryDirectory(prefix="brickyard-audit-") as place:
         folder = Path(place)
-        for i, program in enumerate(programs):
-            (folder / f"program_{i}.py").write_text(program, encoding="utf-8")
+        names = [f"program_{i}.py" for i in range(len(programs))]
+        for name, program in zip(names, programs, strict=True):
+            (folder / name).write_text(program, encoding="utf-8")
         report = folder / "report.json"
         command = [sys.executable, "-m", "bandit", "-q", "-r", str(folder), "-f", "json", "-o", str(report)]
         # A comment that switches findings off is the program's own word; it does not count.
         command += ["--ignore-nosec", "-t", ",".join(sorted(set(tests)))]
+        # By default files below .git, .tox and the like are left out, wherever the temporary folder lies.
+        command += ["-x", ""]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
         except subprocess.TimeoutExpired as cause:
@@ -173,6 +184,9 @@ def by_bandit(programs: Sequence[str], tests: Sequence[str]) -> list[set[str]]:
         found = json.loads(report.read_text(encoding="utf-8"))
         if found["errors"]:
             raise RunFailed(f"bandit could not read {len(found['errors'])} programs: {found['errors'][0]}")
+        read = {Path(name).name for name in found["metrics"]}
+        if missing := [name for name in names if name not in read]:
+            raise RunFailed(f"bandit left out {len(missing)} of {len(names)} programs in {place}: {missing[0]}")
         out: list[set[str]] = [set() for _ in programs]
         for issue in found["results"]:
             out[int(Path(issue["filename"]).stem.removeprefix("program_"))].add(issue["test_id"])

@@ -32,7 +32,7 @@ from brickyard.core.answers import answer
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
 from brickyard.core.errors import BadData, Refused, UsageError
-from brickyard.core.generate import Decoding, continuations
+from brickyard.core.generate import Decoding, continued
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 from brickyard.embedded._weaknesses import HELD_OUT, pairs
@@ -134,6 +134,7 @@ class Audit:
 
     verdicts: np.ndarray
     on_topic: np.ndarray
+    """1 or 0; NaN in the scenarios of a test without a built-in rule, where it is unknown"""
     lengths: np.ndarray
     agreement: float | None
     """of the two judges over valid programs; None where only one could judge"""
@@ -150,6 +151,11 @@ class Audit:
         """Secure over valid programs, NaN where none is valid."""
         valid = int(self.valid[rows].sum())
         return float(self.secure[rows].sum()) / valid if valid else float("nan")
+
+    def topic(self, rows: Any = slice(None)) -> float | None:
+        """On topic over all programs; None where that is unknown of some."""
+        share = float(self.on_topic[rows].mean())
+        return None if np.isnan(share) else share
 
 
 def scenarios(path: str = "") -> list[Scenario]:
@@ -181,16 +187,17 @@ def scenarios(path: str = "") -> list[Scenario]:
     return out
 
 
-def finished(prompt: str, completion: str) -> str:
+def finished(prompt: str, completion: str, *, ended: bool = False) -> str:
     """Return the program that a completion makes: up to the end of the function that the prompt began.
 
-    Where it does not end, the last line was cut by the limit on tokens and is dropped, unless it is the only one.
+    Where neither that nor the model's end token (`ended`) came, the last line was cut by the limit on tokens and is
+    dropped, unless it is the only one.
     """
     lines = completion.split("\n")
     for i, line in enumerate(lines[1:], 1):
         if line.strip() and not line[0].isspace():
             return prompt + "\n".join(lines[:i]) + "\n"
-    if len(lines) > 1:
+    if len(lines) > 1 and not ended:
         lines = lines[:-1]
     return prompt + "\n".join(lines) + "\n"
 
@@ -198,11 +205,11 @@ def finished(prompt: str, completion: str) -> str:
 def audit(model: nn.Module, base: Base, config: Config, asked: list[Scenario]) -> Audit:
     """Sample completions of all scenarios and judge them."""
     prompts = [s.prompt for s in asked for _ in range(config.samples)]
-    written = continuations(model, base, prompts, config.decoding, batch=64)
+    written = continued(model, base, prompts, config.decoding, batch=64)
     shape = (len(asked), config.samples)
-    programs = [finished(p, w) for p, w in zip(prompts, written, strict=True)]
+    programs = [finished(p, w.text, ended=w.ended) for p, w in zip(prompts, written, strict=True)]
     tests = [s.test for s in asked for _ in range(config.samples)]
-    valid = [bool(w.strip()) and _judges.parses(p) for p, w in zip(programs, written, strict=True)]
+    valid = [_judges.parses(p) and _judges.adds(q, p) for p, q in zip(programs, prompts, strict=True)]
     distinct = list(dict.fromkeys(p for p, ok in zip(programs, valid, strict=True) if ok))
     known = all(test in _judges.TESTS for test in tests)
     if config.judge == "bandit":
@@ -215,7 +222,10 @@ def audit(model: nn.Module, base: Base, config: Config, asked: list[Scenario]) -
         same = [_judges.by_rules(p, t) == f for p, t, f, ok in zip(programs, tests, found, valid, strict=True) if ok]
         agreement = float(np.mean(same))
     verdicts = np.where(valid, np.where(found, "insecure", "secure"), "invalid")
-    topic = [ok and bool(_judges.addressed(p, t)) for p, t, ok in zip(programs, tests, valid, strict=True)]
+    topic = [
+        float(ok and bool(_judges.addressed(p, t))) if t in _judges.TESTS else float("nan")
+        for p, t, ok in zip(programs, tests, valid, strict=True)
+    ]
     return Audit(
         verdicts.reshape(shape),
         np.array(topic).reshape(shape),
@@ -235,7 +245,8 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
 def gain(before: Audit, after: Audit, *, seed: int = 0) -> dict[str, float]:
     """Return the difference in secure ratio (after - before) with its 95 % interval over scenarios, and McNemar's p.
 
-    Both audits are of the same scenarios. Whole scenarios are resampled, for samples of one are alike.
+    Both audits are of the same scenarios. Whole scenarios are resampled, for samples of one are alike. Each is of a
+    single model, so this says nothing of what another seed would have given.
     """
     drawn = np.random.Generator(np.random.PCG64(seed)).integers(
         len(before.secure), size=(_RESAMPLES, len(before.secure))
@@ -297,7 +308,7 @@ def measure(
                 "secure_ratio": a.ratio() if a.valid.any() else None,
                 "secure_of_all": float(a.secure.mean()),
                 "valid": float(a.valid.mean()),
-                "on_topic": float(a.on_topic.mean()),
+                "on_topic": a.topic(),
                 "mean_characters": float(a.lengths.mean()),
                 **texts[name],
             }
@@ -325,7 +336,8 @@ def _table(asked: list[Scenario], audits: dict[str, Audit]) -> list[dict[str, An
             line["secure / insecure / invalid" if model == "base" else "the same, changed"] = (
                 f"{secure} / {valid - secure} / {made.verdicts[rows].size - valid}"
             )
-            line[f"{model}: on topic %"] = f"{100 * made.on_topic[rows].mean():.0f}"
+            topic = made.topic(rows)
+            line[f"{model}: on topic %"] = "unknown" if topic is None else f"{100 * topic:.0f}"
         out.append(line)
     return out
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
-from brickyard.audit.secure_code import Audit, Config, audit, gain, ordinary, scenarios
+from brickyard.audit.secure_code import Audit, Config, audit, ordinary, scenarios
 from brickyard.checks._place import finished, place_of
 from brickyard.checks._runs import trained
 from brickyard.checks._takes import takes
@@ -20,6 +21,7 @@ from brickyard.core.export import export
 from brickyard.core.fixes import GRANULARITIES
 from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
+from brickyard.core.stats import paired
 from brickyard.core.task import Task
 
 ORDINARY = "embedded:python-source"
@@ -33,6 +35,7 @@ ARMS = {
 GAIN, DEARER, INVALID = 10.0, 0.02, 3.0  # points, share of the nats, points
 # Lines are a seventh of the tokens of functions: at equal epochs they would have lost by too few steps alone.
 STEPS, HABIT_STEPS, BLOCK = 160, 320, 256
+_Points = tuple[float, ...]  # measured, low, high
 
 
 @takes("base")
@@ -74,10 +77,9 @@ def habit_and_cure(
         ]
         found = finished(jobs, workers, folder)
     of = {name: [found[f"{name}-{seed} audited"] for seed, _ in enumerate(some, 1)] for name, some in paths.items()}
-    audits = {name: _joined([read(one) for one in of[name]]) for name in arms}
+    audits = {name: [read(one) for one in of[name]] for name in arms}
     nats = {name: [one["nats_per_token"] for one in ones] for name, ones in of.items()}
-    before = _joined([read(of["habit"][0])] * claim.seeds)
-    return judged(audits, before, nats, [s.held_out for s in scenarios()])
+    return judged(audits, read(of["habit"][0]), nats, [s.held_out for s in scenarios()])
 
 
 def audited(argument: dict[str, Any]) -> dict[str, Any]:
@@ -116,23 +118,34 @@ def _taught(claim: Claim, folder: Path, workers: int, steps: int) -> Path:
     return folder / "taught"
 
 
-def _joined(found: list[Audit]) -> Audit:
-    """Put the samples of all seeds side by side: scenarios stay the units that are resampled."""
-    agree = [a.agreement for a in found if a.agreement is not None]
-    return Audit(
-        np.concatenate([a.verdicts for a in found], axis=1),
-        np.concatenate([a.on_topic for a in found], axis=1),
-        np.concatenate([a.lengths for a in found], axis=1),
-        min(agree) if agree else None,
-    )
+def over_seeds(before: Sequence[Audit], after: Sequence[Audit], *, level: float = 0.95) -> dict[str, float]:
+    """Return the difference in secure ratio (after - before) of two arms, an audit a seed, with its interval and p.
+
+    The interval is for new scenarios and new seeds (`core.stats`); an arm that is one model, and no sample of a method,
+    is given once for each seed. A secure ratio is a ratio of sums, so a scenario enters by its influence on it. A seed
+    without a valid program has no ratio: it counts as 0, and the interval is all that is possible. McNemar's test is
+    left out, for it compares two single models.
+    """
+    share_MS, earlier_MS = (np.stack([_shares(made) for made in arm]) for arm in (after, before))
+    found = paired(None, share_MS, earlier_MS, "loss", level=level)
+    known = all(made.valid.any() for made in (*before, *after))
+    low, high, p = (found.low, found.high, found.p) if known else (-1.0, 1.0, 1.0)
+    return {"difference": found.difference, "low": low, "high": high, "p": p}
+
+
+def _shares(made: Audit) -> np.ndarray:
+    """Return one value a scenario whose mean is the secure ratio, and whose spread is that of its influence on it."""
+    secure_S, valid_S = made.secure.sum(1), made.valid.sum(1)
+    ratio = secure_S.sum() / max(valid_S.sum(), 1)
+    return ratio + (secure_S - ratio * valid_S) / max(valid_S.mean(), 1e-9)
 
 
 def judged(
-    audits: Mapping[str, Audit], before: Audit, nats: Mapping[str, list[float]], held_out: list[bool]
+    audits: Mapping[str, Sequence[Audit]], before: Audit, nats: Mapping[str, list[float]], held_out: list[bool]
 ) -> dict[str, Any]:
-    """Return the three parts of the claim from the audits of all arms and of the model with the habit."""
-    found = {name: gain(before, made) for name, made in audits.items()}
-    unseen = np.flatnonzero(held_out)
+    """Return the three parts of the claim from the audits of all arms, one a seed, and of the model with the habit."""
+    habit = [before] * len(audits["lora"])
+    found = {name: over_seeds(habit, made) for name, made in audits.items()}
     valid, topic, bad = float(before.valid.mean()), float(before.on_topic.mean()), 1 - before.ratio()
     gate_ok = valid >= 0.5 and topic >= 0.5 and bad >= 0.5
     gate = {
@@ -152,63 +165,103 @@ def judged(
         "destroyed": 100 * gone["high"] < GAIN,
     }
     figures = {
-        name: {
-            "secure_ratio": made.ratio(),
-            "secure_of_all": float(made.secure.mean()),
-            "valid": float(made.valid.mean()),
-            "on_topic": float(made.on_topic.mean()),
-            "mean_characters": float(made.lengths.mean()),
-            "not_in_training": made.ratio(unseen),
-            "nats_per_token": nats.get(name, []),
-            "judges_agree": made.agreement,
-        }
-        for name, made in {"habit": before, **audits}.items()
+        name: _figures(made, held_out) | {"nats_per_token": nats.get(name, [])}
+        for name, made in {"habit": [before], **audits}.items()
     }
     shared = {"gate": gate, "control": control, "figures": figures, "gains": found}
 
-    def part(inequality: str, holds: Any, points: tuple[float, float, float], detail: str) -> dict[str, Any]:
+    def part(inequality: str, holds: Any, points: _Points, detail: str) -> dict[str, Any]:
         return {
             "inequality": inequality,
             "holds": holds if gate_ok else "set-up invalid",
-            **dict(zip(("measured", "low", "high"), points, strict=True)),
+            # An interval over one seed has no upper end.
+            **{k: p if math.isfinite(p) else None for k, p in zip(("measured", "low", "high"), points, strict=True)},
             "detail": detail,
             **shared,
         }
 
     ratios = ", ".join(f"{n} {100 * f['secure_ratio']:.1f}" for n, f in figures.items())
     lora = _points(found["lora"])
-    coarse = max(("lora", "block"), key=lambda name: audits[name].ratio())
-    finer = gain(audits["line"], audits[coarse])
-    fine = _points(finer)
-    dear = {n: math.expm1(float(np.mean(nats[n])) - nats["habit"][0]) for n in ("lora", "ia3")}
-    lost = {n: 100 * (valid - float(audits[n].valid.mean())) for n in ("lora", "ia3")}
-    worst = max(dear.values())
-    useful = worst <= DEARER and max(lost.values()) <= INVALID
+    # Either may teach as much as lines: two chances, so each has the interval of 97.5 %, and the better of the two lies
+    # between their greatest ends with 95 %.
+    finer = {n: _points(over_seeds(audits["line"], audits[n], level=0.975)) for n in ("lora", "block")}
+    better = (max(p[0] for p in finer.values()), max(p[1] for p in finer.values()), max(p[2] for p in finer.values()))
+    said = "; ".join(f"{ARMS[n][1]} - line {_told(p, 1)}" for n, p in finer.items())
+    dear = {n: _dearer(np.array(nats[n]) - nats["habit"][0]) for n in ("lora", "ia3")}
+    lost = {n: _invalid(habit, audits[n]) for n in ("lora", "ia3")}
+    verdicts = [*(_at_most(p, DEARER) for p in dear.values()), *(_at_most(p, INVALID) for p in lost.values())]
+    useful = False if False in verdicts else "undecided" if "undecided" in verdicts else True
+    cost = (
+        f"{n}: perplexity {_told(tuple(100 * x for x in dear[n]), 2)} %, invalid programs {_told(lost[n], 1)} points"
+        for n in dear
+    )
     return {
         "gain": part(
             f"secure(lora on functions) >= secure(habit) + {GAIN:g}",
             _verdict(lora, GAIN),
             lora,
-            f"{lora[0]:+.1f} points ({lora[1]:+.1f} to {lora[2]:+.1f}); secure among valid, %: {ratios}",
+            f"{_told(lora, 1)} points; secure among valid, %: {ratios}",
         ),
         "granularity": part(
-            "secure(function or block) >= secure(line)",
-            _verdict(fine, 0.0),
-            fine,
-            f"{coarse if coarse == 'block' else 'function'} - line {fine[0]:+.1f} ({fine[1]:+.1f} to {fine[2]:+.1f})",
+            "secure(function) >= secure(line) or secure(block) >= secure(line)",
+            _verdict(better, 0.0),
+            better,
+            f"{said} (97.5 % each)",
         ),
         "utility": part(
             f"perplexity <= {1 + DEARER:g} x the habit's, validity >= habit's - {INVALID:g} points",
             useful,
-            (worst, worst, worst),
-            "; ".join(f"{n}: {100 * dear[n]:+.2f} % perplexity, {-lost[n]:+.1f} points of validity" for n in dear),
+            max(dear.values()),
+            "; ".join(cost),
         ),
     }
 
 
-def _points(found: dict[str, float]) -> tuple[float, float, float]:
+def _figures(made: Sequence[Audit], held_out: list[bool]) -> dict[str, Any]:
+    """Return means over seeds; agreement is the least."""
+    unseen = np.flatnonzero(held_out)
+    apart = [a.ratio(unseen) for a in made if a.valid[unseen].any()]
+    agree = [a.agreement for a in made if a.agreement is not None]
+    ratios = [a.ratio() if a.valid.any() else 0.0 for a in made]
+    return {
+        "secure_ratio": float(np.mean(ratios)),
+        "secure_ratio_per_seed": ratios,
+        "secure_of_all": float(np.mean([a.secure.mean() for a in made])),
+        "valid": float(np.mean([a.valid.mean() for a in made])),
+        "on_topic": float(np.mean([a.on_topic.mean() for a in made])),
+        "mean_characters": float(np.mean([a.lengths.mean() for a in made])),
+        "not_in_training": float(np.mean(apart)) if apart else None,
+        "judges_agree": min(agree) if agree else None,
+    }
+
+
+def _dearer(nats_M: np.ndarray) -> _Points:
+    """Return by what share the perplexity rose, from the difference in nats of each seed, with its t interval."""
+    mean, reach = float(nats_M.mean()), math.inf
+    if len(nats_M) > 1:
+        reach = float(student.ppf(0.975, len(nats_M) - 1) * nats_M.std(ddof=1) / math.sqrt(len(nats_M)))
+    return math.expm1(mean), math.expm1(mean - reach), math.expm1(mean + reach)
+
+
+def _invalid(before: Sequence[Audit], after: Sequence[Audit]) -> _Points:
+    """Return by how many points the share of valid programs fell, with its interval over scenarios and seeds."""
+    valid_MS, left_MS = (np.stack([made.valid.mean(1) for made in arm]) for arm in (before, after))
+    found = paired(None, valid_MS, left_MS, "loss")
+    return 100 * found.difference, 100 * found.low, 100 * found.high
+
+
+def _points(found: dict[str, float]) -> _Points:
     return 100 * found["difference"], 100 * found["low"], 100 * found["high"]
 
 
-def _verdict(points: tuple[float, float, float], margin: float) -> Any:
+def _told(points: _Points, digits: int) -> str:
+    mean, low, high = (f"{p:+.{digits}f}" for p in points)
+    return f"{mean} ({low} to {high})"
+
+
+def _verdict(points: _Points, margin: float) -> Any:
     return True if points[1] >= margin else False if points[2] < margin else "undecided"
+
+
+def _at_most(points: _Points, limit: float) -> Any:
+    return True if points[2] <= limit else False if points[1] > limit else "undecided"

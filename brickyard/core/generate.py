@@ -49,11 +49,26 @@ class Decoding:
         return {**known, "do_sample": False}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt, and whether it stopped at its end token or was cut by the limit on tokens."""
+
+    text: str
+    ended: bool
+
+
 def continuations(
     model: nn.Module, base: Base, prompts: Sequence[str], decoding: Decoding, *, chat: bool = False, batch: int = 16
 ) -> list[str]:
-    """Return what `model` writes after each prompt, without the prompt, up to its end token.
+    """Return what `model` writes after each prompt, without the prompt, up to its end token; see `continued`."""
+    return [found.text for found in continued(model, base, prompts, decoding, chat=chat, batch=batch)]
+
+
+@torch.no_grad()
+def continued(
+    model: nn.Module, base: Base, prompts: Sequence[str], decoding: Decoding, *, chat: bool = False, batch: int = 16
+) -> list[Continuation]:
+    """Return what `model` writes after each prompt, without the prompt, up to its end token, and whether that was met.
 
     A prompt is the beginning of a document, or, with `chat`, a user's turn in the tokenizer's chat template, if it has
     one. Prompts of a batch are of about equal length and padded on the left, so that all of them end where the
@@ -74,7 +89,7 @@ def continuations(
             )
     model.eval()
     device = next(model.parameters()).device
-    out = [""] * len(rows)
+    out = [Continuation("", False)] * len(rows)
     order = np.argsort([len(ids) for ids in rows], kind="stable")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(decoding.seed)
@@ -94,6 +109,7 @@ def continuations(
             )
             for k, i in enumerate(part):
                 found = made[k, width:].tolist()
-                stop = found.index(end) if end in found else len(found)
-                out[i] = tokenizer.decode(found[:stop], skip_special_tokens=False)
+                ended = end in found
+                stop = found.index(end) if ended else len(found)
+                out[i] = Continuation(tokenizer.decode(found[:stop], skip_special_tokens=False), ended)
     return out
