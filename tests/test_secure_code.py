@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import text_data
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import brickyard
@@ -167,6 +167,7 @@ LINES = st.lists(st.sampled_from(["a = 1", "b = 2", "c = 3", "", "pass"]), max_s
 
 
 @settings(max_examples=150, deadline=None)
+@example(["a = 1", "b = 2", "a = 1", "a = 1"], ["", "a = 1", "a = 1", "a = 1"], "block")
 @given(LINES, LINES, st.sampled_from(["line", "file", "block", "function"]))
 def test_edits_round_trip_whatever_changed(old: list[str], new: list[str], granularity: str) -> None:
     def file(lines: list[str]) -> str:

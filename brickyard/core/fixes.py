@@ -54,18 +54,17 @@ def edits(before: str, after: str, granularity: str) -> list[Edit]:
     found = [_aligned(steps, start, end) for start, end in ranges]
     merged: list[tuple[int, int, int, int]] = []
     for i1, i2, j1, j2 in sorted(found):
-        if merged and (i1 < merged[-1][1] or j1 < merged[-1][3]):
-            p = merged[-1]
-            merged[-1] = (p[0], max(p[1], i2), p[2], max(p[3], j2))
-        else:
-            merged.append((i1, i2, j1, j2))
+        while merged and (i1 < merged[-1][1] or j1 < merged[-1][3]):  # one that grew may reach the one before it too
+            p = merged.pop()
+            i1, i2, j1, j2 = min(p[0], i1), max(p[1], i2), min(p[2], j1), max(p[3], j2)
+        merged.append((i1, i2, j1, j2))
     return [Edit(i1, i2, "".join(new[j1:j2])) for i1, i2, j1, j2 in merged]
 
 
 def apply(before: str, changes: list[Edit]) -> str:
     """Return the old file with the edits made."""
     lines = _lines(before)
-    for edit in sorted(changes, key=lambda e: e.start, reverse=True):
+    for edit in sorted(changes, key=lambda e: (e.start, e.end), reverse=True):  # what is put in there goes in last
         lines[edit.start : edit.end] = [edit.text]
     return "".join(lines)
 
