@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from conftest import text_data
 
 import brickyard
+from brickyard.checks import _runs
+from brickyard.checks import few_shot_content as check
+from brickyard.checks.run import Answers
+from brickyard.core import trial
 from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
@@ -20,6 +25,7 @@ from brickyard.core.split import Split
 from brickyard.core.task import Task
 from brickyard.core.template import Template, label_tokens
 from brickyard.core.trial import Setting, prepare
+from brickyard.tune import few_shot_content
 from brickyard.tune.few_shot_content import ClozeHead, Config, krippendorff
 
 MINILM = pytest.mark.skipif("minilm" not in __import__("brickyard.embedded").embedded.BASES, reason="no minilm")
@@ -121,6 +127,45 @@ def test_krippendorffs_alpha_is_that_of_the_book() -> None:
     assert abs(krippendorff(rng.integers(0, 4, (5, 4000)))) < 0.02
     with pytest.raises(UsageError, match="two coders"):
         krippendorff(np.zeros((1, 5)))
+
+
+def test_the_claim_is_judged_by_macro_f1_and_a_rival_that_never_left_the_majority_is_none() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.where(np.arange(400) % 10, 0, 1 + np.arange(400) // 10 % 2)  # nine of ten rows are of one class
+
+    def made(rare: float, often: float) -> Answers:
+        right = rng.random((5, 400)) < np.where(labels, rare, often)
+        return Answers(labels, np.where(right, labels, (labels + 1) % 3))
+
+    found = {"cloze": made(0.9, 0.95), "ordinary": made(0.5, 0.95), "mean": made(0.5, 0.9), "control": made(0.1, 0.6)}
+    out = check.judged(found)
+    assert out["holds"] is True and out["metric"] == "macro-f1" and out["control"]["destroyed"] is True
+    # Its gain in accuracy is small: the classes that gain are rare.
+    accuracy = {name: (of.predictions == labels).mean() for name, of in found.items()}
+    assert out["measured"] > 5 > 100 * (accuracy["cloze"] - accuracy["ordinary"])
+    assert out["figures"]["alpha"]["cloze"] == krippendorff(found["cloze"].predictions)
+    assert "alpha between seeds: cloze" in out["detail"]
+    stuck = {**found, "ordinary": Answers(labels, np.zeros((5, 400), dtype=int))}
+    assert check.judged(stuck)["holds"] == "set-up invalid"
+
+
+@MINILM
+def test_the_check_runs_and_searches_all_heads_by_macro_f1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[dict[str, Any]] = []
+
+    def here(jobs: Any, workers: int, folder: Path) -> dict[str, Any]:
+        settings.extend(job.argument["setting"] for job in jobs)
+        return {job.key: trial.run(job.argument) for job in jobs}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_runs, "finished", here)
+    claim = few_shot_content.RECORD.claims[0]
+    few: Any = replace(claim, data=text_data(), seeds=1, epochs=2, shots=4, max_length=16)
+    found = check.heads(few)
+    assert found["arms"].keys() == {"cloze", "ordinary", "mean", "probe", "control"} and found["low"] <= found["high"]
+    assert {one["metric"] for one in settings} == {"macro-f1"}
+    searched = [one["arm"] for one in settings if one["seed"] == 0]
+    assert len(searched) == 3 * len(claim.lrs)
 
 
 def test_what_has_no_gap_is_refused(text_base: Path) -> None:

@@ -306,6 +306,9 @@ def test_two_levels_learn_in_turn_on_rows_of_their_own(text_base: Path, tmp_path
     ready = prepare(asked)
     attached = build(ready.plan, ready.base, ready.task, seed=0)
     plan: Any = trial.curriculum_of(ready, ready.encoded, attached)
+    # The head is no activation, so it does not learn on their rows either.
+    both = {id(p) for p in (*plan.omega, *plan.theta)}
+    assert both == {id(p) for p in attached.parameters()} and len(plan.theta) < len(plan.omega)
     assert not set(plan.halves[0]) & set(plan.halves[1]) and len(plan.all) == sum(map(len, plan.halves))
     moved: list[tuple[str, bool, bool]] = []
 

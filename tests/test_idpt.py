@@ -15,7 +15,7 @@ from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
-from brickyard.core.errors import Refused, UsageError
+from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.loop import train, train_mode
 from brickyard.core.prefix import ENTERING
 from brickyard.core.roles import blocks
@@ -208,3 +208,38 @@ def test_what_cannot_work_is_refused(text_base: Path, causal_base: Path) -> None
     for options in ({"k": 0}, {"depth": 0}, {"dropout": 1.0}):
         with pytest.raises(UsageError):
             idpt.Config(**options)  # type: ignore[arg-type]
+
+
+def test_without_a_generator_the_same_head_reads_the_mean_in_the_prompts_place(text_base: Path, tmp_path: Path) -> None:
+    bare, whole = made(text_base, "none"), made(text_base, "static")
+    sizes = [{n: tuple(p.shape) for n, p in a.model.named_parameters() if n.startswith("head.")} for a in (bare, whole)]
+    assert sizes[0] == sizes[1] and sizes[0].keys() <= bare.tensors().keys()
+    model: Any = bare.model.eval()
+    assert not hasattr(model, "prompt")
+    given = batch(padded=2)
+    x = open_base(str(text_base)).backbone().eval()(**given).last_hidden_state
+    rest = x[:, 1:7]
+    wanted = model.head.mlp(torch.cat([x[:, 0], rest.mean(1), rest.amax(1)], dim=1))
+    torch.testing.assert_close(model(**given).logits, wanted)
+    assert type(bare.detach().head).__name__ == "Probe"  # type: ignore[union-attr]
+    rows: dict[str, Any] = {"base": str(text_base), "data": text_data(), "device": "cpu"}
+    training = {"epochs": 1, "batch": 8}
+    brick, result = brickyard.tune("idpt:generator=none", training=training, out=tmp_path / "run", **rows)
+    again = brickyard.evaluate(brick=brick.folder, data=text_data(), device="cpu")
+    assert again["score"]["mean"] == pytest.approx(result["score"]["mean"], abs=0.05)
+
+
+@pytest.mark.parametrize("generator", ["edgeconv", "mlp", "mean", "static", "none"])
+def test_a_row_with_no_token_behind_the_first_is_named(generator: str, text_base: Path) -> None:
+    attached = made(text_base, generator)
+    attached.model.eval()
+    given = batch()
+    given["attention_mask"][2, 1:] = 0
+    for inputs, row in ((given, 2), ({n: t[:, :1] for n, t in batch().items()}, 0)):
+        with pytest.raises(BadData, match=f"row {row} of the batch has no token behind the first"):
+            attached.model(**inputs)
+
+
+def test_the_claims_hold_idpt_against_heads_of_its_own_kind() -> None:
+    assert [claim.inequality.split()[2] for claim in idpt.RECORD.claims] == ["static", "bare"]
+    assert all(claim.arms[claim.inequality.split()[2]].startswith("idpt:") for claim in idpt.RECORD.claims)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, write_data
+from conftest import WORDS, documents, write_data
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -23,13 +23,14 @@ from brickyard.checks import meta_tuning as check
 from brickyard.core import trial
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
+from brickyard.core.completions import prompt_ids
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadData, UnknownName, UsageError
+from brickyard.core.errors import BadData, Refused, UnknownName, UsageError
 from brickyard.core.questions import Described, auc, chosen, parts, read_tasks, row
 from brickyard.core.split import Split
 from brickyard.core.task import Task
 from brickyard.data import meta_tuning
-from brickyard.data.meta_tuning import Config, balanced, permuted, source
+from brickyard.data.meta_tuning import Config, balanced, merged, permuted, source
 from brickyard.embedded import stdlib_modules
 
 NOUNS = ("film", "book", "room", "meal")
@@ -114,6 +115,33 @@ def test_permuted_questions_belong_to_no_label_of_their_own() -> None:
         assert sorted(other.labels.values()) == sorted(task.labels.values())
 
 
+def test_questions_are_permuted_among_all_labels_of_a_data_set(tmp_path: Path, tasks: Path) -> None:
+    two = [
+        Described("d", "g", {"a": ("is it a?",)}, frozenset({("a", "b")})),
+        Described("e", "g", {"a": ("is it e?",)}),
+        Described("d", "h", {"b": ("is it b?",), "a": ("is it like a?",)}),
+    ]
+    whole = merged(two)
+    assert [task.data for task in whole] == ["d", "e"] and whole[0].overlap == {("a", "b")}
+    assert whole[0].labels == {"a": ("is it a?", "is it like a?"), "b": ("is it b?",)}
+    # A group of one label has nothing to permute with inside itself; inside its data set it has.
+    split = (
+        "tasks:\n  - {data: nouns, group: one, labels: {film: 'is it a film?'}}\n"
+        "  - {data: nouns, group: two, labels: {book: 'is it a book?'}}\n"
+        "  - {data: nouns, group: three, labels: {room: 'is it a room?'}}\n"
+    )
+    path = tasks.with_name("apart.yaml")
+    path.write_text(split, encoding="utf-8")
+    plain, control, fewer = (
+        source(Config(hold_out="three", rows=10, test_rows=5, **more), path, seed=3).splits  # type: ignore[arg-type]
+        for more in ({}, {"permute": True}, {"groups": ("one",)})
+    )
+    said = zip(*(control["train"][k] for k in ("text", "text_pair", "label")), strict=True)
+    answered = [(q, text) for q, text, answer in said if answer == "yes"]
+    assert answered and all(("book" if q == "is it a film?" else "film") in text for q, text in answered)
+    assert plain["test"] == control["test"] == fewer["test"]
+
+
 def test_a_separator_parts_question_and_text_and_the_text_alone_is_cut(text_base: Path) -> None:
     base = open_base(str(text_base))
     question, text = "is it a film and not a book or a room or a meal ?", "film " * 10_000
@@ -194,9 +222,12 @@ def test_a_meta_tuned_brick_is_audited_on_what_it_never_saw(text_base: Path, tas
     text = "the room was very good"
     asked = [f"is it a {noun}?" for noun in ("film", "book", "room", "meal")]
     # The question is read; not every pair of the four need be told apart by a network of this size.
-    assert np.ptp(zero_shot.by_brick(model, base, [row(q, text) for q in asked], None)) > 0.1
-    long = zero_shot.by_brick(model, base, [row(q, "film " * 10_000) for q in asked], 16)
-    assert np.ptp(long) > 0.1  # also before a text of ten thousand words
+    whole, cut = zero_shot.by_brick(model, base, [row(q, text) for q in asked], None)
+    assert np.ptp(whole) > 0.1 and cut == 0
+    long, cut = zero_shot.by_brick(model, base, [row(q, "film " * 10_000) for q in asked], 16)
+    assert np.ptp(long) > 0.1 and cut == 4  # also before a text of ten thousand words
+    short = brickyard.audit(f"zero-shot:tasks={tmp_path / 'nouns.yaml'},length=12", brick=made.folder, **own)
+    assert said["truncated"] == 0 < short["truncated"] and f"{short['truncated']} rows were cut" in short["detail"]
     with pytest.raises(BadData, match="alone has"):
         zero_shot._must_fit(["is it a room?"], base, 6)
 
@@ -208,6 +239,11 @@ def test_without_a_brick_a_base_scores_by_cosine_or_by_words(
     data = read_data({k: rows[k] for k in ("train", "test")})
     found = zero_shot.measure(open_base(str(text_base)), None, zero_shot.Config(), data, device=torch.device("cpu"))
     assert "before" not in found and len(found["table"]) == 3 and 0 <= found["auc"] <= 1
+    pairs = {**rows["test"], "text_pair": [f"{text}{' very' * 30}" for text in rows["test"]["text_pair"]]}
+    long, few = read_data({"train": rows["train"], "test": pairs}), zero_shot.Config(length=24)
+    cut = zero_shot.measure(open_base(str(text_base)), None, few, long, device=torch.device("cpu"))
+    assert found["truncated"] == 0 and cut["truncated"] == len(set(pairs["text_pair"]))
+    assert cut["detail"].endswith(f"{cut['truncated']} texts were cut to fit")
     base = open_base(str(causal_base))
     with pytest.raises(UsageError, match="one token each is needed"):
         zero_shot.measure(base, None, zero_shot.Config(), data, device=torch.device("cpu"))
@@ -221,16 +257,34 @@ def test_a_language_model_is_asked_for_two_words(causal_base: Path, monkeypatch:
     asked = zero_shot.Asked(
         ["is it?"], np.zeros(3, int), ["the film", "a very very poor book " * 40, "room"], np.ones(3)
     )
-    found = zero_shot.by_words(base, asked, 24, torch.device("cpu"))
+    found, cut = zero_shot.by_words(base, asked, 24, torch.device("cpu"))
+    assert cut == 1
     model = base.model(zero_shot.Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0)
     tokenizer = base.tokenizer
     words = tokenizer.convert_tokens_to_ids(["bad", "good"])
     tail = tokenizer(" it is", add_special_tokens=False)["input_ids"]
     for value, text in zip(found, asked.rows, strict=True):
-        ids = tokenizer("".join(text), add_special_tokens=False)["input_ids"][: 24 - len(tail)] + tail
+        # A training text begins with this token, so a question does.
+        [[start, *ids]] = prompt_ids(base, ["".join(text)], chat=False)
+        ids = [start, *ids[: 24 - 1 - len(tail)], *tail]
+        assert len(ids) <= 24
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1, words]
         assert value == pytest.approx(logits.log_softmax(0)[1].item(), abs=1e-4)
+
+
+def test_a_brick_of_another_task_is_refused(causal_base: Path, text_base: Path, tasks: Path, tmp_path: Path) -> None:
+    rows = source(Config(hold_out="art", test_rows=6), tasks, seed=0).splits
+    data = read_data({k: rows[k] for k in ("train", "test")})
+    training = {"steps": 2, "batch": 4}
+    wrote = {"base": str(causal_base), "data": documents(), "training": training, "task": "causal-lm"}
+    told = {"base": str(text_base), "data": tasks.parent / "tone", "training": training, "device": "cpu"}
+    for name, how, match in (("a", wrote, "tuned on causal-lm"), ("b", told, "text-classification with 2 classes")):
+        folder = brickyard.tune("lora:r=2", out=tmp_path / name, **how)[0].folder  # type: ignore[arg-type]
+        base = open_base(how["base"])  # type: ignore[arg-type]
+        applied = brickyard.load(folder).apply(base)
+        with pytest.raises(Refused, match=match):
+            zero_shot.measure(base, applied, zero_shot.Config(), data, device=torch.device("cpu"))
 
 
 def test_task_files_are_read_strictly(tmp_path: Path) -> None:
@@ -310,7 +364,7 @@ def test_the_check_runs_from_end_to_end_and_its_verdicts_follow_the_areas(
     assert found.keys() == {"unseen", "groups"}
     assert set(found["unseen"]["figures"]["auc"]) == {"tuned", "permuted", "1 groups", "cosine"}
     assert len(found["unseen"]["figures"]["nearest"]) == 3
-    high, low = np.full((3, 8), 0.9), np.full((3, 8), 0.6)
+    high, low = np.full((3, 10), 0.9), np.full((3, 10), 0.6)
     areas = {"tuned": high, "permuted": low, "1 groups": low, "cosine": low}
     told = check.judged(areas, {}, [0.9], [])
     assert told["unseen"]["holds"] is True and told["groups"]["holds"] is True
@@ -318,3 +372,28 @@ def test_the_check_runs_from_end_to_end_and_its_verdicts_follow_the_areas(
     assert worse["unseen"]["holds"] is False and not worse["unseen"]["control"]["destroyed"]
     assert check.judged({**areas, "1 groups": high + 0.05}, {}, [0.9], [])["groups"]["holds"] is False
     assert check.judged(areas, {}, [0.9, 0.55], [])["groups"]["holds"] == "set-up invalid"
+    # A control that is not decided is not destroyed, and the verdict says so.
+    mixed = np.tile([0.5, 0.9], (3, 5))
+    unsure = check.judged({**areas, "permuted": mixed}, {}, [0.9], [])["unseen"]
+    assert unsure["control"]["holds"] == "undecided" and not unsure["control"]["destroyed"]
+    assert "the control is undecided" in unsure["detail"] and "undecided" not in told["unseen"]["detail"]
+
+
+@pytest.mark.parametrize(("by_seed", "by_label"), [(1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_the_interval_holds_the_truth_for_new_seeds_and_new_labels(by_seed: float, by_label: float) -> None:
+    g = np.random.Generator(np.random.PCG64(0))
+    held, seeds = 0, meta_tuning.RECORD.claims[0].seeds
+    for _ in range(400):
+        noise = by_seed * g.normal(size=(seeds, 1)) + by_label * g.normal(size=10) + 0.3 * g.normal(size=(seeds, 10))
+        found = check.difference(0.01 * noise, np.zeros((seeds, 10)), 0.0, "a >= b")
+        held += found["low"] <= 0 <= found["high"]
+    assert held >= 0.92 * 400
+    assert check.difference(np.ones((seeds, 1)), np.zeros((seeds, 1)), 0.0, "")["holds"] == "undecided"  # one label
+
+
+def test_a_share_of_labels_has_an_interval_also_where_all_are_better() -> None:
+    every = check.improved(np.ones((5, 10), dtype=bool), 60.0, "")
+    assert every["holds"] is True and 60 < every["low"] < 70 and every["high"] == pytest.approx(100)
+    assert check.improved(np.ones((5, 6), dtype=bool), 60.0, "")["holds"] == "undecided"
+    half = check.improved(np.tile([True, False], (5, 5)), 60.0, "")
+    assert half["low"] + half["high"] == pytest.approx(100) and half["holds"] == "undecided"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from conftest import make_text_base, text_data
 
 import brickyard
-from brickyard.checks.pvp import SHOTS, TUNERS, halves, judged, shrinks
+from brickyard.checks import _runs
+from brickyard.checks import pvp as check
+from brickyard.checks.pvp import SHOTS, TUNERS, halves, judged, search_rows, shrinks
 from brickyard.checks.run import Answers
 from brickyard.core import trial
 from brickyard.core.arm import parse
@@ -88,6 +92,14 @@ def test_of_several_bricks_the_mean_is_taken(text_base: Path, tmp_path: Path) ->
         torch.testing.assert_close(attached.tensors()[name], (a[name] + b[name]) / 2)
 
 
+def test_options_are_compared_as_they_are_read_not_as_they_are_written(text_base: Path, tmp_path: Path) -> None:
+    folder = upstream("lora", text_base, tmp_path / "up")
+    given: dict[str, Any] = {"base": str(text_base), "data": text_data(), "device": "cpu"}
+    ready = prepare(Setting(arm=f"lora:alpha=16,r=8 + pvp:brick={folder}", **given))
+    attached = build(ready.plan, ready.base, ready.task, seed=0)
+    assert initialise(ready, attached)["pvp"]["tensors"] == len(pvp.modules_of(attached)) > 0
+
+
 def test_what_does_not_fit_is_refused(text_base: Path, tmp_path: Path) -> None:
     folder = upstream("lora:r=2", text_base, tmp_path / "up")
     given: dict[str, Any] = {"data": text_data(), "device": "cpu"}
@@ -111,13 +123,23 @@ def test_the_claim_is_judged_on_common_draws() -> None:
         return Answers(labels, np.where(good, labels, (labels + 1) % 4))
 
     share = {1: 0.4, 2: 0.5, 16: 0.8}
-    found = {(n, k): made(share[k]) for n in ("prompts", "lora", "lora noise", "probe") for k in SHOTS}
+    found = {(n, k): made(share[k]) for n in (*TUNERS, *(f"{n} noise" for n in TUNERS), "probe") for k in SHOTS}
     for name in TUNERS:
         found |= {(f"{name} pvp", k): made(share[k] + (0.2 if k < 16 else 0.03)) for k in SHOTS}
         found |= {(f"{name} frozen", k): made(share[k]) for k in SHOTS}
     out = judged(found)
     assert [out[part]["holds"] for part in ("prompts", "lora", "shape")] == [True, True, True]
-    assert out["lora"]["control"]["destroyed"]
+    assert all(out[part]["control"]["destroyed"] for part in out)
+    assert out["prompts"]["control"]["what"].startswith("prompts") and "lora" in out["lora"]["control"]["inequality"]
+    assert out["prompts"]["inequality"].endswith("with 1 and 2 examples a class and pvp >= fresh + 0 with 16")
+    assert "beats the frozen-theta* probe with 1 and 2" in out["prompts"]["detail"]
+    half = np.where(np.arange(5)[:, None] < 2, made(0.1).predictions, made(0.9).predictions)
+    unsure = judged({**found, ("prompts noise", 1): Answers(labels, half)})["prompts"]
+    assert unsure["control"]["holds"] == "undecided" and not unsure["control"]["destroyed"]
+    assert "the control is undecided" in unsure["detail"] and "undecided" not in out["prompts"]["detail"]
+    # With sixteen examples the prompts must not lose either.
+    lost = judged({**found, ("prompts pvp", 16): made(0.6)})["prompts"]
+    assert lost["holds"] is False and lost["measured"] < -10
     flat = judged({**found, **{("lora pvp", k): made(share[k] - 0.1) for k in SHOTS}})
     assert flat["lora"]["holds"] is False
     nothing = judged({**found, ("lora", 16): made(0.4)})
@@ -149,3 +171,42 @@ def test_classes_are_dealt_to_two_sides() -> None:
     sides = [set(rows["train"]["label"]) for rows in (up, down)]
     assert not sides[0] & sides[1] and min(map(len, sides)) > 2
     assert all(set(rows["test"]["label"]) == side for rows, side in zip((up, down), sides, strict=True))
+
+
+def test_rates_are_searched_on_other_classes_than_those_that_judge() -> None:
+    up, down = halves("embedded:stdlib-topics")
+    rows = search_rows(up)
+    assert set(rows["validation"]["label"]) == set(up["train"]["label"]) and len(rows["validation"]["text"]) == 300
+    assert sorted(Counter(rows["train"]["label"]).values()) == [2] * 4
+    seen = set(rows["train"]["text"]) | set(rows["validation"]["text"])
+    assert not seen & {*up["train"]["text"], *down["test"]["text"], *down["train"]["text"]}
+    assert not set(rows["train"]["text"]) & set(rows["validation"]["text"])
+
+
+def test_the_check_runs_and_every_start_searches_the_same_grid(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    def here(jobs: Any, workers: int, folder: Path) -> dict[str, Any]:
+        searched.extend(job.key for job in jobs if job.argument.get("role") == "search")
+        return {job.key: trial.run(job.argument) for job in jobs}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_runs, "finished", here)
+    monkeypatch.setattr(check, "SHOTS", (1, 16))
+    monkeypatch.setattr(check, "GRID", (1e-3, 1e-2))
+    monkeypatch.setattr(check, "STEPS", 4)
+    given = text_data(128)
+    data = {}
+    for split, rows in given.items():
+        label = [f"{v} {i // 2 % 2}" for i, v in enumerate(rows["label"])]
+        data[split] = {"text": rows["text"], "label": label}
+    claim = replace(pvp.RECORD.claims[0], base=str(text_base), data=data, seeds=1, max_length=16)  # type: ignore[arg-type]
+    found = check.by_shots(claim, upstream_rows=16)
+    assert found.keys() == {"prompts", "lora", "shape"}
+    names = [f"{name}{more}" for name in TUNERS for more in ("", " pvp", " frozen")]
+    assert sorted(searched) == sorted(f"{name} {lr}" for name in names for lr in (1e-3, 1e-2))
+    settings = found["prompts"]["figures"]["settings"]
+    assert settings["prompts noise"] == settings["prompts pvp"] and "lr=" in settings["lora"]
+    assert "lora noise@1" in found["lora"]["figures"]["means"]

@@ -354,6 +354,14 @@ def test_unipts_rows_of_attention_sum_to_one_or_nothing() -> None:
     torch.testing.assert_close(nothing, z.abs())
 
 
+def test_weight_decay_leaves_unipts_gains_and_biases_alone(text_base: Path) -> None:
+    attached, _ = made("unipt:width=8", text_base)
+    names = {id(p): n for n, p in attached.model.named_parameters()}
+    spared = {names[id(p)] for g in attached.parameter_groups if g.get("weight_decay") == 0.0 for p in g["params"]}
+    assert {f"{SIDE}.{name}" for name in ("down_bias", "scale", "shift", "norm.weight", "gate.bias")} <= spared
+    assert not {f"{SIDE}.{name}" for name in ("down", "project.weight", "up.weight", "gate.weight")} & spared
+
+
 def test_unipt_treats_its_layers_alike_and_weighs_them_by_example() -> None:
     torch.manual_seed(0)
     net = unipt.Parallel(12, 6, 4)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from brickyard.core.answers import predict
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
+from brickyard.core.documents import boundary
 from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.method import Record
 from brickyard.core.objective import language_model, states
@@ -124,22 +125,28 @@ def asked_of(data: Data, tasks: str) -> Asked:
 def measure(
     base: Base, changed: Base | Applied | None, config: Config, data: Data, *, device: torch.device
 ) -> dict[str, Any]:
-    """Return {"table": a row for each question, "auc", "before", "improved", "skipped", "detail", ...}.
+    """Return {"table": a row for each question, "auc", "before", "improved", "skipped", "truncated", "detail", ...}.
 
-    Raises UsageError or BadData where data and questions do not fit, Refused where the model has no yes and no.
+    `truncated` counts the rows whose text was cut before they were scored (by cosine: the texts). Raises UsageError or
+    BadData where data and questions do not fit, Refused where the model has no yes and no.
     """
     asked = asked_of(data, config.tasks)
     cut = config.length or base.context
     _must_fit(asked.questions, base, cut)
+    short = 0
     if isinstance(changed, Applied):
-        score_N = by_brick(changed.model.to(device), base, asked.rows, config.length or None)
+        _answers_pairs(changed)
+        score_N, short = by_brick(changed.model.to(device), base, asked.rows, config.length or None)
     elif changed is not None:
         raise UsageError("zero-shot: --brick must be a brick that was trained on yes/no rows.")
     elif base.generative:
-        score_N = by_words(base, asked, config.length or None, device)
+        score_N, short = by_words(base, asked, config.length or None, device)
     else:
         score_N = None
-    cosine_N, near = _cosines(base, asked, data, config.length or None, device) if not base.generative else (None, {})
+    cosine_N, near = None, {}
+    if not base.generative:
+        cosine_N, near, texts_short = _cosines(base, asked, data, config.length or None, device)
+        short = texts_short if score_N is None else short
     found = {"auc": score_N if score_N is not None else cosine_N}
     if isinstance(changed, Applied) and cosine_N is not None:
         found["before"] = cosine_N
@@ -155,7 +162,7 @@ def measure(
     if not table:
         raise BadData("zero-shot: no question has texts of both answers; give more rows.")
     means = {name: float(np.mean([line[name] for line in table])) for name in found}
-    out: dict[str, Any] = {"table": table, **means, "skipped": skipped, "rows": len(asked.texts)}
+    out: dict[str, Any] = {"table": table, **means, "skipped": skipped, "rows": len(asked.texts), "truncated": short}
     detail = f"mean AUC {means['auc']:.3f} over {len(table)} questions"
     if "before" in means:
         out["improved"] = float(np.mean([line["auc"] > line["before"] for line in table]))
@@ -165,7 +172,9 @@ def measure(
         guess_N = chosen(found["auc"].reshape(len(owner_D), -1).T, owner_D)
         out["accuracy"] = float((guess_N == label_N).mean())
         detail += f"; accuracy {out['accuracy']:.3f} among {len(np.unique(owner_D))} classes"
-    out["detail"] = detail + (f"; {skipped} questions had texts of one answer only" if skipped else "")
+    detail += f"; {skipped} questions had texts of one answer only" if skipped else ""
+    what = "texts" if score_N is None else "rows"
+    out["detail"] = detail + (f"; {short} {what} were cut to fit" if short else "")
     return out
 
 
@@ -183,8 +192,22 @@ def _pairs(split: Split) -> list[tuple[str, str]]:
     return [parts(*pair) for pair in zip(split["text"], split["text_pair"], strict=True)]
 
 
-def by_brick(model: nn.Module, base: Base, rows: list[tuple[str, str]], length: int | None) -> np.ndarray:
-    """Return log p(yes) of each row [N] by a classifier with the outputs no and yes; Refused for one with others."""
+def _answers_pairs(changed: Applied) -> None:
+    """Raise Refused for a brick that was tuned on anything but pairs with two classes."""
+    task = changed.brick.task if changed.brick is not None else None
+    if task is not None and (task.kind != "pair-classification" or task.width != 2):
+        classes = f" with {task.width} classes" if task.labels else ""
+        raise Refused(
+            f"zero-shot: the brick was tuned on {task.kind}{classes}; one for pairs with the classes no and yes is "
+            "needed."
+        )
+
+
+def by_brick(model: nn.Module, base: Base, rows: list[tuple[str, str]], length: int | None) -> tuple[np.ndarray, int]:
+    """Return log p(yes) of each row [N] by a classifier with the outputs no and yes, and the number of rows cut.
+
+    Refused for a classifier with other outputs.
+    """
     first, second = (list(column) for column in zip(*rows, strict=True))
     encoded = encode(Split({"text": first, "text_pair": second}), base, _PAIR, max_length=length)
     logits_N2 = predict(model, encoded)
@@ -192,14 +215,15 @@ def by_brick(model: nn.Module, base: Base, rows: list[tuple[str, str]], length: 
         raise Refused(
             f"zero-shot: the brick has {logits_N2.shape[1]} outputs; one with the classes no and yes is needed."
         )
-    return torch.from_numpy(logits_N2).log_softmax(1)[:, 1].numpy()
+    return torch.from_numpy(logits_N2).log_softmax(1)[:, 1].numpy(), encoded.report["truncated"]
 
 
 @torch.no_grad()
-def by_words(base: Base, asked: Asked, length: int | None, device: torch.device) -> np.ndarray:
-    """Return log p(yes) of each row [N] by a language model's next word behind "answer:", among yes and no.
+def by_words(base: Base, asked: Asked, length: int | None, device: torch.device) -> tuple[np.ndarray, int]:
+    """Return log p(yes) of each row [N] by a language model's next word behind "answer:", and the number of rows cut.
 
-    Of the vocabulary only the rows of the two words are multiplied. Raises UsageError where one of them is not a token.
+    A row begins with the token that stands before every text in training, and p is that of yes among yes and no. Of the
+    vocabulary only the rows of the two words are multiplied. Raises UsageError where one of them is not a token.
     """
     tokenizer = base.tokenizer
     pair = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (NO, YES)]
@@ -209,10 +233,12 @@ def by_words(base: Base, asked: Asked, length: int | None, device: torch.device)
             "needed."
         )
     tail = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-    limit = min((n for n in (length, base.context) if n is not None), default=10**9) - len(tail)
+    limit = min((n for n in (length, base.context) if n is not None), default=10**9) - len(tail) - 1
     _must_fit(asked.questions, base, limit)
     lines = ["".join(pair) for pair in asked.rows]
-    rows = [ids[:limit] + tail for ids in tokenizer(lines, verbose=False, add_special_tokens=False)["input_ids"]]
+    start, _ = boundary(base)
+    whole = tokenizer(lines, verbose=False, add_special_tokens=False)["input_ids"]
+    rows = [[start, *ids[:limit], *tail] for ids in whole]
     model = base.model(Task("causal-lm", "bits_per_byte", None, 1, "text"), seed=0).to(device)
     plain = language_model(model)
     head: Any = plain.get_output_embeddings()  # type: ignore[operator]
@@ -229,31 +255,33 @@ def by_words(base: Base, asked: Asked, length: int | None, device: torch.device)
         x_BTD = states(plain, {"input_ids": padded, "attention_mask": mask.long()})
         logits_B2 = F.linear(x_BTD[torch.arange(len(part), device=device), last], weight_2D, bias_2)
         out[part] = logits_B2.float().log_softmax(1)[:, 1].cpu().numpy()
-    return out
+    return out, sum(len(ids) > limit for ids in whole)
 
 
 def _cosines(
     base: Base, asked: Asked, data: Data, length: int | None, device: torch.device
-) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
-    """Return the cosine of question and text of each row [N], and the nearest question of train for each question."""
+) -> tuple[np.ndarray, dict[str, dict[str, Any]], int]:
+    """Return the cosine of question and text of each row [N], each question's nearest one of train, and texts cut."""
     model = base.backbone().to(device)
 
-    def embedded(texts: list[str]) -> torch.Tensor:
+    def embedded(texts: list[str]) -> tuple[torch.Tensor, int]:
         rows = encode(Split({"text": texts}), base, _PLAIN, max_length=length)
-        return F.normalize(layer_means(model, rows, np.arange(len(texts)))[-1], dim=1)
+        made = F.normalize(layer_means(model, rows, np.arange(len(texts)))[-1], dim=1)
+        return made, rows.report["truncated"]
 
     texts = list(dict.fromkeys(asked.texts))
     place = {text: i for i, text in enumerate(texts)}
-    x_ND, q_DD = embedded(texts), embedded(asked.questions)
+    (x_ND, short), (q_DD, _) = embedded(texts), embedded(asked.questions)  # questions fit, see _must_fit
     which = torch.from_numpy(asked.question_N)
     cosine_N = (q_DD[which] * x_ND[[place[text] for text in asked.texts]]).sum(1).numpy()
     train = data.splits.get("train")
     if asked.classes is not None or train is None:
-        return cosine_N, {}
+        return cosine_N, {}, short
     seen = sorted({question for question, _ in _pairs(train)})
-    similar = q_DD @ embedded(seen).T
+    similar = q_DD @ embedded(seen)[0].T
     best = similar.max(1)
-    return cosine_N, {
+    near = {
         question: {"nearest": seen[int(best.indices[i])], "similarity": float(best.values[i])}
         for i, question in enumerate(asked.questions)
     }
+    return cosine_N, near, short

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
@@ -26,7 +27,7 @@ from brickyard.tune.mpt import Config, Prompted, PseudoLabels
 # One word of a usual English vocabulary for each topic of embedded:stdlib-topics, in the order of their names.
 WORDS = ("network", "development", "file", "graphics", "internet", "language", "text")
 LR = 1e-4  # of every classifier here
-_RESAMPLES = 2000
+LABELLED = -1  # in place of the guess at a row whose label a seed was given
 
 
 @takes("base", "data")
@@ -51,7 +52,8 @@ def few_labels(
     arm = f"full + mpt:{given}head_steps={head_steps}{',' + options if options else ''}"
     found: dict[str, list[np.ndarray]] = {}
     pooled: dict[str, list[np.ndarray]] = {}
-    truths: list[np.ndarray] = []
+    unique = {text: i for i, text in enumerate(dict.fromkeys(data["train"]["text"]))}
+    truth_U = np.full(len(unique), LABELLED)
     details: list[dict[str, Any]] = []
     test_labels = np.empty(0)
     for seed in range(1, claim.seeds + 1):
@@ -69,7 +71,8 @@ def few_labels(
         labels = ready.encoded["train"].labels
         truth = torch.from_numpy(_truth(data, ready))
         given_N = labels.numpy() != IGNORED
-        truths.append(truth.numpy()[~given_N])
+        place_N = np.array([unique[text] for text in ready.data.splits["train"]["text"]])
+        truth_U[place_N] = truth.numpy()
         prompted = mpt.ask(config, ready)
         few = ready.encoded["train"].take(np.flatnonzero(given_N))
         tuned, own = _trained(ready, few, few_epochs)
@@ -82,8 +85,9 @@ def few_labels(
         said["mpt"] = (config, prompted)
         for name, (using, answers) in said.items():
             weight_P = answers.before_P if using.weights == "accuracy" else np.ones(len(answers.before_P))
-            guess = mpt.ensemble(answers.scores_PNC, weight_P).argmax(1)
-            pooled.setdefault(name, []).append(guess[~given_N])
+            guess_U = np.full(len(unique), LABELLED)
+            guess_U[place_N[~given_N]] = mpt.ensemble(answers.scores_PNC, weight_P).argmax(1)[~given_N]
+            pooled.setdefault(name, []).append(guess_U)
         found.setdefault("fine-tuning", []).append(tuned)
         said["ceiling"] = (replace(alone, soft=False), _true(truth, ready.task.width))
         names = ready.task.labels or ()
@@ -98,7 +102,7 @@ def few_labels(
             learned, _ = _trained(ready, WithColumns(ready.encoded["train"], columns), epochs, config)
             found.setdefault(name, []).append(learned)
     arms = {name: Answers(test_labels, np.stack(rows)) for name, rows in found.items()}
-    labelling = {name: Answers(np.concatenate(truths), np.concatenate(rows)[None]) for name, rows in pooled.items()}
+    labelling = {name: Answers(truth_U, np.stack(guesses)) for name, guesses in pooled.items()}
     return judged(arms, labelling, details)
 
 
@@ -164,7 +168,10 @@ def _loss(config: Config, model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def judged(
     arms: dict[str, Answers], labelling: dict[str, Answers], details: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the two parts of the claim: answers to the test rows by arm, and to the pool's rows by labeller."""
+    """Return the two parts of the claim: answers to the test rows by arm, and to the pool's rows by labeller.
+
+    Of the pool's rows a seed's guess is LABELLED where it had the label.
+    """
 
     def compare(text: str, among: dict[str, Answers], metric: str) -> dict[str, Any]:
         return {"inequality": text, **judge(Inequality.read(text), among, metric)}
@@ -172,15 +179,24 @@ def judged(
     gate = compare("ceiling >= fine-tuning + 3.0", arms, "macro-f1")
     gain = [compare(f"mpt >= {other}", arms, "macro-f1") for other in ("fine-tuning + 3.0", "self-training + 1.0")]
     gone = compare("control >= fine-tuning + 3.0", arms, "macro-f1")
-    mixture = [compare(f"mpt >= {other} - 0.5", labelling, "accuracy") for other in ("words", "vectors")]
-    mixture.append(_not_below(arms["mpt"], labelling["mpt"], 2.0))
+    hits = {name: _hits(a) for name, a in labelling.items()}
+    mixed_S, mixed_SU = hits["mpt"]
+    mixture = [
+        _by_seed(f"mpt >= {other} - 0.5", -0.5, mixed_S - hits[other][0], [mixed_SU - hits[other][1]])
+        for other in ("words", "vectors")
+    ]
+    final_S, final_SN = _hits(arms["mpt"])
+    mixture.append(
+        _by_seed("accuracy(mpt) >= accuracy(its labels) - 2.0", -2.0, final_S - mixed_S, [final_SN, mixed_SU])
+    )
     means = {name: 100 * float(np.mean(a.predictions == a.labels)) for name, a in arms.items()}
-    pool = {name: 100 * float(np.mean(a.predictions == a.labels)) for name, a in labelling.items()}
+    pool = {name: float(accuracy_S.mean()) for name, (accuracy_S, _) in hits.items()}
+    unsure = "; the control is undecided" if gone["holds"] == "undecided" else ""
     shared = {
         "gate": gate,
         "control": {
             "what": "the pseudo-labels dealt out anew among the pool's rows",
-            "destroyed": gone["holds"] is not True,
+            "destroyed": gone["holds"] is False,
             **gone,
         },
         "figures": {"test_accuracy": means, "pool_accuracy": pool, "runs": details},
@@ -190,31 +206,37 @@ def judged(
         "mixture": "accuracy on the pool: " + ", ".join(f"{name} {mean:.1f}" for name, mean in pool.items()),
     }
     return {
-        name: {**_all(rows), **shared, "detail": f"{_figures(rows)}; {said[name]}"}
+        name: {**_all(rows), **shared, "detail": f"{_figures(rows)}; {said[name]}{unsure}"}
         if gate["holds"] is True
         else {**_all(rows), **shared, "holds": "set-up invalid", "detail": f"{_figures([gate])}; {said[name]}"}
         for name, rows in (("gain", gain), ("mixture", mixture))
     }
 
 
-def _not_below(final: Answers, labels: Answers, margin: float) -> dict[str, Any]:
-    """Judge whether a model's accuracy on test is at most `margin` points below that of the labels it learned from.
+def _hits(of: Answers) -> tuple[np.ndarray, np.ndarray]:
+    """Return each seed's accuracy [S] on the rows that it had to answer, in points, and each one's influence [S, N]."""
+    asked_SN = of.predictions != LABELLED
+    count_S1 = asked_SN.sum(1, keepdims=True)
+    right_SN = 100.0 * (asked_SN & (of.predictions == of.labels))
+    mean_S1 = right_SN.sum(1, keepdims=True) / count_S1
+    return mean_S1[:, 0], asked_SN * (right_SN - mean_S1) * (asked_SN.shape[1] / count_S1)
 
-    The two stand on different rows, so that each is resampled by itself; seeds are resampled for the model.
+
+def _by_seed(text: str, margin: float, gain_S: np.ndarray, samples: list[np.ndarray]) -> dict[str, Any]:
+    """Judge the mean of each seed's difference; `samples` hold the influence [S, N] of the rows of independent samples.
+
+    Seeds label other rows, so that `judge` cannot pair them. The 95 % interval is Student's with Satterthwaite's
+    degrees of freedom, for new rows and new seeds; what is left between the two counts in both, which only widens it.
     """
-    draw = np.random.Generator(np.random.PCG64(0))
-    right_SN = (final.predictions == final.labels).astype(float)
-    right_U = (labels.predictions == labels.labels).astype(float).ravel()
-    seeds, rows = right_SN.shape
-    differences = np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        some = right_SN[draw.integers(seeds, size=seeds)][:, draw.integers(rows, size=rows)].mean()
-        differences[i] = 100 * (some - right_U[draw.integers(len(right_U), size=len(right_U))].mean())
-    low, high = np.quantile(differences, (0.025, 0.975))
-    holds: Any = True if low >= -margin else False if high < -margin else "undecided"
-    measured = 100 * float(right_SN.mean() - right_U.mean())
-    text = f"accuracy(mpt) >= accuracy(its labels) - {margin:.1f}"
-    return {"inequality": text, "measured": measured, "low": float(low), "high": float(high), "holds": holds}
+    seeds, mean = len(gain_S), float(gain_S.mean())
+    parts = [(float(psi_SN.mean(0).var(ddof=1) / psi_SN.shape[1]), psi_SN.shape[1] - 1) for psi_SN in samples]
+    if seeds > 1:
+        parts.append((float(gain_S.var(ddof=1) / seeds), seeds - 1))
+    total, squares = sum(v for v, _ in parts), sum(v**2 / df for v, df in parts)
+    half = float(student.ppf(0.975, total**2 / squares)) * total**0.5 if squares > 0 else 0.0
+    low, high = mean - half, mean + half
+    holds: Any = True if low >= margin else False if high < margin else "undecided"
+    return {"inequality": text, "measured": mean, "low": low, "high": high, "holds": holds}
 
 
 def _all(rows: list[dict[str, Any]]) -> dict[str, Any]:

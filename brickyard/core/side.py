@@ -178,11 +178,14 @@ def attach_side(
     cache: bool = True,
     store: str = "float16",
     modules: Sequence[tuple[str, nn.Module]] | None = None,
+    no_decay: Sequence[str] = (),
 ) -> Attached:
     """Put `side` beside the frozen backbone of `model`; it and the task's own head train.
 
     trainable: names of the side network's parameters that train; None: all of them. cache: let the loop keep the states
-    of each row (of one size all). modules: (name, module) of what is read, see Reader. A brick stores what trains.
+    of each row (of one size all). modules: (name, module) of what is read, see Reader. no_decay: names of the side
+    network's parameters that weight decay leaves alone beside those with one axis: gains and biases of several layers
+    in one tensor. A brick stores what trains.
     """
     if hasattr(model, SIDE):
         raise Refused("this model already has a side network; take it off first.")
@@ -194,7 +197,8 @@ def attach_side(
     inside = [name for name, _ in side.named_parameters()] if trainable is None else trainable
     wanted = {f"{SIDE}.{name}" for name in inside}
     found = [n for n, _ in model.named_parameters() if n in wanted or n.startswith(heads)]
-    flat = [n for n, p in model.named_parameters() if p.ndim < 2]
+    spared = {f"{SIDE}.{name}" for name in no_decay}
+    flat = [n for n, p in model.named_parameters() if p.ndim < 2 or n in spared]
     matched = {"read": ["what enters the first block" if i == 0 else read[i - 1][0] for i in layers]}
     attached = attach_in_place(model, found, matched=matched, no_decay=flat)
     resting = keep_at_rest(model, [backbone_of(model)])

@@ -40,27 +40,15 @@ RECORD = Record(
     search={"lr": (5e-4, 1e-3, 2e-3)},
     claims=(
         Claim(
-            text="With 16 texts a class LoRA with a cloze head beats LoRA with an ordinary head by 2 points.",
-            inequality="cloze >= ordinary + 2.0",
-            arms={
-                "cloze": "lora:r=8,alpha=16 + few-shot-content",
-                "ordinary": "lora:r=8,alpha=16 + linear-probe:pool=cls",
-                "mean": "lora:r=8,alpha=16 + linear-probe",
-                "probe": "linear-probe:lr=1e-2",
-            },
-            control={
-                "what": "training labels shuffled: there is nothing left to learn",
-                "arm": "lora:r=8,alpha=16 + few-shot-content",
-                "labels": "shuffled",
-                "inequality": "cloze > control + 5.0",
-            },
-            gate="mean > majority + 10.0",
+            text="With 16 texts a class LoRA with a cloze head beats LoRA with an ordinary head by 2 points of "
+            "macro-F1.",
+            measure="heads",
             data="trec|embedded:stdlib-topics",
             epochs=10,
             seeds=5,
             shots=16,
             batch=8,
-            lr_factors=(1.0, 3.0),
+            lrs=(1e-3, 3e-3),
             full={"shots": 40, "max_length": 0, "seeds": 9},
         ),
     ),

@@ -300,7 +300,10 @@ def share(base: Base, tenants: Mapping[str, str | Path], *, attention: str = "sd
 
 
 class Bilevel(Curriculum):
-    """Generators and activations in turn, on rows of their own, for half of the steps; then generators alone on all."""
+    """Generators and activations in turn, on rows of their own, for half of the steps; then generators alone on all.
+
+    The task's own head learns with the generators.
+    """
 
     needs_gradients = True
 
@@ -313,6 +316,7 @@ class Bilevel(Curriculum):
         self.theta = [p for p in generator.activations.parameters()]
         theta = {id(p) for p in self.theta}
         self.omega = [p for p in generator.parameters() if id(p) not in theta]
+        self.omega += [p for name in own_head(model) for p in model.get_submodule(name).parameters()]
 
     def choose(self, state: State) -> tuple[np.ndarray, dict[str, Any]]:
         if 2 * state.step >= state.total:

@@ -6,8 +6,9 @@
                             f_i  = max_j LeakyReLU( BatchNorm( W e_ij ) )
               then          P    = max_i LeakyReLU( BatchNorm( W_5 [f^1; f^2; f^3] ) )
     mlp: the same without neighbours;   mean: a linear map of the mean;   static: one trained token (the control)
+    none: no prompt (the baseline)
 
-    head  = MLP( [cls ; P ; max over tokens] ), all after the last norm
+    head  = MLP( [cls ; P ; max over tokens] ), all after the last norm; without a prompt the mean stands in P's place
 
 W e_ij = A f_j + (B - A) f_i, so two products per token stand for k per edge. All below block p is frozen and a pure
 function of the input, and is computed once for all epochs.
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brickyard.core.attached import Attached, attach_in_place
-from brickyard.core.errors import Refused, UsageError
+from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.headed import HeadedModel
 from brickyard.core.method import Claim, Record
 from brickyard.core.prefix import Prefix, keep_at_rest
@@ -67,16 +68,16 @@ RECORD = Record(
             full={"train_rows": 2000, "max_length": 0, "epochs": 10},
         ),
         Claim(
-            text="IDPT beats a linear probe by 2 points.",
-            inequality="idpt >= probe + 2.0",
-            arms={"idpt": "idpt", "probe": "linear-probe:lr=1e-2,wd=0"},
+            text="IDPT beats the same head without a prompt (cls, mean and maximum) by 2 points.",
+            inequality="idpt >= bare + 2.0",
+            arms={"idpt": "idpt", "bare": "idpt:generator=none", "probe": "linear-probe:lr=1e-2,wd=0"},
             control={
                 "what": "training labels shuffled: there is nothing left to learn",
                 "arm": "idpt",
                 "labels": "shuffled",
                 "inequality": "idpt > control + 10.0",
             },
-            gate="probe > majority + 10.0",
+            gate="bare > majority + 10.0",
             data="trec|embedded:stdlib-topics",
             epochs=6,
             train_rows=1000,
@@ -93,8 +94,8 @@ _WIDE = 256  # hidden width of the head
 class Config:
     """Options of the generator; UsageError for values out of range."""
 
-    generator: Literal["edgeconv", "mlp", "mean", "static"] = "edgeconv"
-    """what makes the prompt; static is the negative control"""
+    generator: Literal["edgeconv", "mlp", "mean", "static"] | None = "edgeconv"
+    """what makes the prompt; static is the negative control, none leaves the head alone"""
     layer: int = -1
     """block before which it is put, counted from 0, or from the last by -1, -2, ..."""
     k: int = 8
@@ -116,7 +117,8 @@ class Config:
 def neighbours(f_BTd: Tensor, mask_BT: Tensor, k: int) -> Tensor:
     """Return the places of the k nearest valid tokens of each token, itself first: [B, T, k].
 
-    Where a row has fewer, the token itself fills up, which a maximum does not notice.
+    Where a row has fewer, the token itself fills up: a maximum does not notice, but a batch norm in training counts it
+    as often as it stands there.
     """
     near = min(k, f_BTd.shape[1])
     away_BTT = torch.cdist(f_BTd.float(), f_BTd.float()).masked_fill(~mask_BT[:, None], torch.inf)
@@ -124,6 +126,15 @@ def neighbours(f_BTd: Tensor, mask_BT: Tensor, k: int) -> Tensor:
     away_BTT[:, own, own] = -1.0
     found = away_BTT.topk(near, dim=-1, largest=False)
     return torch.where(found.values.isinf(), own[None, :, None], found.indices)
+
+
+def others(mask_BT: Tensor) -> Tensor:
+    """Return the mask [B, T - 1] of the tokens behind the first; BadData for a row that has none."""
+    rest = mask_BT[:, 1:]
+    if bool((empty := ~rest.any(1)).any()):
+        row = int(empty.nonzero()[0, 0])
+        raise BadData(f"idpt: row {row} of the batch has no token behind the first to read; drop such rows.")
+    return rest
 
 
 class Normed(nn.Module):
@@ -191,12 +202,16 @@ class Generator(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP on [cls ; P ; max over the other tokens]; `prompt` holds P's last state during a pass."""
+    """MLP on [cls ; P ; max over the other tokens]; `prompt` holds P's last state during a pass.
+
+    With `mean` there is no P, and the mean over the other tokens stands in its place. BadData for a row without others.
+    """
 
     frozen_pool = None
 
-    def __init__(self, width: int, classes: int, dropout: float) -> None:
+    def __init__(self, width: int, classes: int, dropout: float, *, mean: bool = False) -> None:
         super().__init__()
+        self.mean = mean
         layers: list[nn.Module] = []
         for inside in (3 * width, _WIDE):
             layers += [nn.Linear(inside, _WIDE), BatchNorm(_WIDE), nn.ReLU(), nn.Dropout(dropout)]
@@ -204,11 +219,11 @@ class Head(nn.Module):
         self.prompt: Tensor | None = None
 
     def forward(self, x_BTd: Tensor, mask_BT: Tensor) -> Tensor:
-        assert self.prompt is not None
-        rest = x_BTd[:, 1:].masked_fill(~mask_BT[:, 1:, None], -torch.inf).amax(dim=1)
-        # A row of one token has no others.
-        rest = torch.where(mask_BT[:, 1:].any(1, keepdim=True), rest, torch.zeros_like(rest))
-        return self.mlp(torch.cat([x_BTd[:, 0], self.prompt, rest], dim=-1))
+        rest_BT1, x = others(mask_BT)[..., None], x_BTd[:, 1:]
+        middle = (x * rest_BT1).sum(1) / rest_BT1.sum(1) if self.mean else self.prompt
+        assert middle is not None
+        most = x.masked_fill(~rest_BT1, -torch.inf).amax(dim=1)
+        return self.mlp(torch.cat([x_BTd[:, 0], middle, most], dim=-1))
 
 
 class _Inserted:
@@ -243,7 +258,7 @@ class _Inserted:
             if insert:
                 x = args[0] if args else kwargs["hidden_states"]
                 mask = x.new_ones(x.shape[:2], dtype=torch.bool) if self.mask is None else self.mask.bool()
-                p = self.generator(x[:, 1:], mask[:, 1:]).to(x.dtype)
+                p = self.generator(x[:, 1:], others(mask)).to(x.dtype)
                 x = torch.cat([x[:, :1], p, x[:, 1:]], dim=1)
                 args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
             return tuple(_wider(a) if i else a for i, a in enumerate(args)), {
@@ -283,10 +298,12 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     former, device = model.head, next(model.parameters()).device
     base: Any = model.config
     width = int(base.hidden_size)
-    generator, head = Generator(width, config).to(device), Head(width, task.width, config.dropout).to(device)
-    model.head = head
-    model.add_module(PROMPT, generator)
-    inserted = _Inserted(model, generator, head, first)
+    generator = None if config.generator is None else Generator(width, config).to(device)
+    model.head = head = Head(width, task.width, config.dropout, mean=generator is None).to(device)
+    inserted = None
+    if generator is not None:
+        model.add_module(PROMPT, generator)
+        inserted = _Inserted(model, generator, head, first)
     found = [n for n, _ in model.named_parameters() if n.startswith((f"{PROMPT}.", "head."))]
     flat = [n for n, p in model.named_parameters() if p.ndim < 2]
     attached = attach_in_place(model, found, matched={"before": [names[first]]}, no_decay=flat)
@@ -298,11 +315,12 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     def detach() -> nn.Module:
         put_back()
         resting.remove()
-        inserted.close()
+        if inserted is not None:
+            inserted.close()
+            delattr(model, PROMPT)
         if attached.prefix is not None:
             attached.prefix.close()
         model.head = former
-        delattr(model, PROMPT)
         return model
 
     attached.detach = detach

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from brickyard.core import brick as bricks
+from brickyard.core import registry
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.errors import BadBrick, Refused, UsageError, WrongBase
@@ -96,7 +97,8 @@ def initialise(config: Config, ready: Prepared, attached: Attached) -> dict[str,
     wanted = modules_of(attached)
     if not wanted:
         raise Refused(f"{ready.plan.arm} has no modules beside its head that another task could have trained.")
-    own = next(str(piece) for piece in ready.plan.arm.pieces if piece.name == ready.plan.tuner)
+    tuner = ready.plan.tuner or ""  # an arm without one is refused before
+    own = next(str(piece) for piece in ready.plan.arm.pieces if piece.name == tuner)
     total: dict[str, torch.Tensor] = {}
     for folder in config.brick:
         made = bricks.load(folder)
@@ -105,8 +107,9 @@ def initialise(config: Config, ready: Prepared, attached: Attached) -> dict[str,
                 f"pvp: {folder} was trained on base {made.manifest['base']['spec']}, this arm stands on "
                 f"{ready.base.spec}; modules only fit the base that they were trained on."
             )
-        names = [str(p) for p in parse(made.manifest["arm"]).pieces if p.name == ready.plan.tuner]
-        if names != [own]:
+        # As the method reads them: an option that is written out and one left at its default are the same.
+        pieces = [p for p in parse(made.manifest["arm"]).pieces if p.name == tuner]
+        if [registry.config(p.name, p.options) for p in pieces] != [ready.plan.configs[tuner]]:
             raise UsageError(f"pvp: {folder} holds {made.manifest['arm']}; the same tuner was expected: {own}.")
         stored = made.tensors()
         if missing := [name for name in wanted if name not in stored]:

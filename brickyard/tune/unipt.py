@@ -101,6 +101,7 @@ RECORD = Record(
     ),
 )
 _EPS = 1e-8
+FLAT = ("down_bias", "scale", "shift")  # of Parallel: biases and gains, of all layers in one tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +241,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
         layers = [*(i + 1 for i in beside), count + 1]
         return attach_side(model, made, layers, cache=False, modules=stages)
     made = Parallel(channels[-1], k, len(beside) + 1)
-    return attach_side(model, made, [*beside, count], cache=config.cache, store=config.store)
+    return attach_side(model, made, [*beside, count], cache=config.cache, store=config.store, no_decay=FLAT)
 
 
 def last_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,0 +1,78 @@
+"""The claim of `few-shot-content`: what a cloze head is worth beside ordinary heads on the same module, by macro-F1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from brickyard.checks._place import place_of
+from brickyard.checks._runs import answers, arm_row, asked_by, majority, trained, tuned
+from brickyard.checks._takes import takes
+from brickyard.checks.run import Answers, Inequality, judge
+from brickyard.core.influence import influence
+from brickyard.core.method import Claim
+from brickyard.tune.few_shot_content import krippendorff
+
+METRIC = "macro-f1"
+MODULE = "lora:r=8,alpha=16"
+ARMS = {
+    "cloze": f"{MODULE} + few-shot-content",
+    "ordinary": f"{MODULE} + linear-probe:pool=cls",
+    "mean": f"{MODULE} + linear-probe",
+    "probe": "linear-probe:lr=1e-2",
+}
+
+
+@takes("base", "data")
+def heads(claim: Claim, *, workers: int = 2) -> dict[str, Any]:
+    """Train the same module under a cloze head and under ordinary ones on a few texts of each class.
+
+    Every seed draws other texts, the same for all arms; the learning rate of each is searched, that of the bare probe
+    is given. Control: training labels shuffled. Gate: the ordinary head is 10 points above the majority class, for one
+    that never left it would be no rival.
+    """
+    asked = {**asked_by(claim), "metric": METRIC}
+    with place_of("few-shot-content", claim) as folder:
+        arms = tuned(claim, {name: text for name, text in ARMS.items() if name != "probe"}, asked, folder, workers)
+        arms |= {"probe": ARMS["probe"], "control": arms["cloze"]}
+        runs = trained(arms, asked, claim.seeds, folder, workers, but={"control": {"shuffle_labels": True}})
+        found = {name: answers(folder, name, claim.seeds) for name in arms}
+    rows = {name: arm_row(text, runs[name]) for name, text in arms.items()}
+    return {**judged(found), "arms": rows}
+
+
+def judged(found: dict[str, Answers]) -> dict[str, Any]:
+    """Return the claim's outcome from the answers [S, N] of every arm."""
+    found = {**found, "majority": majority(found["ordinary"])}
+
+    def compare(text: str) -> dict[str, Any]:
+        # A seed draws its labelled rows, the same for every arm.
+        return {"inequality": text, **judge(Inequality.read(text), found, METRIC, together=True)}
+
+    outcome, gate = compare("cloze >= ordinary + 2.0"), compare("ordinary > majority + 10.0")
+    gone = compare("cloze > control + 5.0")
+    scores = {name: 100 * influence(of.labels, of.predictions, METRIC)[0] for name, of in found.items()}
+    several = len(scores["cloze"]) > 1
+    figures = {
+        "means": {name: float(score_S.mean()) for name, score_S in scores.items()},
+        "spread": {name: float(score_S.std(ddof=1)) for name, score_S in scores.items()} if several else {},
+        # The seeds as coders of the same texts: how far would two of them agree?
+        "alpha": {name: krippendorff(of.predictions) for name, of in found.items()} if several else {},
+    }
+    low, high = outcome["low"], outcome["high"]
+    needed = f"; {outcome['needed']['sentence']}" if outcome.get("needed") else ""
+    said = ", ".join(f"{name} {mean:.1f}" for name, mean in figures["means"].items())
+    alpha = ", ".join(f"{name} {figures['alpha'][name]:.2f}" for name in ("cloze", "ordinary") if several)
+    return {
+        **outcome,
+        "holds": outcome["holds"] if gate["holds"] is True else "set-up invalid",
+        "metric": METRIC,
+        "gate": gate,
+        "control": {
+            "what": "training labels shuffled: there is nothing left to learn",
+            "destroyed": gone["holds"] is True,
+            **gone,
+        },
+        "figures": figures,
+        "detail": f"measured {outcome['measured']:+.2f} points ({low:+.2f} to {high:+.2f}){needed}"
+        f"; macro-F1: {said}" + (f"; Krippendorff's alpha between seeds: {alpha}" if alpha else ""),
+    }
