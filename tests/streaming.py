@@ -55,8 +55,10 @@ def from_host(model: Decoder, **options: Any) -> Streamed:
     return Streamed(chain, HostTier(layout, given, cpu), trained=trained, seed=7, eps=EPS, device=cpu, **options)
 
 
-def from_file(model: Decoder, folder: Path, config: Config | None = None, **options: Any) -> tuple[Decoder, Streamed]:
-    """Store the weights of `model` and open a model without memory on them, in `folder` / run."""
+def from_file(
+    model: Decoder, folder: Path, config: Config | None = None, *, frozen: str | None = None, **options: Any
+) -> tuple[Decoder, Streamed]:
+    """Store the weights of `model` and open a model without memory on them, in `folder` / run; `frozen` stays."""
     folder.mkdir(exist_ok=True)
     path = folder / "base.safetensors"
     if not path.exists():
@@ -65,6 +67,8 @@ def from_file(model: Decoder, folder: Path, config: Config | None = None, **opti
     with torch.device("meta"):
         empty = Decoder(vocabulary=VOCABULARY, width=16, layers=len(model.blocks), tied=tied)
     empty = empty.to(model.norm.weight.dtype).eval()
+    if frozen is not None:
+        empty.get_parameter(frozen).requires_grad_(False)
     made = stream(
         empty, path, folder / "run", config or Config(), seed=7, blocks=empty.block_names, **{"sync": False, **options}
     )

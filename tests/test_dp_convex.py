@@ -304,6 +304,7 @@ def test_gates_see_what_no_linear_model_can():
         ({"radius": 0.0}, "radius=0"),
         ({"clip": -1.0}, "clip=-1"),
         ({"lr": 4.0}, "diverge"),
+        ({"batch": 0}, "batch=0"),
         ({"wd": 0.0}, "weight decay above 0"),
     ],
 )

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from brickyard.checks import ew_tune as checks
 from brickyard.core import registry, trial
 from brickyard.core.errors import Refused, UsageError
-from brickyard.core.privacy import Mechanism, epsilon_of
-from brickyard.private import _engines
+from brickyard.core.privacy import Mechanism, epsilon_of, sentence
+from brickyard.private import _engines, _estimates, ew_tune
 from brickyard.private._engines import LEFT, RIGHT
 from brickyard.private._estimates import cumulants, edgeworth, edgeworth_delta, edgeworth_epsilon, renyi_epsilon
 from brickyard.private._per_sample import Made
-from brickyard.private.ew_tune import Config, LowRank, noise_of, power_iteration, rebuilt
+from brickyard.private.ew_tune import Config, LowRank, noise_found, noise_of, power_iteration, rebuilt
 
 # noise, rate, steps -> epsilon at delta 1e-5: the series of order 1 and 2 for a removed row, and Rényi's bound.
 KNOWN = {
@@ -96,6 +96,42 @@ def test_an_expansion_that_does_not_hold_is_refused_not_reported() -> None:
     assert epsilon_of([Mechanism(few, 0.1, 20)], 1e-5) <= 2.0
 
 
+def test_a_skew_sum_has_no_estimate_least_of_all_zero() -> None:
+    """What delta(0) < 0 made an epsilon of 0.0 costs 6.6; F leaves [0, 1] long before."""
+    rare = Mechanism(0.3, 1e-4, 200)
+    assert epsilon_of([rare], 1e-5) > 6
+    for order in (1, 2):
+        with pytest.raises(Refused, match="skew"):
+            edgeworth_epsilon(rare, 1e-5, order)
+    steps, rate = 3 * math.ceil(67349 / 256), 256 / 67349
+    with pytest.raises(Refused, match="leaves"):
+        edgeworth_epsilon(Mechanism(0.65, rate, steps), 1e-5)
+    with pytest.raises(Refused, match="not positive"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_estimates, "SKEWEST", math.inf)
+        edgeworth_epsilon(rare, 1e-5)
+    # Much noise hides a row at epsilon 0 already: that 0 stands.
+    assert edgeworth_epsilon(Mechanism(1e5, 1.0, 60), 1e-4) == 0.0
+
+
+@pytest.mark.parametrize("epsilon", [2.0, 8.0])
+def test_noise_is_not_taken_from_the_edge_of_what_the_series_refuses(epsilon: float) -> None:
+    """SST-2 at the defaults: the search stopped at noise .5897 (estimate 2.2), where .4638 is certified for 8."""
+    steps, rate = 3 * math.ceil(67349 / 256), 256 / 67349
+    found = noise_found(Config(epsilon=epsilon), rate, steps)
+    assert found.multiplier == noise_of(Config(epsilon=epsilon, accountant="pld"), rate, steps)
+    assert found.set_by.startswith("the certified bound, for the Edgeworth series does not hold")
+
+
+def test_an_estimate_far_below_the_certified_figure_sets_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = noise_found(Config(epsilon=3.0), 0.01, 1000)
+    assert held.set_by == "the Edgeworth estimate, order 1"
+    # At order 1 what is called 3 is a little more.
+    monkeypatch.setattr(ew_tune, "MOST_OVER", 1.0)
+    found = noise_found.__wrapped__(Config(epsilon=3.0), 0.01, 1000)
+    assert "would cost epsilon" in found.set_by
+    assert found.multiplier == noise_of(Config(epsilon=3.0, accountant="pld"), 0.01, 1000)
+
+
 def tensor(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -153,6 +189,8 @@ def test_runs_report_the_certified_figure_and_the_estimate_apart(arm: str, text_
     result = trial.run({"setting": asdict(setting(arm, text_base)), "folder": str(tmp_path)})
     found = result["step"]["privacy"]
     assert found["kind"] == "certified" and found["estimate"]["kind"] == "estimate"
+    assert found["noise_set_by"].startswith("the certified bound, for the Edgeworth series")  # of four steps
+    assert f"set by {found['noise_set_by']}" in sentence(found)
     taken = Mechanism(found["noise_multiplier"], found["sample_rate"], 4)
     assert found["epsilon"] == pytest.approx(epsilon_of([taken], 1e-5))
 

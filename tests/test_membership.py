@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import text_data, write_data
+from conftest import documents, text_data, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -150,6 +150,23 @@ def test_what_cannot_be_attacked_is_refused(
     assert main(["audit", "membership", "--base", str(text_base), "--data", str(data), "--brick",
                  str(tmp_path / "whole" / "brick")]) == 0  # fmt: skip
     assert "AUC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("some", [0, 3])
+def test_a_language_model_of_some_blocks_is_refused_as_one_of_some_rows_is(
+    some: int, causal_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", documents())
+    asked = trial.Setting(
+        arm="lora:r=2", base=str(causal_base), data=str(data), cache=False, device="cpu", train_rows=some,
+        task="causal-lm", max_length=16, training={"steps": 2, "batch": 4, "precision": "float32"},
+    )  # fmt: skip
+    trial.tune(trial.prepare(asked), tmp_path / "run")
+    words = ["--base", str(causal_base), "--data", str(data), "--brick", str(tmp_path / "run" / "brick")]
+    # More documents than are looked at: the blocks of all of them count.
+    code = main(["audit", "membership", *words, "--rows", "20"])
+    told = capsys.readouterr()
+    assert (code, "AUC" in told.out, "on 3 of the" in told.err) == ((2, False, True) if some else (0, True, False))
 
 
 def test_the_claims_run_from_end_to_end(text_base: Path) -> None:

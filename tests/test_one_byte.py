@@ -258,6 +258,17 @@ def test_four_members_are_one_machine_and_one_may_die_and_one_may_join(data: Pat
     assert [r["payload"] for r in last] == [4 * 2] * 4  # two estimates a member and round, a byte each
 
 
+def test_every_member_has_an_estimate_however_many_there_are(data: Path, tmp_path: Path) -> None:
+    """Of 16 estimates in shares of four the fifth member had none, and no loss to tell."""
+    config = {**CONFIG, "estimates": 16}
+    expected = alone(asked(data, tmp_path / "alone.zolog", rounds=3, config=config))
+    found = together([asked(data, tmp_path / f"{r}.zolog", rounds=3, config=config) for r in range(5)], tmp_path)
+    assert {report["hash"] for report in found} == {expected["hash"]}, found
+    assert {report["log"] for report in found} == {expected["log"]}
+    assert [report["payload"] for report in found] == [3 * 4] * 5
+    assert all(math.isfinite(loss) for report in found for loss in report["losses"])
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_torchrun_starts_members_again_and_takes_in_another(joins: bool, tmp_path: Path) -> None:
     """The demo under torchrun: of four members one is killed; then, where `joins`, a fifth comes from another agent."""
@@ -378,6 +389,43 @@ def test_rounds_are_on_the_disk_before_they_are_applied(tmp_path: Path, monkeypa
         worker.round(lambda t, j: theta["0.bias"].sum())
     size = (tmp_path / "run.zolog").stat().st_size
     assert synced == [size - 8, size]
+
+
+def test_a_write_that_failed_leaves_nothing_in_the_log(tmp_path: Path) -> None:
+    theta = weights()
+    worker = Member(theta, Config(**CONFIG), seed=1, log=tmp_path / "run.zolog")
+    for torn in (b"", b"xxx"):
+        with (tmp_path / "run.zolog").open("ab") as file:
+            file.write(torn)
+        worker.round(lambda t, j: theta["0.bias"].sum())
+    assert Log(tmp_path / "run.zolog").body == worker.log.body and worker.log.rounds == 2
+    with (tmp_path / "run.zolog").open("ab") as file:
+        file.write(b"xxx")
+    worker.log.drop(1)
+    assert (tmp_path / "run.zolog").read_bytes().endswith(bytes(worker.log.body)) and worker.log.rounds == 1
+
+
+def test_a_loss_that_raises_leaves_the_weights_where_they_were(tmp_path: Path) -> None:
+    theta = weights()
+    worker = Member(theta, Config(**CONFIG), seed=1, log=tmp_path / "run.zolog")
+    with pytest.raises(ZeroDivisionError):
+        worker.round(lambda t, j: theta["0.bias"].sum() / (1 // 0))
+    assert fingerprint(theta) == fingerprint(weights())
+
+
+def test_what_exceeds_the_codec_is_counted_in_the_log_also_after_a_restart(tmp_path: Path) -> None:
+    theta = weights()
+    config = Config(**{**CONFIG, "lr": 1e-9, "estimates": 40})
+
+    def loss(t: int, j: int) -> Tensor:
+        return (1e6 if t == 0 else 1.0) * theta["0.bias"].sum()
+
+    first = Member(theta, config, seed=1, log=tmp_path / "run.zolog")
+    for _ in range(4):
+        first.round(loss)
+    theta = weights()
+    with pytest.raises(RunFailed, match="of 200 scalars exceed"):
+        Member(theta, config, seed=1, log=tmp_path / "run.zolog").round(loss)
 
 
 def test_forwards_that_would_differ_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from test_every_method import METHODS, TASKS, home, setting
 from brickyard.cli import main
 from brickyard.core import brick as bricks
 from brickyard.core import trial
+from brickyard.core.attached import copy_into
 from brickyard.core.build import build, step_of
-from brickyard.core.errors import BadBrick, ParityBroken, Refused, WrongBase
+from brickyard.core.errors import BadBrick, NotFinite, ParityBroken, Refused, WrongBase
 from brickyard.core.export import export
 from brickyard.core.files import read_json
 from brickyard.core.loop import train
+from brickyard.distribute._arm_step import OneByteStep
 from brickyard.distribute.one_byte import Log
 
 ARM = "lora:r=2,lr=1e-2 + one-byte:estimates=4,hash_every=4"
@@ -100,6 +103,60 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     trial.tune(again, tmp_path, evaluate="test", callbacks=[object()], checkpoint_every=3)
     for name in ("run.zolog", "adapter_model.safetensors"):
         assert (tmp_path / "brick" / name).read_bytes() == (run[1] / "brick" / name).read_bytes()
+
+
+def arm_step(base: Path) -> OneByteStep:
+    ready = trial.prepare(setting(ARM, TASK, base), ("train",))
+    return step_of(ready.plan, 96, ready.task)(build(ready.plan, ready.base, ready.task, seed=0), ready.training)
+
+
+def at(step: int) -> Any:
+    return SimpleNamespace(step=step)
+
+
+def test_a_log_is_taken_up_where_the_loop_stands(text_base: Path) -> None:
+    """A log of three rounds under a loop at step 1 ended with two rounds too many."""
+    first = arm_step(text_base)
+    first.attached.model.eval()
+    member, seen = first._join(at(0)), []
+    for _ in range(3):
+        member.round(lambda t, j: sum(p.sum() for p in first.parameters.values()))
+        seen.append({name: p.clone() for name, p in first.parameters.items()})
+    kept = first.state_dict()
+
+    def resumed(step: int, weights: dict[str, torch.Tensor]) -> Any:
+        again = arm_step(text_base)
+        again.attached.model.eval()
+        again.load_state_dict(kept)
+        copy_into(again.parameters, weights, "test")
+        return again._join(at(step))
+
+    for step in (1, 3):
+        assert resumed(step, seen[step - 1]).log.rounds == step
+    with pytest.raises(ParityBroken, match="of 1 rounds does not lead"):
+        resumed(1, seen[1])
+    with pytest.raises(Refused, match=r"stands at step 5, the log .* holds 3"):
+        resumed(5, seen[2])
+
+
+def test_members_whose_checkpoints_differ_are_refused_by_all(text_base: Path) -> None:
+    step = arm_step(text_base)
+    step.members = SimpleNamespace(world=3, rank=0, texts=lambda text: [text, "3", text])  # type: ignore[assignment]
+    with pytest.raises(Refused, match=r"members \[0, 2\] at 0; members \[1\] at 3.*Delete"):
+        step._join(at(0))
+
+
+def test_a_first_round_without_a_number_is_judged_from_the_log_by_all(text_base: Path) -> None:
+    step = arm_step(text_base)
+    step.members = SimpleNamespace(world=2, rank=0)  # type: ignore[assignment]
+    p_tn = torch.tensor([[1.0, 0.0, -0.0, -0.0]])
+    member = SimpleNamespace(
+        log=SimpleNamespace(scalars=lambda a, b: p_tn[a:b]), dealt=lambda rank: range(2 * rank, 2 * rank + 2)
+    )
+    with pytest.raises(NotFinite, match=r"members \[1\] is not finite in the first round"):
+        step._refuse_to_begin(member)
+    p_tn[0, 3] = 0.0
+    step._refuse_to_begin(member)
 
 
 @pytest.mark.parametrize("bad", [{"schedule": "linear"}, {"wd": 0.1}, {"warmup": 0.1}])

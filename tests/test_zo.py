@@ -395,7 +395,7 @@ def test_a_slope_that_is_no_number_is_skipped_and_counted() -> None:
     bad[0] = 1.0
     optimiser.step(lambda: theta.sum() * bad[0])
     assert optimiser.counts["updates"] == 1 and optimiser.counts["in_a_row"] == 0
-    with pytest.raises(NotFinite, match="20 zeroth-order updates in a row"):
+    with pytest.raises(NotFinite, match="20 zeroth-order steps in a row"):
         for _ in range(30):
             optimiser.step(lambda: theta.sum() * math.inf)
 

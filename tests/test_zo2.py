@@ -24,6 +24,7 @@ from brickyard.core.build import build, step_of
 from brickyard.core.errors import NotFinite, Refused, RunFailed
 from brickyard.optim._lockstep import Lockstep
 from brickyard.optim._streaming import Chain, Streamed
+from brickyard.optim._zo_optimizer import ZerothOrder
 from brickyard.optim.zo2 import Config
 
 
@@ -48,6 +49,54 @@ def test_host_memory_serves_as_well_as_files(dtype: torch.dtype) -> None:
     train(model, streamed, 3)
     streamed.flush()
     assert same(values(model), expected)
+
+
+@pytest.mark.parametrize("where", ["inside the loss", "around the step"])
+def test_both_passes_compute_under_the_same_autocast_and_with_their_own_casts(where: str) -> None:
+    """The second computed in float32, or with what autocast kept of the first's weights."""
+
+    def autocast(active: bool) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=active)
+
+    def loss_of(model: Decoder, inside: bool) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            with autocast(inside or torch.is_autocast_enabled("cpu")):
+                return next_token_loss(model, TOKENS)
+
+        return loss
+
+    found = []
+    for inside in (True, where == "inside the loss"):
+        held = decoder()
+        optimiser = ZerothOrder(list(held.parameters()), lr=LR, eps=EPS, seed=7)
+        for _ in range(2):
+            with autocast(not inside):
+                optimiser.step(loss_of(held, inside))
+        found.append(values(held))
+    model = decoder()
+    streamed = from_host(model)
+    for _ in range(2):
+        with autocast(where == "around the step"):
+            streamed.step(loss_of(model, where == "inside the loss"), LR)
+    streamed.flush()
+    assert same(values(model), found[0]) and same(found[1], found[0])
+
+
+def test_a_model_that_drops_out_is_refused_and_memory_that_is_out_is_no_chain_s_fault() -> None:
+    model = decoder()
+    model.blocks[1].extra = nn.Dropout(0.5)
+    streamed = from_host(model)
+    model.blocks[1].train()
+    with pytest.raises(Refused, match="drops out"):
+        train(model, streamed, 1)
+    model.eval()
+
+    def full() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        streamed.step(full, LR)
+    assert not getattr(raised.value, "__notes__", [])
 
 
 def test_an_update_waits_until_its_weight_is_read_and_is_carried_out_once() -> None:
@@ -173,7 +222,7 @@ def test_a_run_of_losses_that_are_no_numbers_is_given_up_and_the_weights_stay() 
     assert streamed.in_a_row == 0
     for _ in range(19):
         streamed.step(broken, LR)
-    with pytest.raises(NotFinite, match="in 20 zeroth-order updates in a row, up to step 40"):
+    with pytest.raises(NotFinite, match="in 20 zeroth-order steps in a row, up to step 40"):
         streamed.step(broken, LR)
     streamed.close()
     assert all((values(model)[n] - p).abs().max() < 0.5 for n, p in start.items())
@@ -392,7 +441,7 @@ def test_the_count_of_skipped_steps_travels_with_a_checkpoint(text_base: Path) -
     again.attached = replace(made, **broken)
     for _ in range(7):
         again(state, [(1.0, batch)])
-    with pytest.raises(NotFinite, match="20 zeroth-order updates in a row"):
+    with pytest.raises(NotFinite, match="20 zeroth-order steps in a row"):
         again(state, [(1.0, batch)])
 
 

@@ -91,6 +91,32 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> No
     assert same(load_file(streamed.weights), expected)
 
 
+def test_a_run_goes_on_only_with_its_own_parameters_decay_and_weights(tmp_path: Path) -> None:
+    model = decoder()
+    empty, streamed = from_file(model, tmp_path)
+    train(empty, streamed, 1)
+    streamed.close()
+    with pytest.raises(Changed, match=r"trained: 1 differ, such as norm\.weight \(was 0\.0, now left out\)"):
+        from_file(model, tmp_path, frozen="norm.weight")
+    with pytest.raises(Changed, match=r"decay: was 0\.0, now 0\.1.*trained: \d+ differ"):
+        from_file(model, tmp_path, decay=0.1)
+    with torch.no_grad():
+        model.blocks[1].down.weight[0, 0] += 1
+    (tmp_path / "base.safetensors").unlink()
+    with pytest.raises(Changed, match=r"weights: was '[0-9a-f]{64}', now"):
+        from_file(model, tmp_path)
+
+
+def test_the_count_of_skipped_steps_is_in_the_files(tmp_path: Path) -> None:
+    empty, streamed = from_file(decoder(), tmp_path)
+    train(empty, streamed, 1)
+    for _ in range(2):
+        streamed.step(lambda: next_token_loss(empty, TOKENS) * float("nan"), 1e-2)
+    streamed.close()
+    _, streamed = from_file(decoder(), tmp_path)
+    assert (streamed.steps, streamed.skipped, streamed.in_a_row) == (3, 2, 2)
+
+
 def test_options_and_files_out_of_range_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in ({"slots": 1}, {"slots": 0, "overlap": False}, {"eps": 0.0}, {"eps": float("nan")}):
         with pytest.raises(UsageError, match="expected"):
@@ -209,6 +235,19 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(x: floa
     again = torch.empty_like(out_n)
     round_stochastically(x_n, again, key)
     assert torch.equal(out_n, again)
+
+
+@pytest.mark.filterwarnings("ignore:eps=")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_than_float32_are_rounded_stochastically_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    x_n = torch.full((4000,), 1.00390625, dtype=dtype)  # in the middle of two neighbours
+    out_n = torch.empty(4000, dtype=torch.bfloat16)
+    round_stochastically(x_n, out_n, 1)
+    assert set(out_n.tolist()) == {1.0, 1.0078125}
+    assert float(out_n.double().mean()) == pytest.approx(1.00390625, abs=3e-4)
+    empty, streamed = from_file(decoder(dtype=dtype), tmp_path, store="bfloat16")
+    train(empty, streamed, 1)
+    streamed.close()
 
 
 LIMITED = """

@@ -25,6 +25,7 @@ Shapes: M members, N non-members.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -192,9 +193,9 @@ def measure(
     if missing:
         raise UsageError(f"membership compares rows of train with rows of test; {data.name} has no {missing.pop()}.")
     manifest, task = changed.brick.manifest, changed.brick.task
-    _same_data(manifest, data)
-    splits = {name: _some(data.splits[name], config.rows) for name in ("train", "test")}
     options = {"max_length": manifest.get("max_length"), "template": changed.brick.template}
+    _same_data(manifest, data, lambda: len(encode(data.splits["train"], base, task, **options)))
+    splits = {name: _some(data.splits[name], config.rows) for name in ("train", "test")}
     rows = {name: encode(split, base, task, **options) for name, split in splits.items()}
     model = changed.model.to(device)
     scores = {name: -answer(model, part, task).losses for name, part in rows.items()}
@@ -233,18 +234,20 @@ def measure(
     return out
 
 
-def _same_data(manifest: dict[str, Any], data: Data) -> None:
+def _same_data(manifest: dict[str, Any], data: Data, blocks: Callable[[], int]) -> None:
+    """Raise Refused where the brick was not trained on all rows of train, a language model on all `blocks()` of it."""
     trained = manifest.get("data", {})
     if trained.get("fingerprint") != data.fingerprint:
         raise Refused(
             f"the brick was trained on {trained.get('name')!r}, and {data.name!r} holds other rows; who is a member "
             "cannot be told. Give the brick's own data."
         )
-    count = len(data.splits["train"])
-    if manifest["task"]["kind"] != "causal-lm" and trained.get("rows") != count:
+    packed = manifest["task"]["kind"] == "causal-lm"
+    count, what = (blocks(), "blocks of text") if packed else (len(data.splits["train"]), "rows")
+    if trained.get("rows") != count:
         raise Refused(
-            f"the brick was trained on {trained.get('rows')} of the {count} rows of train, and does not say which; "
-            "audit a run on all rows."
+            f"the brick was trained on {trained.get('rows')} of the {count} {what} of train, and does not say which; "
+            "audit a run on all of them."
         )
 
 

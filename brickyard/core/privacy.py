@@ -241,6 +241,8 @@ def sentence(report: Mapping[str, Any]) -> str:
     other = report.get("estimate")
     if other and other.get("epsilon") is not None:
         told += f"; {other['epsilon']:.3g} by {other['accountant']} ({other['kind']})"
+    if report.get("noise_set_by"):
+        told += f"; noise {report['noise_multiplier']:.4g}, set by {report['noise_set_by']}"
     return f"{told}. It covers {report['covers']}."
 
 

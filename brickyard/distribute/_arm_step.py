@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brickyard.core.attached import copy_into
 from brickyard.core.batches import Order
-from brickyard.core.errors import NotFinite, Refused
+from brickyard.core.errors import NotFinite, ParityBroken, Refused
 from brickyard.core.forwards import refuse_readers, refuse_tuner
 from brickyard.core.loop import State, Training, autocast, batch_loss
 from brickyard.distribute._members import Members, launched
@@ -81,11 +81,15 @@ class OneByteStep:
         return Order(lengths, training.batch, seed=training.seed + 1_000_003 * self.members.rank, bucket=False)
 
     def __call__(self, state: State, batches: list[tuple[float, dict[str, Any]]]) -> float:
-        """Run one round; return the mean loss of this member's estimates, of a round without one the last that was."""
+        """Run one round; return the mean loss of this member's estimates, of a round without one the last that was.
+
+        Raises, on every member alike, NotFinite where a member has no finite loss in the first round, and what joining
+        and the round itself raise.
+        """
         assert state.hooks is not None
         refuse_readers(state.hooks.callbacks)
         self.attached.model.eval()
-        member = self.member or self._join()
+        member = self.member or self._join(state)
         state.hooks("before_step", state)
 
         def loss(t: int, j: int) -> Tensor:
@@ -95,21 +99,60 @@ class OneByteStep:
             return total if self.attached.extra_loss is None else total + self.attached.extra_loss()
 
         found = member.round(loss)
+        if member.log.rounds == 1:
+            self._refuse_to_begin(member)
         if math.isfinite(found):
             self.last = found
-        elif math.isnan(self.last):
-            raise NotFinite("the loss is not finite in the first round; check the data and the base.")
         state.hooks("after_step", state)
         return self.last
 
-    def _join(self) -> Any:
-        """Meet the others at the weights of the base, and come back by the log: which proves it at every resume."""
+    def _refuse_to_begin(self, member: Any) -> None:
+        """Raise NotFinite where the log's first round holds no number of a member: all read it, so all stop."""
+        p_n = member.log.scalars(0, 1)[0]
+        none = (p_n == 0) & p_n.signbit()
+        dealt = [member.dealt(rank) for rank in range(self.members.world)]
+        odd = [rank for rank, js in enumerate(dealt) if none[js.start : js.stop].all()]
+        if odd:
+            whose = f"the loss of members {odd}" if self.members.world > 1 else "the loss"
+            raise NotFinite(f"{whose} is not finite in the first round; check the data and the base.")
+
+    def _join(self, state: State) -> Any:
+        """Meet the others at the weights of the base, and come back by the log to where the loop stands.
+
+        Raises, on every member, Refused where the loops stand at different steps or the logs are not that long,
+        ParityBroken where a log does not lead to the weights of its member's checkpoint.
+        """
+        steps = [int(text) for text in self.members.texts(str(state.step))]
+        if len(set(steps)) > 1:
+            at = "; ".join(f"members {[r for r, s in enumerate(steps) if s == n]} at {n}" for n in sorted(set(steps)))
+            raise Refused(
+                f"the members' checkpoints are of different steps ({at}), so some would wait for rounds that do not "
+                "come. Delete the checkpoints (step-*) in the folders of all members and start all again."
+            )
+        stored = {name: theta.clone() for name, theta in self.parameters.items()}
         copy_into(self.parameters, self.start, "one-byte")
-        self.start = {}
-        self.member = self.make(
-            self.parameters, self.config, seed=self.training.seed, log=self.path, model=self.attached.model
+        member = self.make(
+            self.parameters,
+            self.config,
+            seed=self.training.seed,
+            log=self.path,
+            model=self.attached.model,
+            rounds=state.step,
         )
-        return self.member
+        if member.log.rounds != state.step:
+            raise Refused(
+                f"the loop stands at step {state.step}, the log that the members agree on holds {member.log.rounds} "
+                "rounds. Delete the checkpoints (step-*) in the folders of all members and start all again."
+            )
+        same = not state.step or all(torch.equal(stored[name], theta) for name, theta in self.parameters.items())
+        odd = [rank for rank, text in enumerate(self.members.texts(str(int(same)))) if text == "0"]
+        if odd:
+            raise ParityBroken(
+                f"the log of {state.step} rounds does not lead to the weights in the checkpoints of members {odd}; "
+                "delete the checkpoints (step-*) in the folders of all members and start all again."
+            )
+        self.start, self.member = {}, member
+        return member
 
     def report(self) -> dict[str, Any]:
         """Return what travelled, and what was clipped or skipped since this process began."""

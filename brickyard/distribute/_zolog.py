@@ -44,6 +44,7 @@ class LogFile:
         except (KeyError, TypeError, ValueError, BrickyardError) as error:
             raise BadBrick(f"{path}: its header is not one of a run ({error}).") from None
         whole = (len(raw) - start) // self.round_bytes * self.round_bytes
+        self._start = start
         self.body = bytearray(raw[start : start + whole])
         if len(raw) > start + whole:
             os.truncate(path, start + whole)
@@ -55,7 +56,10 @@ class LogFile:
 
     def append(self, codes: bytes) -> None:
         """Add the codes of whole rounds; they are on the disk when this returns."""
-        with open(self.path, "ab") as file:
+        with open(self.path, "r+b") as file:
+            # A write that failed has left a part of its codes, which would shift all that follow.
+            file.truncate(self._start + len(self.body))
+            file.seek(0, os.SEEK_END)
             file.write(codes)
             file.flush()
             os.fsync(file.fileno())
@@ -65,7 +69,7 @@ class LogFile:
         """Take the last `rounds` rounds off again."""
         cut = rounds * self.round_bytes
         if cut:
-            os.truncate(self.path, self.path.stat().st_size - cut)
+            os.truncate(self.path, self._start + len(self.body) - cut)
             del self.body[-cut:]
 
 

@@ -313,6 +313,7 @@ class Member:
         log: this member's own file; members with files of one run, or with none yet, can stand in for each other.
         group: a process group of torch.distributed (gloo or NCCL); without one, torch's own default if there is one,
             else this member is alone.
+        rounds: where the run of which this is a part stands; what this member's log holds beyond it is dropped.
 
     Raises Refused, on every member, where one has another base, configuration, version or log.
     """
@@ -326,6 +327,7 @@ class Member:
         log: Path,
         group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
+        rounds: int | None = None,
     ) -> None:
         self.parameters, self.config, self.model = dict(parameters), config, model
         if model is not None:
@@ -339,14 +341,17 @@ class Member:
         for rank, text in enumerate(self.members.texts(json.dumps(header, sort_keys=True))):
             same_header(f"member {rank}", json.loads(text), header)
         self.log = Log(log, header)
+        if rounds is not None:
+            self.log.drop(max(0, self.log.rounds - rounds))
         self.payload_bytes = 0
         """bytes of the tensors that this member has handed to collectives in rounds"""
         self.clipped = 0
         """scalars of all members that exceeded the bound so far, in this process"""
         self.skipped = 0
         """estimates of all members whose loss was no number so far, in this process"""
-        self._overflowed = 0
         self._catch_up()
+        # Of all rounds, as it is compared with all of them: a member that was started again must stop with the others.
+        self._overflowed = sum(self._beyond(t) for t in range(self.log.rounds))
         replay(self.parameters, self.log)
         self.compare()
         self._kept = [theta.clone() for theta in self.parameters.values()]
@@ -362,16 +367,16 @@ class Member:
         if self.model is not None:
             refuse_unlike_forwards(self.model)
         t, config = self.log.rounds, self.config
-        share, rank = math.ceil(config.estimates / self.members.world), self.members.rank
-        mine = range(rank * share, min((rank + 1) * share, config.estimates))
+        dealt, width = [self.dealt(rank) for rank in range(self.members.world)], WIDTH[config.codec]
+        mine = dealt[self.members.rank]
         found = [self._estimate(noise.key(self.log.seed, t, j), lambda j=j: loss(t, j)) for j in mine]
         codes = encode_found([p / config.unit for p, _ in found], config.codec)
-        # Members at the end may have fewer estimates; a collective takes equal sizes.
-        sent = torch.zeros(share * WIDTH[config.codec], dtype=torch.uint8)
+        # Some members may have one estimate fewer; a collective takes equal sizes.
+        sent = torch.zeros(max(map(len, dealt)) * width, dtype=torch.uint8)
         sent[: len(codes)] = codes
         self.payload_bytes += sent.numel()
-        every = torch.cat(self.members.gather(sent))[: self.log.round_bytes]
-        self.log.append(every.numpy().tobytes())
+        every = [codes[: len(js) * width] for js, codes in zip(dealt, self.members.gather(sent), strict=True)]
+        self.log.append(torch.cat(every).numpy().tobytes())
         self._judge(self.log.scalars(t, t + 1)[0], _bound(self.log, t))
         _apply(self.parameters, self.log, t, t + 1)
         self.remember()
@@ -379,6 +384,11 @@ class Member:
             self.compare()
         values = [value for p, value in found if math.isfinite(p)]
         return sum(values) / len(values) if values else math.nan
+
+    def dealt(self, rank: int) -> range:
+        """Return which estimates of a round are a member's: at least one, and no two members' numbers differ by two."""
+        n, world = self.config.estimates, self.members.world
+        return range(rank * n // world, (rank + 1) * n // world)
 
     def remember(self) -> None:
         """Take the weights as they are now for those that estimates return to; `round` does it itself."""
@@ -403,14 +413,16 @@ class Member:
         )
 
     def _estimate(self, key: int, loss: Callable[[], Tensor]) -> tuple[float, float]:
-        """Return p and the mean of the two losses; the weights end exactly where they began."""
+        """Return p and the mean of the two losses; the weights end exactly where they began, also if a loss raises."""
         with torch.no_grad():
-            self._perturb(key, self.config.eps)
-            plus = float(loss())
-            self._perturb(key, -2 * self.config.eps)
-            minus = float(loss())
-            for kept, theta in zip(self._kept, self.parameters.values(), strict=True):
-                theta.copy_(kept)
+            try:
+                self._perturb(key, self.config.eps)
+                plus = float(loss())
+                self._perturb(key, -2 * self.config.eps)
+                minus = float(loss())
+            finally:
+                for kept, theta in zip(self._kept, self.parameters.values(), strict=True):
+                    theta.copy_(kept)
         return (plus - minus) / (2 * self.config.eps), (plus + minus) / 2
 
     def _perturb(self, key: int, scale: float) -> None:
@@ -419,7 +431,7 @@ class Member:
 
     def _judge(self, p_n: Tensor, bound: float) -> None:
         """Count what is skipped and clipped, and refuse to go on where honest scalars exceed the codec's range."""
-        config, sizes = self.config, p_n.abs()
+        config = self.config
         self.skipped += int(skipped(p_n).sum())
         # Of the log, so that all members, and those that were started again, come to the same answer.
         last = self.log.scalars(max(0, self.log.rounds - _IN_A_ROW), self.log.rounds)
@@ -428,14 +440,19 @@ class Member:
                 f"no loss of any member was finite in {_IN_A_ROW} rounds in a row, up to round {self.log.rounds}; "
                 "lower lr or eps, or check the data."
             )
-        self.clipped += int((sizes > bound).sum())
-        self._overflowed += int(((sizes >= largest(config.codec) * config.unit) & (sizes <= bound)).sum())
+        self.clipped += int((p_n.abs() > bound).sum())
+        self._overflowed += self._beyond(self.log.rounds - 1)
         seen = self.log.rounds * config.estimates
         if seen >= _ENOUGH and self._overflowed > _OVERFLOW * seen:
             raise RunFailed(
                 f"{self._overflowed} of {seen} scalars exceed the range of codec {config.codec!r}; "
                 f"raise unit (now {config.unit:g}), or lower the loss's scale."
             )
+
+    def _beyond(self, t: int) -> int:
+        """Return how many scalars of round `t` reach the end of the codec's range, within the bound."""
+        sizes = self.log.scalars(t, t + 1).abs()
+        return int(((sizes >= largest(self.config.codec) * self.config.unit) & (sizes <= _bound(self.log, t))).sum())
 
     def _catch_up(self) -> None:
         """Bring this log to the rounds that two members hold; Refused, on every member, where their logs disagree."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
+import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 T = TypeVar("T")
@@ -44,8 +45,7 @@ class Lockstep:
         """Return what the two passes returned; an error of either ends both and is raised here."""
         self._turns = (threading.Semaphore(0), threading.Semaphore(0))
         self._failed = self._ended = False
-        # What counts the operators of the caller's thread (memory, FLOPs) must see those of both passes.
-        second = self._thread.submit(self._second, function, _get_current_dispatch_mode_stack())
+        second = self._thread.submit(self._second, function, _surroundings())
         try:
             first = function()
         except BaseException as error:
@@ -65,15 +65,15 @@ class Lockstep:
         if self._failed:
             raise _Stopped
 
-    def _second(self, function: Callable[[], T], modes: list[Any]) -> T:
+    def _second(self, function: Callable[[], T], surroundings: list[AbstractContextManager[Any]]) -> T:
         self._mine.number = 1
         self._turns[1].acquire()
         try:
             if self._failed:
                 raise _Stopped
             with ExitStack() as stack:
-                for mode in modes:
-                    stack.enter_context(mode)
+                for context in surroundings:
+                    stack.enter_context(context)
                 return function()
         except BaseException:
             self._failed = True
@@ -81,3 +81,24 @@ class Lockstep:
         finally:
             self._ended = True
             self._turns[0].release()
+
+
+def _surroundings() -> list[AbstractContextManager[Any]]:
+    """Return what torch keeps for the caller's thread alone and the second pass must have too.
+
+    The streams and the device on which CUDA computes, autocast, and what counts operators (memory, FLOPs).
+    """
+    found: list[AbstractContextManager[Any]] = []
+    if torch.cuda.is_initialized():
+        now = torch.cuda.current_device()
+        streams = [torch.cuda.current_stream(place) for place in range(torch.cuda.device_count())]
+        # A new thread has the default ones, and touching a device that nobody uses takes memory on it.
+        wanted = [s for s in streams if s.device_index == now or s != torch.cuda.default_stream(s.device)]
+        # Each makes its device the present one, so that of the caller comes last.
+        found += [torch.cuda.stream(s) for s in sorted(wanted, key=lambda s: s.device_index == now)]
+    found += [
+        torch.autocast(kind, dtype=torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "xpu", "mps")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return [*found, *_get_current_dispatch_mode_stack()]

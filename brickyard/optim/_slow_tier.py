@@ -313,7 +313,7 @@ class FileTier:
         was, now = state["identity"], json.loads(json.dumps(identity))
         changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         if changed:
-            lines = "; ".join(f"{key}: was {was.get(key)!r}, now {now.get(key)!r}" for key in changed)
+            lines = "; ".join(_difference(key, was.get(key), now.get(key)) for key in changed)
             raise Changed(f"{self.folder} holds a run with other settings ({lines}); use another folder.")
         for name in _FILES:
             with open(self.folder / name, "rb") as file:
@@ -326,13 +326,22 @@ class FileTier:
         return state
 
 
+def _difference(key: str, was: Any, now: Any) -> str:
+    """Say how a setting changed; of many names and values only the first."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return f"{key}: was {was!r}, now {now!r}"
+    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    before, after = (values.get(names[0], "left out") for values in (was, now))
+    return f"{key}: {len(names)} differ, such as {names[0]} (was {before}, now {after})"
+
+
 def sources_of(paths: Sequence[Path]) -> dict[str, tuple[Path, TensorInfo]]:
     """Return the tensors of safetensors files: name -> (file, place). Raises UnsafeFile; see `core.files`."""
     return {name: (path, info) for path in paths for name, info in check_safetensors(path).items()}
 
 
 def round_stochastically(x: Tensor, out: Tensor, key: int) -> None:
-    """Round float32 `x` into bfloat16 `out` of the same shape, up or down so that the mean is x.
+    """Round `x` into bfloat16 `out` of the same shape, up or down so that the mean is x (of float64: x as a float32).
 
     An update below half a unit in the last place is lost when rounding to nearest; here it arrives with the right
     probability. The draws depend on `key` alone.
@@ -340,7 +349,7 @@ def round_stochastically(x: Tensor, out: Tensor, key: int) -> None:
     generator = torch.Generator(x.device).manual_seed(key & (2**63 - 1))
     flat, target = x.detach().view(-1), out.view(-1)
     for at in range(0, len(flat), _CHUNK):
-        bits = flat[at : at + _CHUNK].view(torch.int32)
+        bits = flat[at : at + _CHUNK].float().view(torch.int32)
         dropped = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=x.device)
         target[at : at + _CHUNK] = (dropped.add_(bits) & -65536).view(torch.float32).to(torch.bfloat16)
 

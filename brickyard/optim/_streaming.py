@@ -14,6 +14,7 @@ the wrong sign. A parameter that several units hold (a tied embedding) is kept i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 
 from brickyard.core import noise
 from brickyard.core.errors import Refused, RunFailed, UsageError
+from brickyard.core.forwards import refuse_unlike_forwards
 from brickyard.optim._lockstep import Lockstep
 from brickyard.optim._slow_tier import Block, FileTier, Tier
-from brickyard.optim._zo_guards import refuse_to_go_on
+from brickyard.optim._zo_guards import check_eps, check_slots, own_casts, refuse_to_go_on
 from brickyard.optim._zo_step import Estimate, Query, Rate, descend_, move_
 
 
@@ -73,6 +75,7 @@ class Chain:
     shared: dict[str, nn.Parameter]
     aliases: dict[str, str]  # every name of a parameter -> its first
     ends_block: Block  # the ends and what is shared, as they are packed in a file
+    model: nn.Module
 
     @classmethod
     def of(cls, model: nn.Module, blocks: Sequence[str]) -> Chain:
@@ -114,7 +117,7 @@ class Chain:
         aliases = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         units = [unit for unit in ends.values() if unit.parameters]
         stay = {name: p for unit in units for name, p in unit.parameters.items()} | shared
-        return cls(cut, units, shared, aliases, Block.of("ends", stay))
+        return cls(cut, units, shared, aliases, Block.of("ends", stay), model)
 
     def layout(self, stored: torch.dtype | None = None) -> list[Block]:
         """Return the blocks as they lie in the slow tier, their numbers stored as `stored` or as they are."""
@@ -217,10 +220,12 @@ class Streamed:
         `loss` runs the model forward once and returns a scalar; it is called twice, on the same batch. The update
         itself happens when the blocks come by next: in the next step, in `flush`, or before any other forward. Where a
         loss is no number, the weights stay what they were, and `skipped` counts it. Raises Refused where the model is
-        no chain, NotFinite where too many losses in a row were no numbers, RunFailed after a step or a flush that was
-        interrupted: from then on nothing is updated, stored or computed; `close` is all that is left to do.
+        no chain or its two forwards would differ, NotFinite where too many losses in a row were no numbers, RunFailed
+        after a step or a flush that was interrupted: from then on nothing is updated, stored or computed; `close` is
+        all that is left to do.
         """
         self._refuse_broken()
+        refuse_unlike_forwards(self.chain.model)
         self._whole = False
         key = noise.key(self.seed, self.steps, 0, 0)
         try:
@@ -228,14 +233,15 @@ class Streamed:
             plus, minus = self._baton.run(partial(self._pass, loss))
             self._end(key)
         except RuntimeError as error:
-            error.add_note("zo2: a weight is empty while its own module does not compute; see Streamed.")
+            if re.search(r"\b(shapes?|sizes?|dimensions?|empty)\b|\d-D\b", str(error)):
+                error.add_note("zo2: a weight is empty while its own module does not compute; see Streamed.")
             raise
         finally:
             self._key = self._unit = None
         slope = (plus - minus) / (2 * self.eps)
         known = math.isfinite(slope)
-        self._commit(Pending(key, slope if known else None, lr), 1)
         self.skipped, self.in_a_row = self.skipped + (not known), 0 if known else self.in_a_row + 1
+        self._commit(Pending(key, slope if known else None, lr), 1)
         refuse_to_go_on(self.in_a_row, self.steps)
         return (plus + minus) / 2
 
@@ -313,7 +319,7 @@ class Streamed:
         self._perturb(key, -2 * self.eps, self.chain.shared, self._minus)
 
     def _pass(self, loss: Callable[[], Tensor]) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), own_casts():
             self._show_shared()
             return float(loss())
 
@@ -336,7 +342,7 @@ class Streamed:
 
     def _commit(self, pending: Pending | None, steps: int) -> None:
         state = {"step": self.steps + steps, "pending": None if pending is None else asdict(pending)}
-        self.tier.commit(self._ends, state)
+        self.tier.commit(self._ends, state | {"skipped": self.skipped, "in_a_row": self.in_a_row})
         self.pending, self.steps, self._whole = pending, self.steps + steps, True
 
     def _enter(self, unit: Unit, module: nn.Module, args: Any) -> None:
@@ -454,7 +460,7 @@ class Streamed:
         if self._stream is None:
             return self._mover.submit(move, *arguments)
         computed = torch.cuda.Event()
-        computed.record()
+        computed.record(torch.cuda.current_stream(self._stream.device))  # of the caller, in either pass: see Lockstep
         return self._mover.submit(self._move_beside, computed, move, arguments)
 
     def _move_beside(self, computed: Any, move: Callable[..., None], arguments: Any) -> None:
@@ -472,21 +478,6 @@ class Streamed:
         wait([*coming, *waiting])
         for copy in (*coming, *waiting):
             copy.result()
-
-
-def check_eps(eps: float) -> None:
-    """Raise UsageError unless `eps`, the smoothing radius, is a positive number."""
-    if not (math.isfinite(eps) and eps > 0):
-        raise UsageError(f"eps={eps} is out of range; expected a positive number such as 1e-3.")
-
-
-def check_slots(slots: int, overlap: bool) -> None:
-    """Raise UsageError where there are fewer slots than the copies need."""
-    if slots < 1 + overlap:
-        raise UsageError(
-            f"slots={slots} with overlap={overlap}: expected at least {1 + overlap}, one block that computes"
-            + (" and one on its way." if overlap else ".")
-        )
 
 
 def _hide(unit: Unit) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from brickyard.core import noise
 from brickyard.core.errors import Refused, UnknownName, UsageError
 from brickyard.core.forwards import refuse_unlike_forwards
-from brickyard.optim._zo_guards import refuse_to_go_on
+from brickyard.optim._zo_guards import own_casts, refuse_to_go_on
 from brickyard.optim._zo_step import (
     ESTIMATORS,
     GAUSSIAN,
@@ -84,8 +84,8 @@ class ZerothOrder(torch.optim.Optimizer):
     Raises:
         UsageError: no parameter, an option out of range, a loss that is no scalar.
         Refused: parameters that cannot be moved, moving batch statistics or dropout in `model`.
-        NotFinite: too many updates skipped in a row. A single one whose slope is NaN or infinite is skipped and counted
-            in `counts["skipped"]`, with the parameters back where they were.
+        NotFinite: too many steps in a row of which every update was skipped. A single update whose slope is NaN or
+            infinite is skipped and counted in `counts["skipped"]`, with the parameters back where they were.
     """
 
     def __init__(
@@ -167,7 +167,8 @@ class ZerothOrder(torch.optim.Optimizer):
             refuse_unlike_forwards(self.model)
 
         def loss() -> Tensor:
-            value = torch.as_tensor(closure())
+            with own_casts():
+                value = torch.as_tensor(closure())
             if value.numel() != 1:
                 raise UsageError(f"the closure returned a tensor of shape {tuple(value.shape)}; a scalar was expected.")
             self.counts["losses"] += 1
@@ -182,7 +183,7 @@ class ZerothOrder(torch.optim.Optimizer):
             found = ESTIMATORS[self.estimator](loss, part, keys, self.eps, direction)
             if not found.finite:
                 move_(part, found.back, direction)
-                self._skipped()
+                self.counts["skipped"] += 1
                 continue
             losses.append(found.loss)
             if self.joint:
@@ -194,18 +195,15 @@ class ZerothOrder(torch.optim.Optimizer):
             self._update(loss, part, found, rates, direction)
         self.counts["steps"] += 1
         self.updated = True
+        # Of a whole step: one bad batch skips all of its blocks, of which there may be more than steps to wait for.
+        self.counts["in_a_row"] = 0 if losses else self.counts["in_a_row"] + 1
+        refuse_to_go_on(self.counts["in_a_row"], self.counts["steps"])
         return torch.tensor(sum(losses) / len(losses) if losses else math.nan, device=device)
-
-    def _skipped(self) -> None:
-        self.counts["skipped"] += 1
-        self.counts["in_a_row"] += 1
-        refuse_to_go_on(self.counts["in_a_row"], self.counts["steps"] + 1)
 
     def _update(
         self, loss: Callable[[], Tensor], part: Parameters, found: Estimate, rates: Any, direction: Any
     ) -> None:
         self.counts["updates"] += 1
-        self.counts["in_a_row"] = 0
         rule = self.rule
         if rule.name == "conservative":
             conservative_(loss, part, found, rates, direction)

@@ -160,13 +160,13 @@ def merged(*terms: Terms) -> list[tuple[int, float]]:
 
 
 def move_(parameters: Parameters, terms: Terms, direction: Direction = GAUSSIAN) -> None:
-    """theta += sum_j scale_j z(key_j), in place: summed in float32, rounded once."""
+    """theta += sum_j scale_j z(key_j), in place: summed in float32, or theta's type if wider, and rounded once."""
     for parameter, theta in parameters:
         if direction.plain:
             noise.add_(theta.detach(), terms, parameter=parameter)
             continue
         for start, theta_C in chunks(theta):
-            home_C = theta_C.float()
+            home_C = theta_C.to(torch.promote_types(theta.dtype, torch.float32))
             for key, scale in terms:
                 home_C.add_(direction.draw(key, parameter, start, len(theta_C), theta.device), alpha=scale)
             theta_C.copy_(home_C)
@@ -410,7 +410,8 @@ def elementwise_(
         flat = {name: tensor.view(-1) for name, tensor in states[parameter].items()}
         for start, theta_C in chunks(theta):
             end = start + len(theta_C)
-            home_C, g_C = theta_C.float(), torch.zeros(len(theta_C), device=theta.device)
+            home_C = theta_C.to(torch.promote_types(theta.dtype, torch.float32))
+            g_C = torch.zeros(len(theta_C), device=theta.device)
             for key in {**back, **gradient}:
                 z_C = direction.draw(key, parameter, start, len(theta_C), theta.device)
                 home_C.add_(z_C, alpha=back.get(key, 0.0))

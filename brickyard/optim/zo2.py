@@ -32,9 +32,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from brickyard.core.files import sha256
 from brickyard.core.method import Claim, Record
 from brickyard.optim._slow_tier import FileTier, sources_of
-from brickyard.optim._streaming import Chain, Pending, Streamed, Trained, check_eps, check_slots
+from brickyard.optim._streaming import Chain, Pending, Streamed, Trained
+from brickyard.optim._zo_guards import check_eps, check_slots
 
 if TYPE_CHECKING:
     from brickyard.core.attached import Attached
@@ -125,7 +127,8 @@ def stream(
         model: with parameters on the meta device (buffers not), in evaluation mode; it is changed in place: forwards
             of it read the blocks from the files from now on.
         weights: the safetensors file or files with its values, by the model's own names; they stay as they are.
-        folder: holds the run: two files of the model's size and a state. An earlier run in it goes on.
+        folder: holds the run: two files of the model's size and a state. An earlier run in it goes on, where it had the
+            same options, trained the same parameters and began with the same bytes of `weights`, which are read for it.
         blocks: names of the repeated blocks; None finds them.
         decay: weight decay of the matrices; biases and norms have none.
         store: "bfloat16" halves the bytes moved. Plain rounding then loses updates below half a unit in the last
@@ -134,7 +137,8 @@ def stream(
             loses no more than the step under way.
 
     `weights` of what is returned is the file that counts: after `flush` an ordinary checkpoint (no buffers).
-    Raises Refused for a model that is no chain, and what `FileTier` raises.
+    Raises Refused for a model that is no chain, and what `FileTier` raises, such as Changed for a folder that holds
+    another run.
     """
     place = torch.device(device)
     chain = chain_of(model) if blocks is None else Chain.of(model, blocks)
@@ -143,13 +147,19 @@ def stream(
         for i, (name, p) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad)
     }
     layout = chain.layout(torch.bfloat16 if store == "bfloat16" else None)
-    stored = sources_of([weights] if isinstance(weights, Path) else weights)
+    paths = [weights] if isinstance(weights, Path) else weights
+    stored = sources_of(paths)
     stored = {chain.aliases.get(name, name): where for name, where in stored.items()}
     chain.off_meta(model, place)
     identity = {"seed": seed, "eps": config.eps, "decay": decay, "store": store, "rounding": rounding}
+    # The noise of a parameter goes by its number among the trained ones, and what is frozen is never written back.
+    identity |= {
+        "trained": {name: how.decay for name, how in trained.items()},
+        "weights": " ".join(sorted(sha256(path) for path in paths)),
+    }
     tier = FileTier(folder, layout, chain.ends_block, stored, identity, device=place, rounding=rounding, sync=sync)
     pending = tier.state["pending"]
-    return Streamed(
+    made = Streamed(
         chain,
         tier,
         trained=trained,
@@ -162,6 +172,8 @@ def stream(
         done=tier.state["step"],
         pending=None if pending is None else Pending(**pending),
     )
+    made.skipped, made.in_a_row = tier.state.get("skipped", 0), tier.state.get("in_a_row", 0)
+    return made
 
 
 def step(config: Config, attached: Attached, training: Training, *, rows: int, task: Task) -> Step:

@@ -7,7 +7,9 @@ sum of T steps, the Edgeworth series of order 1 (first term) or 2 (all) for the 
     u          = (e - T k1) / sqrt(T k2),   l3 = k3 / k2^1.5,   l4 = k4 / k2^2
     delta(eps) = 1 - F_Q(eps) - e^eps (1 - F_P(eps))          a row removed; F_P(-eps) - e^eps F_Q(-eps) for one added
 
-It is no bound: in the tail, where delta lies, F may leave [0, 1] and epsilon may come out below the true one. Rényi's
+It is no bound: in the tail, where delta lies, F may leave [0, 1] and epsilon may come out below the true one. Where F
+leaves it by more than 1e-3, where delta(0) is not positive or the sum is too skew for an expansion about the normal
+law (|l3| / sqrt T > 1), there is no estimate. Rényi's
 
     eps(delta) = min over a > 1 of  D_a + log((a - 1)/a) - (log delta + log a)/(a - 1)
     D_a        = T log E_P[exp(a l)] / (a - 1)
@@ -31,6 +33,8 @@ from brickyard.core.errors import Refused
 from brickyard.core.privacy import Direction, Mechanism, loss
 
 FEWEST = 50  # steps: below it the expansion is no good for sampled steps
+SKEWEST = 1.0  # skew of the sum above which it is not near a normal law
+OUTSIDE = 1e-3  # how far F may leave [0, 1]: order 1 does by 7e-4 where it is still within 4 % of the certified figure
 _REACH = 14.0  # standard deviations of the quadrature
 _POINTS = 4097
 _LARGEST = 200.0  # epsilon
@@ -67,11 +71,20 @@ def edgeworth_delta(
     mechanism: Mechanism, epsilon: np.ndarray, order: int, direction: Direction | Literal["both"] = "both"
 ) -> np.ndarray:
     """Return the estimate of delta at each epsilon, for a row removed, one added, or the larger of the two."""
-    k_P, k_Q = cumulants(mechanism.noise_multiplier, mechanism.sample_rate)
-    steps, grow = mechanism.steps, np.exp(epsilon)
-    removed = 1 - edgeworth(epsilon, k_Q, steps, order) - grow * (1 - edgeworth(epsilon, k_P, steps, order))
-    added = edgeworth(-epsilon, k_P, steps, order) - grow * edgeworth(-epsilon, k_Q, steps, order)
+    grow, f = np.exp(epsilon), _distributions(mechanism, epsilon, order)
+    removed = 1 - f["Q"] - grow * (1 - f["P"])
+    added = f["-P"] - grow * f["-Q"]
     return {"remove": removed, "add": added, "both": np.maximum(removed, added)}[direction]
+
+
+def _distributions(mechanism: Mechanism, epsilon: np.ndarray, order: int) -> dict[str, np.ndarray]:
+    """Return F_P and F_Q at epsilon, which a row removed asks about, and at -epsilon, which one added does."""
+    k_P, k_Q = cumulants(mechanism.noise_multiplier, mechanism.sample_rate)
+    return {
+        sign + law: edgeworth(-epsilon if sign else epsilon, k, mechanism.steps, order)
+        for law, k in (("P", k_P), ("Q", k_Q))
+        for sign in ("", "-")
+    }
 
 
 def edgeworth_epsilon(
@@ -79,14 +92,25 @@ def edgeworth_epsilon(
 ) -> float:
     """Return the estimate of epsilon at `delta`; published figures look at a removed row only.
 
-    Raises Refused where the expansion cannot be trusted: few steps, or a delta that does not fall through `delta`.
+    Raises Refused where the expansion cannot be trusted: few steps, a skew sum, a delta that does not fall through
+    `delta` or is not positive at epsilon 0, a distribution function outside [0, 1].
     """
+    where = (
+        f"(noise {mechanism.noise_multiplier:g}, sampling rate {mechanism.sample_rate:g}, {mechanism.steps} steps): "
+        "the expansion does not hold there. Take the certified figure."
+    )
     if mechanism.steps < FEWEST and mechanism.sample_rate < 1:
         raise Refused(f"the Edgeworth expansion wants {FEWEST} steps or more; there are {mechanism.steps}.")
     if mechanism.noise_multiplier == 0:
         return math.inf
+    of_both = cumulants(mechanism.noise_multiplier, mechanism.sample_rate)
+    skew = max(abs(float(k[2] / k[1] ** 1.5)) for k in of_both) / math.sqrt(mechanism.steps)
+    if not skew <= SKEWEST:
+        raise Refused(f"the sum of the privacy losses has skew {skew:.2g}, above {SKEWEST:g} {where}")
     epsilons = np.linspace(0.0, _LARGEST, 20_001)
     deltas = edgeworth_delta(mechanism, epsilons, order, direction)
+    if not deltas[0] > 0:
+        raise Refused(f"the Edgeworth estimate of delta at epsilon 0 is {deltas[0]:.2g}, not positive {where}")
     below = deltas <= delta
     if below[0]:
         return 0.0
@@ -94,11 +118,12 @@ def edgeworth_epsilon(
         raise Refused(f"the Edgeworth estimate of delta stays above {delta:g} up to epsilon {_LARGEST:g}.")
     at = int(np.argmax(below))
     if (np.diff(deltas[: at + 1]) > 0).any():
-        raise Refused(
-            f"the Edgeworth estimate of delta rises with epsilon (noise {mechanism.noise_multiplier:g}, sampling rate "
-            f"{mechanism.sample_rate:g}, {mechanism.steps} steps): the expansion does not hold there. Take the "
-            "certified figure."
-        )
+        raise Refused(f"the Edgeworth estimate of delta rises with epsilon {where}")
+    used = {"remove": ("P", "Q"), "add": ("-P", "-Q"), "both": ("P", "Q", "-P", "-Q")}[direction]
+    found = _distributions(mechanism, epsilons[: at + 1], order)
+    outside = max(max(-float(found[law].min()), float(found[law].max()) - 1) for law in used)
+    if outside > OUTSIDE:
+        raise Refused(f"the Edgeworth distribution function leaves [0, 1] by {outside:.2g} {where}")
 
     def beyond(epsilon: float) -> float:
         return float(edgeworth_delta(mechanism, np.array(epsilon), order, direction)) - delta

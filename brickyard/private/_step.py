@@ -121,7 +121,7 @@ class LastWeights:
 
 
 class PrivateStep(Backprop):
-    """See the file's head. `noise_for(sample_rate, steps)` gives the noise multiplier.
+    """See the file's head. `noise_for(sample_rate, steps)` gives the noise multiplier, `set_by` says what set it.
 
     Raises UsageError for a batch larger than the data, a delta of 1/n or more, or patience without public validation;
     Refused for arms whose loss is not a sum over rows.
@@ -141,6 +141,7 @@ class PrivateStep(Backprop):
         keep: Keep,
         order: int = 1,
         view: Callable[[Mapping[str, nn.Parameter]], View] = Whole,
+        set_by: Callable[[float, int], str] = lambda rate, steps: "the certified bound",
     ) -> None:
         _check(attached, training, rows, delta, keep)
         super().__init__(attached, training)
@@ -148,8 +149,8 @@ class PrivateStep(Backprop):
             attached.callbacks = (*attached.callbacks, LastWeights())
         self.model, self.task, self.rows = attached.model, task, rows
         self.clip, self.delta, self.microbatch, self.order = clip, delta, microbatch, order
-        rate = sample_rate(training, rows)
-        self.whole = Mechanism(noise_for(rate, training.total_steps(rows)), rate, training.total_steps(rows))
+        rate, steps = sample_rate(training, rows), training.total_steps(rows)
+        self.whole, self.set_by = Mechanism(noise_for(rate, steps), rate, steps), set_by(rate, steps)
         self.mechanism = replace(self.whole, steps=0)
         self.earlier: list[Mechanism] = []  # of a run that was resumed under other settings
         self.view = view(self.named)
@@ -236,6 +237,7 @@ class PrivateStep(Backprop):
             "adjacency": _ADJACENCY,
             "estimate": self._estimate(taken),
             "noise_multiplier": self.mechanism.noise_multiplier,
+            "noise_set_by": self.set_by,
             "sample_rate": self.mechanism.sample_rate,
             "steps": sum(m.steps for m in taken),
             "clip": self.clip,

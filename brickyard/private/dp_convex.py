@@ -201,6 +201,8 @@ def guarantee(config: Config, *, rows: int, batch: int, epochs: int, lr: float, 
         raise UsageError(
             f"delta={config.delta:g} with {rows} rows allows to publish one of them; give less than {1 / rows:.1e}."
         )
+    if batch < 1:
+        raise UsageError(f"batch={batch}: give 1 row or more.")
     batch = min(batch, rows)
     return HiddenStateGDP.for_budget(
         config.epsilon,
