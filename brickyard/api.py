@@ -20,7 +20,7 @@ import torch
 
 from brickyard import routed
 from brickyard.auditing import audit
-from brickyard.compare.plan import Request, code_digest, key_of
+from brickyard.compare.plan import Request, key_of
 from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
@@ -42,6 +42,7 @@ from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.measure import environment, precision
 from brickyard.core.method import FOREIGN_TASKS
+from brickyard.core.registry import code_digest
 from brickyard.core.retention import inner
 from brickyard.core.scale import scaled, sweep_points
 from brickyard.core.stats import interval

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 DONE = 0
+# Options with their defaults, by what reads them.
+_SCORING = {"data": [], "rows": 500, "max_length": None}
+_FINDING = {"clusters": 0, "prompts": 200, "tokens": 64}
+_SHARE = {"share": 0.01}
 EPILOG = """\
 A brick is what one run left: an adapter, a head, changed weights, a structure,
 a group of neurons. The four operations on bricks:
@@ -41,7 +45,9 @@ def options(p: argparse.ArgumentParser, positive: Callable[[type], Callable[[str
     p.add_argument("base", metavar="BASE", help="a model folder, a hub id, or embedded:NAME")
     p.add_argument("--in", dest="folder", default="runs", metavar="DIR", help="where to look (default: runs)")
     p.add_argument("--data", nargs="+", default=[], metavar="D", help="score every brick on these, against the base")
-    p.add_argument("--rows", type=positive(int), default=500, help="test rows of each data set, drawn with seed 0")
+    p.add_argument(
+        "--rows", type=positive(int), default=_SCORING["rows"], help="test rows of each data set, drawn with seed 0"
+    )
     p.add_argument("--max-length", type=positive(int), help="tokens a row; longer rows are truncated and counted")
     g = p.add_argument_group("operations, in place of the table").add_mutually_exclusive_group()
     g.add_argument("--find", metavar="DATA", help="rows of text and label (the capability): one brick a capability")
@@ -51,10 +57,21 @@ def options(p: argparse.ArgumentParser, positive: Callable[[type], Callable[[str
     g.add_argument("--undo", action="store_true", help="take the last --replace or --remove back")
     f = p.add_argument_group("with --find")
     f.add_argument("--out", metavar="DIR", help="a new folder for the groups")
-    f.add_argument("--share", type=positive(float), default=0.01, help="of each layer's neurons in a group (0.01)")
-    f.add_argument("--clusters", type=int, default=0, help="take whole groups of like keys, of so many a layer (0)")
-    f.add_argument("--prompts", type=positive(int), default=200, help="prompts of each capability at most (200)")
-    f.add_argument("--tokens", type=int, default=64, help="of each prompt; shorter ones are left out (64)")
+    f.add_argument(
+        "--share", type=positive(float), default=_SHARE["share"], help="of each layer's neurons in a group (0.01)"
+    )
+    f.add_argument(
+        "--clusters",
+        type=int,
+        default=_FINDING["clusters"],
+        help="take whole groups of like keys, of so many a layer (0)",
+    )
+    f.add_argument(
+        "--prompts", type=positive(int), default=_FINDING["prompts"], help="prompts of each capability at most (200)"
+    )
+    f.add_argument(
+        "--tokens", type=int, default=_FINDING["tokens"], help="of each prompt; shorter ones are left out (64)"
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     p.add_argument("--trust-remote-code", action="store_true", help="let a hub model run its own Python here")
     p.add_argument("--json", action="store_true")
@@ -68,6 +85,7 @@ def bricks(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise UsageError("--out belongs to --find, which writes new bricks; leave it out.")
     if args.find and not args.out:
         raise UsageError("--find writes one brick a capability; say where with --out NEW_FOLDER.")
+    _assert_used(args)
     if args.find:
         return _find(args)
     if args.conflict:
@@ -75,6 +93,23 @@ def bricks(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.replace or args.remove or args.undo:
         return _update(args)
     return _table(args)
+
+
+def _assert_used(args: argparse.Namespace) -> None:
+    """Refuse options that what was asked for would not read."""
+    from brickyard.core.errors import UsageError
+
+    operations = ("find", "conflict", "replace", "remove", "undo")
+    asked = next((name for name in operations if getattr(args, name)), None)
+    unread = {} if asked is None else dict(_SCORING)
+    unread |= {} if asked == "find" else _FINDING
+    unread |= {} if asked in ("find", "conflict") else _SHARE
+    unread |= {"device": None} if asked in ("replace", "remove", "undo") else {}
+    if odd := [f"--{name.replace('_', '-')}" for name, default in unread.items() if getattr(args, name) != default]:
+        what = "the table of bricks" if asked is None else f"--{asked}"
+        raise UsageError(
+            f"{', '.join(odd)} would not be read by {what}; leave {'it' if len(odd) == 1 else 'them'} out."
+        )
 
 
 def _say(text: str) -> None:

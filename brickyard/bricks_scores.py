@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from brickyard.compare.plan import code_digest, key_of
+from brickyard.compare.plan import key_of
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
 from brickyard.core.base import Base, HeadedModel, open_base
@@ -30,6 +30,7 @@ from brickyard.core.errors import BrickyardError, DiskFull, Refused, UnsafeFile
 from brickyard.core.files import cache_folder, read_json, write_json
 from brickyard.core.fitted_head import FittedHead, fit_head
 from brickyard.core.influence import LOWER_IS_BETTER
+from brickyard.core.registry import code_digest
 from brickyard.core.retention import inner
 from brickyard.core.stats import holm, paired
 from brickyard.core.task import Task, task_of

@@ -47,7 +47,8 @@ def _change(folder: Path, brick: Path, base: str, by: Path | None) -> dict[str, 
         raise UsageError(f"{brick} cannot replace itself; give another brick.")
     aside = folder / KEPT_ASIDE
     with Lock(aside):
-        number = 1 + max((int(path.name) for path in _records(aside)), default=0)
+        # A kill may have left a folder without its record; its number is taken all the same.
+        number = 1 + max((int(path.name) for path in aside.glob("[0-9]*") if path.name.isdecimal()), default=0)
         place = aside / f"{number:04d}"
         place.mkdir(parents=True)
         record = {

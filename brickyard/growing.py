@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from brickyard.api import steps_for
-from brickyard.compare.plan import code_digest
 from brickyard.core import registry, trial
 from brickyard.core.arm import parse
 from brickyard.core.data import read_data
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.files import Lock
 from brickyard.core.measure import precision
+from brickyard.core.registry import code_digest
 from brickyard.core.trial import Setting
 
 

@@ -117,15 +117,26 @@ def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespac
     console.print(_kept(result))
     for failure in result["failed"]:
         console.print(escape(f"{failure['arm']}: {failure['why']}"), soft_wrap=True, highlight=False)
-    for task in result["tasks"]:
-        if task["gain"] <= 0:
-            line = f"{task['data']}: the input {task['expert']} gains nothing there, so nothing can be kept"
-            console.print(escape(line), soft_wrap=True, highlight=False)
+    for line in _left_out(result["tasks"]):
+        console.print(escape(line), soft_wrap=True, highlight=False)
     if result["best"] is not None:
         alike = f"; not told apart from it: {', '.join(result['alike'])}" if result["alike"] else ""
         console.print(escape(f"{result['best']} keeps most{alike}"), soft_wrap=True, highlight=False, style="bold")
     console.print(f"models and {_TABLE}: {escape(args.out)}", soft_wrap=True, highlight=False)
     return code
+
+
+def _left_out(tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """Return which tasks do not count in the ranking, and why."""
+    lines = [
+        f"{task['data']} does not count: the input {task['expert']} gains {task['gain']:+.4f} there over the base "
+        f"({task['gain_low']:+.4f} to {task['gain_high']:+.4f}), which may be nothing, and so nothing can be kept"
+        for task in tasks
+        if not task["counts"]
+    ]
+    if len(lines) == len(tasks):
+        lines.append("no ranking: no task counts. Give more test rows, or inputs that learned their tasks")
+    return lines
 
 
 def _kept(result: dict[str, Any]) -> Any:
@@ -136,7 +147,7 @@ def _kept(result: dict[str, Any]) -> Any:
     tasks = result["tasks"]
     table = Table(
         title=f"test rows; heads: {', '.join(dict.fromkeys(task['head'] for task in tasks))}",
-        caption="kept: share of what its expert gained on a task over the base, mean over tasks; "
+        caption="kept: share of what its expert gained on a task over the base, mean over tasks that count; "
         "- below the expert of the task, + above it, = not told apart (95 %, paired)",
     )
     table.add_column("model")

@@ -6,6 +6,7 @@ the memory of a few buffers.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +17,11 @@ import torch
 
 from brickyard.core import registry
 from brickyard.core.arm import parse
-from brickyard.core.errors import Refused, UsageError
+from brickyard.core.errors import Changed, Refused, UsageError
 from brickyard.core.files import write_json
 from brickyard.merge._engine import SHARD, Edit, Merge, Rule
 from brickyard.merge._from_data import OfData
-from brickyard.merging_files import MANIFEST, write_adapter, write_model
+from brickyard.merging_files import MANIFEST, REQUEST, request_of, unscored, write_adapter, write_model
 from brickyard.merging_inputs import Ground, Input, open_ground, open_inputs
 from brickyard.merging_search import Asked, asked, search
 
@@ -112,12 +113,15 @@ def merge(
         audit: such as "backdoor:target=0"; what its trigger does to every input and to the merge, on the test rows of
             every task that has the target class.
 
-    A run that was killed and is called again goes on: meanwhile `OUT.merging` holds the complete shards.
+    A run that was killed and is called again goes on: meanwhile `OUT.merging` holds the complete shards, and a merge
+    that is written but was not scored yet is scored.
 
     Raises Refused with a table of what does not fit, WrongBase, NotFinite naming the tensor, NoEffect where an input or
     the merge changes nothing, DiskFull, Changed where the folder's unfinished merge is another one.
     """
-    folder = _new(out)
+    folder = Path(out)
+    begun = unscored(folder, MANIFEST) if data else None
+    _assert_new(folder, begun)
     wanted = want(arm, bricks=len(bricks), data=len(data))
     prepared = prepare(
         [wanted],
@@ -133,10 +137,21 @@ def merge(
         audit=audit,
         trust_remote_code=trust_remote_code,
     )
-    result = carry_out(wanted, prepared, folder, threads=threads, shard_bytes=shard_bytes)
-    if prepared.score is not None:
-        result["scores"] = prepared.score(folder)
-        write_json(folder / MANIFEST, result)
+    if prepared.score is None:
+        _assert_new(folder, None)
+        return carry_out(wanted, prepared, folder, threads=threads, shard_bytes=shard_bytes)
+    said = {"arm": wanted.arm, "base": base, "form": form, "dtype": dtype, "force": force, "shards": shard_bytes}
+    aligned = None if prepared.aligned is None else prepared.aligned.about
+    request = request_of(prepared.ground, prepared.inputs, {**said, **prepared.reading, "alignment": aligned})
+    if begun is None:
+        begun = carry_out(wanted, prepared, folder, threads=threads, shard_bytes=shard_bytes, request=request)
+    elif begun[REQUEST] != request:
+        raise Changed(
+            f"{folder} holds a merge of other inputs, data or code that was not scored yet; give a new --out."
+        )
+    shutil.rmtree(folder.with_name(f"{folder.name}.merging"), ignore_errors=True)  # left by a kill just after the end
+    result = {key: value for key, value in begun.items() if key != REQUEST} | {"scores": prepared.score(folder)}
+    write_json(folder / MANIFEST, result)
     return result
 
 
@@ -154,6 +169,7 @@ class Prepared:
     """Inputs and tasks, opened and checked once for all merges of them.
 
     score: the table of a merge in a folder; None without data. aligned: what a merge of independent models found.
+    reading: how the data were read, and which they are: a killed merge goes on only with the same.
     """
 
     ground: Ground
@@ -165,6 +181,7 @@ class Prepared:
     dtype: str | None
     device: str | None
     force: bool
+    reading: dict[str, Any]
 
 
 def want(arm: str, *, bricks: int, data: int) -> Wanted:
@@ -216,12 +233,14 @@ def prepare(
             raise UsageError(f"{alone.arm!r} aligns independent models, which no other arm takes; merge it by itself.")
         if form == "adapter":
             raise Refused(f"{alone.recipe.text} changes all weights, which no adapter holds; leave out --as.")
-        aligned = open_aligned(alone.recipe.alignment, ground, specs, data, reading, force, device)
+        mixed = dtype is not None
+        aligned = open_aligned(alone.recipe.alignment, ground, specs, data, reading, force, device, mixed=mixed)
         if alone.searched is not None or attack is not None:
             raise UsageError(
                 f"{alone.arm!r} aligns independent models: it takes no strength to search, and no --audit."
             )
-        return Prepared(aligned.ground, aligned.inputs, [], aligned.scorer(), aligned, form, dtype, device, force)
+        found = aligned.ground, aligned.inputs, [], aligned.scorer(), aligned
+        return Prepared(*found, form, dtype, device, force, dict(reading))
     inputs = open_inputs(specs, ground, mixed=dtype is not None, force=force)
     for wanted in arms:
         _as_adapter(form, wanted.recipe, inputs)
@@ -238,13 +257,23 @@ def prepare(
         splits = [name for name, asked_for in needed.items() if asked_for]
         columns = columns_of(ground, inputs, data, splits=splits, attack=attack, heads=heads, **reading)
         score = partial(score_all, ground, inputs, columns=columns, device=device, attack=attack)
-    return Prepared(ground, inputs, columns, score, None, form, dtype, device, force)
+    read = {**reading, "heads": heads, "data": [column.data.fingerprint for column in columns]}
+    return Prepared(ground, inputs, columns, score, None, form, dtype, device, force, read)
 
 
 def carry_out(
-    wanted: Wanted, prepared: Prepared, folder: Path, *, threads: int | None = None, shard_bytes: int = SHARD
+    wanted: Wanted,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    shard_bytes: int = SHARD,
+    request: str | None = None,
 ) -> dict[str, Any]:
-    """Write one merge of what was prepared to `folder`; return its merge.json, without scores."""
+    """Write one merge of what was prepared to `folder`; return its merge.json, without scores.
+
+    `request` stands in it until the scores do: see `merging_files.request_of`.
+    """
     recipe, ground, inputs, aligned = wanted.recipe, prepared.ground, prepared.inputs, prepared.aligned
     plan = Merge(
         ground.stored,
@@ -286,17 +315,17 @@ def carry_out(
         "inputs": [{"label": i.label, "spec": i.spec, "kind": i.kind, "checked": i.checked} for i in inputs],
         "forced": prepared.force,
         **({} if aligned is None else {"alignment": aligned.about}),
+        **({} if request is None else {REQUEST: request}),
     }
     if as_adapter:
-        return write_adapter(plan, inputs, folder, about)
-    return write_model(plan, ground, inputs, folder, about, prepared.dtype, shard_bytes)
+        return write_adapter(plan, ground, inputs, folder, about, prepared.dtype)
+    return write_model(plan, ground, inputs, folder, about, prepared.dtype, shard_bytes, prepared.reading)
 
 
-def _new(out: str | Path) -> Path:
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _assert_new(folder: Path, begun: dict[str, Any] | None) -> None:
+    """Refuse a folder that holds anything but a merge that was killed before it was scored."""
+    if begun is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty; give a new folder.")
-    return folder
 
 
 def _attack(audit: str | None, data: Sequence[Any]) -> Any:

@@ -84,8 +84,12 @@ def open_aligned(
     reading: dict[str, Any],
     force: bool,
     device: str | None,
+    *,
+    mixed: bool,
 ) -> Aligned:
     """Open checkpoints of the base's architecture and bring them into its features on the training rows of `data`.
+
+    `mixed` lets them be stored in other dtypes than the base.
 
     Raises UsageError without exactly one data set, Refused for what is no full checkpoint, has another vocabulary or
     other classes, or looks fine-tuned from the base (unless forced), ParityBroken where a rewritten network does not
@@ -96,7 +100,7 @@ def open_aligned(
             f"cca-merge compares features on the training rows of one data set (no label is read); {len(data)} were "
             "given. Give --data D."
         )
-    opened = open_inputs(specs, ground, mixed=True, force=True)
+    opened = open_inputs(specs, ground, mixed=mixed, force=True)
     for given in opened:
         if given.kind != "checkpoint":
             raise Refused(

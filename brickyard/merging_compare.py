@@ -2,9 +2,11 @@
 
     kept(merge, task) = (score(merge) - score(base)) / (score(expert) - score(base)),   expert: the input at home there
 
-so 1 is all that its own tuning gained on a task and 0 nothing; a merge is ranked by the mean over tasks. Two merges are
-told apart by the difference of these means, with paired intervals over the test rows of every task (the experts' scores
-taken as given), after Holm's correction over all that are set beside the best.
+so 1 is all that its own tuning gained on a task and 0 nothing; a merge is ranked by the mean over the tasks that count:
+those where the paired 95 % interval of expert minus base lies on the better side of 0, because a share of a gain that
+may be chance says nothing. Two merges are told apart by the difference of these means, with paired intervals over the
+test rows of every task (the experts' scores taken as given), after Holm's correction over all that are set beside the
+best.
 
 Inputs and tasks are opened once, and the base and every input answer once. `OUT` gets a folder for every merge; a call
 with the same inputs and other arms adds to what is there.
@@ -23,6 +25,7 @@ from scipy import stats as distributions
 
 from brickyard.core.errors import BrickyardError, Changed, UsageError
 from brickyard.core.files import Lock, read_json, write_json
+from brickyard.core.registry import code_digest
 from brickyard.core.stats import holm, paired
 from brickyard.core.task import LOWER_IS_BETTER
 from brickyard.merging import Wanted, carry_out, prepare, want
@@ -59,8 +62,9 @@ def merge_all(
     these inputs stands in the table with the reason, and the others go on.
 
     Returns {"tasks", "rows": [{"model", "scores", "kept", "mean_kept", "seconds", "folder"}], "failed": [{"arm",
-    "why"}], "best", "alike": [...], "about"}; rows are the base, the inputs, and the merges, best first. `seconds` is
-    None for a merge that an earlier call made.
+    "why"}], "best", "alike": [...], "about"}; rows are the base, the inputs, and the merges, best first. A task holds
+    {"expert", "gain", "gain_low", "gain_high", "counts"}; `best` is None where no task counts. `seconds` is None for a
+    merge that an earlier call made.
 
     Raises UsageError for arms that do not parse, are given twice, or cannot be set beside others, without data, and
     where no input is at home on a task; Changed where OUT holds merges of other inputs.
@@ -108,12 +112,19 @@ def _merge_all(
 ) -> dict[str, Any]:
     prepared = prepare(wanted, data=data, audit=None, **opened)
     columns: list[Column] = prepared.columns
+    if homeless := [column.data.name for column in columns if not column.at_home]:
+        raise UsageError(
+            f"no input is known to be at home on {homeless[0]}: {len(opened['bricks'])} inputs and {len(data)} data "
+            "sets were given, and a merge is judged by what an input gained on its own task. Give one --data for each "
+            "of the --bricks, in their order."
+        )
     about = {
         "base": prepared.ground.spec,
         "inputs": [{"label": i.label, "spec": i.spec, "kind": i.kind} for i in prepared.inputs],
         "files": files_of(prepared.ground, prepared.inputs),
         "data": [column.data.fingerprint for column in columns],
         **{key: opened[key] for key in ("form", "dtype", "heads", "reading")},
+        "code": code_digest(),
     }
     if not _same_inputs(folder, about):  # an earlier table stays until the new one is whole
         write_json(folder / TABLE, {"schema": 1, "about": about})
@@ -142,7 +153,7 @@ def _merge_all(
         "schema": 1,
         "about": about,
         "tasks": [
-            {**column.about(), "expert": prepared.inputs[column.owner].label, "gain": gain}
+            {**column.about(), "expert": prepared.inputs[column.owner].label, **gain}
             for column, gain in zip(columns, table.pop("gains"), strict=True)
         ],
         **table,
@@ -180,16 +191,18 @@ def _row(model: str, answers: list[Answered]) -> dict[str, Any]:
 def _judged(
     models: Sequence[dict[str, Any]], merges: Sequence[dict[str, Any]], columns: Sequence[Column]
 ) -> dict[str, Any]:
-    """Rank the merges, and say which are not told apart from the best; `models` are the base and the inputs."""
+    """Rank the merges, and say which are not told apart from the best; `models` are the base and the inputs.
+
+    Where no task counts there is no ranking: `best` is None, and merges stand in the order in which they were given.
+    """
     signs = [-1 if column.task.metric in LOWER_IS_BETTER else 1 for column in columns]
     base = [found.cell["mean"] for found in models[0]["answers"]]
-    experts = [models[1 + column.owner]["answers"][i].cell["mean"] for i, column in enumerate(columns)]
-    gains = [sign * (expert - start) for sign, expert, start in zip(signs, experts, base, strict=True)]
+    gains = [_gain(column, i, models, sign) for i, (column, sign) in enumerate(zip(columns, signs, strict=True))]
 
     def shown(row: dict[str, Any]) -> dict[str, Any]:
         answers: list[Answered] = row["answers"]
         kept = [
-            sign * (found.cell["mean"] - start) / gain if gain > 0 else None
+            sign * (found.cell["mean"] - start) / gain["gain"] if gain["counts"] else None
             for sign, found, start, gain in zip(signs, answers, base, gains, strict=True)
         ]
         known = [share for share in kept if share is not None]
@@ -200,14 +213,28 @@ def _judged(
         rest = {key: value for key, value in row.items() if key != "answers"}
         return {**rest, "scores": cells, "kept": kept, "mean_kept": float(np.mean(known)) if known else None}
 
+    ranked = bool(merges) and any(gain["counts"] for gain in gains)
     order = sorted(merges, key=lambda row: -(shown(row)["mean_kept"] or 0.0))
-    compared = [_p_value(columns, gains, signs, order[0], other) for other in order[1:]]
-    adjusted = holm(compared) if compared else np.zeros(0)
+    compared = [_p_value(columns, gains, signs, order[0], other) for other in order[1:]] if ranked else []
+    adjusted = holm(compared) if compared else np.ones(len(order[1:]))
     return {
         "rows": [shown(row) for row in (*models, *order)],
         "gains": gains,
-        "best": order[0]["model"] if order and any(gain > 0 for gain in gains) else None,
-        "alike": [row["model"] for row, p in zip(order[1:], adjusted, strict=True) if p >= LEVEL],
+        "best": order[0]["model"] if ranked else None,
+        "alike": [row["model"] for row, p in zip(order[1:], adjusted, strict=True) if ranked and p >= LEVEL],
+    }
+
+
+def _gain(column: Column, place: int, models: Sequence[dict[str, Any]], sign: int) -> dict[str, Any]:
+    """Return what the expert of a task gained over the base there, by the metric's direction, and whether it counts."""
+    start, expert = models[0]["answers"][place], models[1 + column.owner]["answers"][place]
+    found = paired(column.rows.labels.numpy(), expert.predictions[None], start.predictions[None], column.task.metric)
+    low, high = sorted((sign * found.low, sign * found.high))
+    return {
+        "gain": sign * (expert.cell["mean"] - start.cell["mean"]),
+        "gain_low": low,
+        "gain_high": high,
+        "counts": bool(low > 0),
     }
 
 
@@ -220,7 +247,7 @@ def _beside(column: Column, found: Answered, expert: Answered) -> dict[str, floa
 
 def _p_value(
     columns: Sequence[Column],
-    gains: Sequence[float],
+    gains: Sequence[dict[str, Any]],
     signs: Sequence[int],
     best: dict[str, Any],
     other: dict[str, Any],
@@ -231,10 +258,10 @@ def _p_value(
     """
     difference = variance = 0.0
     for i, (column, gain, sign) in enumerate(zip(columns, gains, signs, strict=True)):
-        if gain <= 0:
+        if not gain["counts"]:
             continue
         a, b = (row["answers"][i].predictions[None] for row in (best, other))
         found = paired(column.rows.labels.numpy(), a, b, column.task.metric)
-        difference += sign * found.difference / gain
-        variance += ((found.high - found.low) / 2 / distributions.norm.ppf(0.975) / gain) ** 2
+        difference += sign * found.difference / gain["gain"]
+        variance += ((found.high - found.low) / 2 / distributions.norm.ppf(0.975) / gain["gain"]) ** 2
     return float(2 * distributions.norm.sf(abs(difference) / variance**0.5)) if variance else 1.0

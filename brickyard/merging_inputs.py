@@ -41,7 +41,11 @@ BRICK, ADAPTER_WEIGHTS = "brick.json", "adapter_model.safetensors"
 FAR = 0.1  # mean |theta - theta_0| / mean |theta_0| of models that fine-tuning from one base does not reach
 MASK = "neuron-group"  # stores which neurons it cuts, in place of the weights that this makes
 _PREFIX = "base_model.model."
+_PEFT_ALPHA = 8.0  # lora_alpha of PEFT's LoraConfig where a configuration has none
 _QUANTISED = "quantization_config"
+# Ways to begin an adapter that leave the base as it is (PEFT 0.21, tuners/lora/layer.py); the others take their first
+# factors, or what quantising loses, out of the base's weights, so that B A stands beside other weights.
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # What two configurations must agree on for their weights to mean the same.
 _ARCHITECTURE = (
     "model_type",
@@ -193,7 +197,7 @@ def _checkpoint(spec: str, label: str, ground: Ground, mixed: bool) -> tuple[Inp
     if rows:
         own_heads = []
     source = Stored(label, _by_base(names, places))
-    files = tuple(sorted({path for path, _ in places.values()}))
+    files = (*sorted({path for path, _ in places.values()}), folder / CONFIG)
     return Input(label, spec, "checkpoint", source, tensors_at(places, own_heads), files=files), rows
 
 
@@ -233,7 +237,7 @@ def _brick(folder: Path, spec: str, label: str, ground: Ground, force: bool) -> 
     rows = misfits(base, places, label, names, whole=False, mixed=True) + unmergeable(base, places, label, names)
     heads = [] if rows else names.extra
     source = Stored(label, _by_base(names, places))
-    return Input(label, spec, "brick", source, tensors_at(places, heads), files=(path,)), rows
+    return Input(label, spec, "brick", source, tensors_at(places, heads), files=(path, folder / BRICK)), rows
 
 
 def _applied(made: Any, spec: str, label: str, ground: Ground) -> tuple[Input, list[list[str]]]:
@@ -254,8 +258,13 @@ def _applied(made: Any, spec: str, label: str, ground: Ground) -> tuple[Input, l
         for name, tensor in held.items()
         if base[name][1].dtype not in FLOATS and not _as_stored(tensor, base, name)
     ]
-    files = (made.folder / made.manifest["weights"],)
+    files = _present(made.folder, made.manifest["weights"], BRICK, ADAPTER)
     return Input(label, spec, "brick", Held(label, held), heads, files=files), rows
+
+
+def _present(folder: Path, *names: str) -> tuple[Path, ...]:
+    """Return those of an input's files that there are: its weights and what says how they are read."""
+    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 def _as_stored(tensor: Tensor, places: Places, name: str) -> bool:
@@ -270,6 +279,13 @@ def _adapter(folder: Path, spec: str, label: str, ground: Ground, kind: str) -> 
         raise Refused(
             f"{label}: an adapter of the type {what} (bias={config.get('bias', 'none')}) is no plain low-rank change; "
             "merge it into its base first (brickyard export --to merged) and give that folder."
+        )
+    begun = config.get("init_lora_weights")
+    if (begun.lower() if isinstance(begun, str) else begun) not in _KEEPS_BASE:
+        raise Refused(
+            f"{label}: an adapter with init_lora_weights={begun!r} was trained beside a base that this start changes, "
+            "so its product is no change of the base itself. Convert it to a plain LoRA (save_pretrained of PEFT with "
+            "path_initial_model_for_weight_conversion), or merge it into its base first and give that folder."
         )
     path = plain_file(folder, ADAPTER_WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(path).items()}
@@ -308,12 +324,14 @@ def _adapter(folder: Path, spec: str, label: str, ground: Ground, kind: str) -> 
     source = LowRank(label, factors)
     checked = "" if kind == "brick" else "an adapter does not tell its base: only names and shapes were compared"
     own = {name: names.own[name].removesuffix(".weight") for name in factors}
-    return Input(label, spec, kind, source, heads, config, own, (path,), checked), rows
+    files = _present(folder, ADAPTER_WEIGHTS, ADAPTER, BRICK)
+    return Input(label, spec, kind, source, heads, config, own, files, checked), rows
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
     """Return the factor of B A, as PEFT computes it: alpha / r, or alpha / sqrt(r) with rslora; patterns go first."""
-    alpha = float(config.get("lora_alpha") or rank)
+    given = config.get("lora_alpha")
+    alpha = _PEFT_ALPHA if given is None else float(given)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = float(value)

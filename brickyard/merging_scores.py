@@ -9,7 +9,7 @@ compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Column:
 
     `validation` are the rows on which a strength is chosen, `train` those of which a method of data reads the inputs,
     without their labels, `triggered` the test rows with a backdoor's trigger; None where nobody asked. `owner` is the
-    input that is at home on the task.
+    input that is at home on the task, where one is: found by its brick, or by its place among as many data sets.
     """
 
     data: Data
@@ -55,6 +55,7 @@ class Column:
     model: nn.Module
     head: str
     owner: int
+    at_home: bool = True
     validation: Encoded | None = None
     train: Encoded | None = None
     triggered: Encoded | None = None
@@ -216,11 +217,13 @@ def _column(
     if found is not None:
         owner, made = found
         limit = max_length or made.manifest.get("max_length")
-        read = partial(encode, base=base, task=made.task, max_length=limit, template=made.template)
+        own = made.task if metric is None else replace(made.task, metric=task.metric)
+        read = partial(encode, base=base, task=own, max_length=limit, template=made.template)
         parts = {split: read(part) for split, part in _wanted(rows, splits, attack).items()}
-        return Column(rows, made.task, parts.pop("test"), _plain(made, ground), "its brick's", owner, **parts)
-    owner = min(index, len(inputs) - 1)
-    parts = {
+        return Column(rows, own, parts.pop("test"), _plain(made, ground), "its brick's", owner, **parts)
+    owner, at_home = min(index, len(inputs) - 1), count == len(inputs)
+    parts: dict[str, Any] = {"at_home": at_home}
+    parts |= {
         name: encode(part, base, task, max_length=max_length) for name, part in _wanted(rows, splits, attack).items()
     }
     test = parts.pop("test")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from brickyard import api
-from brickyard.compare.plan import code_digest
 from brickyard.core import base_files, readers, registry
 from brickyard.core.arm import Arm, Piece, parse
 from brickyard.core.base_files import ADAPTER, CONFIG
@@ -24,8 +23,10 @@ from brickyard.core.errors import BadBrick, BrickyardError, UsageError
 from brickyard.core.export import export
 from brickyard.core.files import read_json, write_json
 from brickyard.core.generate import Decoding
+from brickyard.core.registry import code_digest
 from brickyard.core.task import LOWER_IS_BETTER
 from brickyard.growing import grow
+from brickyard.merge._from_data import OfData
 from brickyard.merge_command import straight_lines
 from brickyard.merging import merge
 from brickyard.merging import resolve as resolve_merge
@@ -279,22 +280,23 @@ def _merge(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any
         **{key: options[key] for key in ("dtype", "device", "threads", "task", "metric") if options.get(key)},
         **({"max_length": options["max-length"]} if options.get("max-length") else {}),
     }
-    arms, found = tries(step), []
+    data = [thing.spec for thing in work.things(step, "data")]
+    arms, found, metric = tries(step), [], ""
+    arm = arms[0]
     if len(arms) > 1:
+        # A merge of data reads the inputs' train rows for every candidate too; others need none before the last.
+        needed = data if isinstance(resolve_merge(arm).rule, OfData) else []
         for i, arm in enumerate(arms):
             tried = folder / f"candidate_{i + 1}"
             if not (tried / "merge.json").is_file():
-                merge(arm, out=tried, **given)
+                merge(arm, out=tried, data=needed, **given)
             digest = work.hashes.digest(tried)
-            data = work.things(step, "validate")
-            cells = [_validate(work, step, tried, digest, thing) for thing in data]
-            found.append({"arm": arm, "scores": cells, "mean": sum(cells) / len(cells)})
+            cells = [_validate(work, step, tried, digest, thing) for thing in work.things(step, "validate")]
+            means = [cell["mean"] for cell in cells]
+            metric = _one_metric(cells)
+            found.append({"arm": arm, "scores": means, "mean": sum(means) / len(means)})
             listen({"event": "progress", "said": f"{i + 1} of {len(arms)}: {arm} {found[-1]['mean']:.4f}"})
-        best = _best(work, step, found)
-        arm = arms[best]
-    else:
-        arm = arms[0]
-    data = [thing.spec for thing in work.things(step, "data")]
+        arm = arms[_best(found, metric)]
     result = merge(arm, out=_fresh(out), data=data, **given)
     for i in range(len(arms)):
         shutil.rmtree(folder / f"candidate_{i + 1}", ignore_errors=True)
@@ -304,21 +306,28 @@ def _merge(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any
         shown["straight"] = {"tensors": len(straight), "along_a_line": sum(straight)}
     if found:
         names = [thing.label for thing in work.things(step, "validate")]
-        shown["search"] = {"validate": names, "metric": _metric(step), "tried": found, "chosen": arm}
+        shown["search"] = {"validate": names, "metric": metric, "tried": found, "chosen": arm}
     return shown
 
 
-def _metric(step: Step) -> str:
-    return step.options.get("metric") or "bits_per_byte"
+def _one_metric(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return the metric of a candidate's scores; UsageError where they have several, of which no mean says anything."""
+    metrics = sorted({cell["metric"] for cell in cells})
+    if len(metrics) > 1:
+        raise UsageError(
+            f"validate: the data are scored by {', '.join(metrics)}, whose mean says nothing; give data of one kind, "
+            "or one metric that fits all."
+        )
+    return metrics[0]
 
 
-def _best(work: Work, step: Step, found: Sequence[Mapping[str, Any]]) -> int:
+def _best(found: Sequence[Mapping[str, Any]], metric: str) -> int:
     """Return the place of the best mean; of equal ones the first."""
-    means = [row["mean"] if _metric(step) in LOWER_IS_BETTER else -row["mean"] for row in found]
+    means = [row["mean"] if metric in LOWER_IS_BETTER else -row["mean"] for row in found]
     return means.index(min(means))
 
 
-def _validate(work: Work, step: Step, model: Path, digest: str, data: Thing) -> float:
+def _validate(work: Work, step: Step, model: Path, digest: str, data: Thing) -> dict[str, Any]:
     """Return a candidate's score on the validation rows of one data set; without any, on those cut from train."""
     source = readers.read(data.spec)
     if "validation" in source.splits:
@@ -327,7 +336,7 @@ def _validate(work: Work, step: Step, model: Path, digest: str, data: Thing) -> 
         rows = read_data(source, task=step.options.get("task"), need=("train",)).splits["validation"].columns
     digest_rows = digest_of_rows({"validation": rows})
     thing = Thing("model", str(model), digest, "a candidate")
-    return _cell(work, step, thing, {"test": rows}, digest_rows, step.options.get("max-length"))["score"]["mean"]
+    return _cell(work, step, thing, {"test": rows}, digest_rows, step.options.get("max-length"))["score"]
 
 
 def _cell(work: Work, step: Step, model: Thing, data: Any, digest: str, length: int | None) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.batches import encode
 from brickyard.core.build import resolve as resolve_arm
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadBase, Refused, UsageError
+from brickyard.core.errors import BadBase, Changed, Refused, UsageError
 from brickyard.core.files import Lock, complete_folder, sha256, write_json, write_tensors
 from brickyard.core.fitted_head import fit_head
 from brickyard.core.task import Task, task_of
@@ -28,6 +27,7 @@ from brickyard.merge._inputs import PIECE, Files, Source, Stored, whole
 from brickyard.merging import MANIFEST as MERGED
 from brickyard.merging import merge
 from brickyard.merging import resolve as resolve_merge
+from brickyard.merging_files import REQUEST, file_names, request_of, unscored
 from brickyard.merging_inputs import Ground, Input, open_ground, open_inputs
 from brickyard.route._conflict import block_tensors, conflict
 from brickyard.route._residual_store import Packed, write_expert
@@ -138,7 +138,8 @@ def route(
         threads, device, task, metric, max_length: as for merge.
 
     Raises UsageError for one expert alone or data that do not fit, Refused for experts that do not fit together, and
-    else as `merging.merge`. A run that was killed leaves no `out`; called again, it begins anew.
+    else as `merging.merge`. A run that was killed leaves no `out`; called again, it begins anew, except that a folder
+    that was not scored yet is scored.
     """
     wanted = parse(arm)
     if len(wanted.pieces) != 1 or wanted.training:
@@ -156,8 +157,7 @@ def route(
         raise UsageError(f"heads={heads!r}; expected own or base.")
     for part in (inner.rule, *inner.edits):
         part.check(len(bricks))
-    if not inspect:
-        _assert_place(data, bricks, out)
+    begun = None if inspect else _assert_place(data, bricks, out)
     ground = open_ground(base, trust_remote_code=trust_remote_code)
     inputs = open_inputs(list(map(str, bricks)), ground, mixed=dtype is not None, force=force)
     if not force:
@@ -169,7 +169,15 @@ def route(
     needs = registry.find(piece.name).record.needs
     reading = {"task": task, "metric": metric, "max_length": max_length}
     courses = [_course(ground, given, spec, heads, needs, **reading) for given, spec in zip(inputs, data, strict=True)]
-    folder = Path(out)
+    folder, scored = Path(out), any("test" in course.data.splits for course in courses)
+    prints = [course.data.fingerprint for course in courses]
+    said = {"arm": str(wanted), "base": base, "dtype": dtype, "force": force, "heads": heads, "data": prints}
+    request = request_of(ground, inputs, {**said, **reading})
+    if begun is not None:
+        if begun[REQUEST] != request:
+            raise Changed(f"{folder} is routed from other experts, data or code, not scored yet; give a new --out.")
+        shutil.rmtree(folder.with_name(f"{folder.name}.routing"), ignore_errors=True)
+        return _scored(begun, ground, inputs, folder, courses, device, max_length)
     work = folder.with_name(f"{folder.name}.routing")
     with Lock(work / "run.lock"):
         for left in (work / "dense", work / "dense.merging"):
@@ -200,16 +208,31 @@ def route(
             "forced": force,
             "dense": {"inner": made["arm"], "fingerprint": dense.fingerprint},
             **survey.about(),
+            **({REQUEST: request} if scored else {}),
         }
         _write(folder, work / "dense", dense, experts, router, read, courses, result)
     shutil.rmtree(work)
-    if any("test" in course.data.splits for course in courses):
-        result["scores"] = score(ground, inputs, folder, courses, device=device, max_length=max_length)
-        write_json(folder / MANIFEST, result)
+    return _scored(result, ground, inputs, folder, courses, device, max_length) if scored else result
+
+
+def _scored(
+    begun: Mapping[str, Any],
+    ground: Ground,
+    inputs: Sequence[Input],
+    folder: Path,
+    courses: Sequence[Course],
+    device: str | None,
+    max_length: int | None,
+) -> dict[str, Any]:
+    """Score a routed folder that is whole, and write its scores into its manifest."""
+    found = score(ground, inputs, folder, courses, device=device, max_length=max_length)
+    result = {key: value for key, value in begun.items() if key != REQUEST} | {"scores": found}
+    write_json(folder / MANIFEST, result)
     return result
 
 
-def _assert_place(data: Sequence[Any], bricks: Sequence[Any], out: str | Path | None) -> None:
+def _assert_place(data: Sequence[Any], bricks: Sequence[Any], out: str | Path | None) -> dict[str, Any] | None:
+    """Refuse a place where nothing can be written; return what a run left there that was killed before it scored."""
     if out is None:
         raise UsageError("--out is missing; give a new folder (or --inspect, which writes nothing).")
     if len(data) != len(bricks):
@@ -218,8 +241,10 @@ def _assert_place(data: Sequence[Any], bricks: Sequence[Any], out: str | Path | 
             "prompts tell the router what belongs to that expert."
         )
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    begun = unscored(folder, MANIFEST)
+    if begun is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty; give a new folder.")
+    return begun
 
 
 def assert_same_language(ground: Ground, inputs: Sequence[Input]) -> None:
@@ -323,9 +348,10 @@ def _course(
             f"its data {rows.name} are {asked.kind}{f' with the labels {extra[:5]}' if extra else ''}. Give --data in "
             "the order of --bricks."
         )
-    return Course(
-        given.label, rows, known, dict(given.heads), {**about, "max_length": max_length or about["max_length"]}
-    )
+    if metric is not None:
+        known = replace(known, metric=asked.metric)
+    about["max_length"] = max_length or about["max_length"]
+    return Course(given.label, rows, known, dict(given.heads), about)
 
 
 def _own_head(given: Input) -> tuple[Task, dict[str, Any]]:
@@ -394,7 +420,8 @@ def _write(
     result: dict[str, Any],
 ) -> None:
     """Write the routed folder, complete or not at all, and add its files and bytes to `result`."""
-    fingerprint, files = dense.fingerprint, {task: _file(task) for task in experts}
+    fingerprint = dense.fingerprint
+    files = {task: f"{name}.safetensors" for task, name in file_names(experts).items()}
     with complete_folder(folder) as temporary:
         for path in sorted(plain.iterdir()):
             if path.is_file() and path.name != MERGED:
@@ -419,10 +446,6 @@ def _write(
                 result["heads"][course.label] = entry
         result["bytes"] = counted(result, dense, len(experts))
         write_json(temporary / MANIFEST, result)
-
-
-def _file(task: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", task) + ".safetensors"
 
 
 def _stored(path: Path, parent: str = "") -> dict[str, Any]:

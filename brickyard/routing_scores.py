@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,16 @@ def score(
         one_NT = w_NT.copy()
         one_NT[:, number] = 1.0
         # The data's own order of labels, and the metric that was asked for.
-        asked = task_of(course.data, metric=course.task.metric if course.task.kind == course.data.kind else None)
+        asked = replace(task_of(course.data), metric=course.task.metric)
         heads = [course.label] if course.head else []
         for name, chosen in (("dense alone", w_NT), ("oracle router", one_NT), ("learned router", routes.w_NT)):
             found = judge(model, course.data, asked, routes, chosen, heads=heads, max_length=max_length)
             cells[name].append(found.score())
-        overwrite(model.backbone, ground, given.source)
+        whole = model.backbone if model.language is None else model.language  # an output layer may be the expert's own
+        overwrite(whole, ground, given.source)
         found = judge(model, course.data, asked, routes, w_NT, heads=heads, max_length=max_length)
         cells["its whole expert"].append(found.score())
-        overwrite(model.backbone, plain, None)
+        overwrite(whole, plain, None)
         right = float((routes.best_N == number).mean())
         about.append(
             {

@@ -346,6 +346,10 @@ def test_resume_in_the_middle_of_the_schedule_is_exact(text_base: Path, tmp_path
         {"beta1": 1.0},
         {"score": "guess"},
         {"every": 0},
+        {"alpha": 0},
+        {"alpha": -8},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
     ],
 )
 def test_options_that_make_no_sense_are_refused(bad: dict) -> None:
@@ -357,3 +361,50 @@ def test_a_rank_above_the_layers_is_refused(text_base: Path) -> None:
     with pytest.raises(Refused, match="rank 64 exceeds"):
         known = ready(text_base, "adalora:init_r=64")
         build(known.plan, known.base, known.task, seed=0)
+
+
+# PEFT compares these patterns, its own AdaLoRA's as well, with layers' names, which they are not.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+def test_plain_peft_opens_the_brick_and_answers_the_same(text_base: Path, tmp_path: Path) -> None:
+    known, attached = trained(text_base)
+    ranks = [layer.lora_A[ADAPTER].shape[0] for layer in layers(attached.model)]  # type: ignore[attr-defined]
+    bricks.save(tmp_path / "b", attached, known.plan, known.base, known.task, seed=0, about={})  # type: ignore[arg-type]
+    inputs = {k: v for k, v in known.encoded["test"].collate(np.arange(8)).items() if k != "labels"}
+    plain = peft.PeftModel.from_pretrained(known.base.model(known.task, seed=1), str(tmp_path / "b")).eval()
+    own = bricks.load(tmp_path / "b").apply()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, own.model(**inputs).logits, rtol=0, atol=1e-6)
+    assert [layer.lora_A[ADAPTER].shape[0] for layer in layers(plain)] == ranks
+    # A brick that is opened and saved again says its ranks as well.
+    bricks.save(tmp_path / "c", own.attached, known.plan, known.base, known.task, seed=0, about={})
+    config = peft.PeftConfig.from_pretrained(str(tmp_path / "c"))
+    found = {n: len(m.lora_E[ADAPTER]) for n, m in own.model.base_model.model.named_modules() if hasattr(m, "lora_E")}  # type: ignore[index, union-attr]
+    assert {n.removesuffix(".lora_E"): sum(m) for n, m in config.rank_pattern.items()} == found  # type: ignore[attr-defined]
+
+
+def test_importances_go_back_to_the_models_device(text_base: Path) -> None:
+    known = ready(text_base)
+    kept = {}
+    for device in ("cpu", "meta"):  # a checkpoint of the CPU, and a model elsewhere
+        attached = build(known.plan, known.base, known.task, seed=0)
+        allocation = attached.callbacks[0]
+        allocation.start(20)
+        attached.model.to(device)
+        allocator = allocation.model.base_model.rankallocator
+        if device == "cpu":
+            allocator.reset_ipt()
+            for name, p in allocation.model.base_model.model.named_parameters():
+                if f"lora_E.{ADAPTER}" in name:
+                    allocator.exp_avg_ipt[name] = allocator.exp_avg_unc[name] = torch.ones_like(p)
+            kept = allocation.state_dict()
+        else:
+            allocation.load_state_dict(kept)
+            for part in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+                held = getattr(allocator, part)
+                assert len(held) == LAYERS and all(t.device.type == "meta" for t in held.values()), part
+
+
+def test_the_papers_setting_adapts_all_linear_layers_of_a_block(text_base: Path) -> None:
+    known = ready(text_base, "adalora:preset=paper")
+    assert known.plan.configs["adalora"].target == "blocks"
+    assert len(layers(build(known.plan, known.base, known.task, seed=0).model)) == LAYERS

@@ -301,6 +301,21 @@ def test_a_kill_between_the_steps_leaves_a_brick_that_undo_finds(
         assert bytes_of(folder) == before
 
 
+def test_a_kill_before_the_record_stands_in_nobodys_way(
+    yard: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = str(yard[0]), copied(yard, tmp_path)
+    before, old = bytes_of(folder), folder / "groups" / "second"
+    with monkeypatch.context() as patch:
+        patch.setattr(bricks_updates, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            bricks_updates.remove(folder, old, base)
+    assert bytes_of(folder) == before and (folder / ".bricks" / "0001").is_dir()
+    assert bricks_updates.remove(folder, old, base)["number"] == 2
+    bricks_updates.undo(folder)
+    assert bytes_of(folder) == before
+
+
 def test_updates_that_make_no_sense_are_refused(yard: tuple[Path, Path], text_base: Path, tmp_path: Path) -> None:
     base, folder = str(yard[0]), copied(yard, tmp_path)
     lora = folder / "lora" / "brick"
@@ -356,6 +371,15 @@ def test_the_verbs_work_on_the_command_line(
     assert main([*common, "--conflict", lora, full, "--device", "cpu"]) == 0 and "cosine" in capsys.readouterr().out
     assert main([*common, "--replace", lora, full]) == 0 and "was replaced by" in capsys.readouterr().out
     assert main([*common, "--undo"]) == 0 and "bit for bit" in capsys.readouterr().out
+    for words, named in (
+        (["--undo", "--rows", "10"], "--rows would not be read by --undo; leave it out"),
+        (["--conflict", lora, full, "--data", str(data), "--max-length", "8"], "--data, --max-length would not"),
+        (["--remove", lora, "--share", "0.5"], "--share would not be read by --remove"),
+        (["--find", str(data), "--out", "y", "--rows", "3"], "--rows would not be read by --find"),
+        (["--prompts", "3"], "--prompts would not be read by the table of bricks"),
+    ):
+        assert main([*common, *words]) == 2, words
+        assert named in " ".join(capsys.readouterr().err.split())
     for words in (["--find", str(data)], ["--out", "x"], ["--undo", "--remove", lora], ["--remove", str(tmp_path)]):
         assert main([*common, *words]) == 2, words
         assert capsys.readouterr().err

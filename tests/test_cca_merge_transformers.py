@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from brickyard.cli import main
 from brickyard.core.base import open_base
 from brickyard.core.errors import ParityBroken, Refused, UsageError
-from brickyard.core.files import read_json, read_tensors
+from brickyard.core.files import read_json, read_tensors, write_tensors
 from brickyard.core.task import Task
 from brickyard.merge import _align
 from brickyard.merge._align_transformer import RESIDUAL, assert_same, transformer, untie
@@ -315,6 +316,14 @@ def test_inputs_that_are_not_for_it_are_refused(tmp_path: Path) -> None:
         merge("cca-merge", bricks=[b], out=tmp_path / "out", base=str(a))
     with pytest.raises(Refused, match="no adapter holds"):
         merge("cca-merge", bricks=[b], out=tmp_path / "out", form="adapter", **options)
+    # Other dtypes than the base's are taken where the result is given one, as by every merge.
+    half = Path(shutil.copytree(b, tmp_path / "half"))
+    write_tensors(
+        half / "model.safetensors", {n: t.bfloat16() for n, t in read_tensors(b / "model.safetensors").items()}
+    )
+    with pytest.raises(Refused, match="BF16"):
+        merge("cca-merge", bricks=[half], out=tmp_path / "out", **options)
+    merge("cca-merge", bricks=[half], out=tmp_path / "mixed", dtype="float32", **options)
     tokenizer = json.loads((b / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     words["good"], words["bad"] = words["bad"], words["good"]

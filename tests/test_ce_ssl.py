@@ -12,6 +12,7 @@ from conftest import documents, text_data
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import brickyard
+from brickyard.core import trial
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.export import export
 from brickyard.core.inject import BrickyardConfig, BrickyardLinear, Leaf, register, to_lora
@@ -219,7 +220,7 @@ def test_ranks_and_places_beyond_the_model_are_refused() -> None:
 
 def test_a_step_that_leaves_every_adapter_out_changes_nothing(causal_base: Path, tmp_path: Path) -> None:
     data = documents(train=40)
-    brick, found = brickyard.tune(
+    _, found = brickyard.tune(
         "ce-ssl:r=2,p=0.9,target=[query]",
         base=str(causal_base),
         data=data,
@@ -229,3 +230,37 @@ def test_a_step_that_leaves_every_adapter_out_changes_nothing(causal_base: Path,
         device="cpu",
     )
     assert found["steps"] == 30 and all(np.isfinite(point["train_loss"]) for point in found["history"])
+
+
+def test_the_pass_that_scores_layers_draws_from_the_seed_alone(text_base: Path) -> None:
+    asked = trial.Setting(
+        arm="ce-ssl:r=8,compress=0.6",
+        base=str(text_base),
+        data=text_data(),
+        training={"batch": 8, "epochs": 1},
+        cache=False,
+        device="cpu",
+    )
+    prepared = trial.prepare(asked, ("train",))
+    found = []
+    for elsewhere in (1, 2):
+        torch.manual_seed(elsewhere)
+        before = torch.get_rng_state()
+        chosen = ce_ssl.choose(prepared.plan.configs["ce-ssl"], prepared)
+        assert chosen is not None
+        assert elsewhere == 2 or torch.equal(torch.get_rng_state(), before)
+        found.append(chosen[1]["importance"])
+    assert found[0] == found[1]
+
+
+def test_a_share_below_one_layer_is_refused_with_the_count(text_base: Path) -> None:
+    with pytest.raises(UsageError, match=r"compress=0\.05 of 8 layers .* at least 0\.125"):
+        model(target=["query", "value"], compress=0.05)
+    with pytest.raises(UsageError, match=r"compress=0\.05 of 2 layers"):
+        brickyard.tune(
+            "ce-ssl:r=8,compress=0.05,target=[query]",
+            base=str(text_base),
+            data=text_data(),
+            training={"steps": 1},
+            device="cpu",
+        )

@@ -121,6 +121,43 @@ def test_the_decomposition_finds_planted_outliers_that_magnitude_misses() -> Non
     assert found["greedy"] >= 2 * found["magnitude"] > 0
 
 
+@pytest.mark.parametrize("planted", [0, 3])
+def test_of_a_weight_of_small_entries_the_largest_residuals_are_taken(planted: int) -> None:
+    """Where the first fit leaves fewer outliers above the threshold than are wanted, its residual ranks them all."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(30, 1, generator=g) @ torch.randn(1, 40, generator=g) * 5e-4
+    place = torch.randperm(w.numel(), generator=g)[:20]
+    w.view(-1)[place] += 7e-3 * torch.sign(torch.randn(20, generator=g))
+    w.view(-1)[place[:planted]] *= 3.0
+    rows, cols = positions(w, 20, "greedy", torch.Generator().manual_seed(0))
+    found = set((rows.long() * 40 + cols.long()).tolist())
+    assert len(found) == 20 and len(found & set(place.tolist())) >= 16
+    assert found != set(range(20)) and set(place[:planted].tolist()) <= found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 0.3}, r"heads=0\.3 of the 2 heads of block bert\.encoder\.layer\.0 .* at least 0\.5"),
+        ({"neurons": 0.03}, r"neurons=0\.03 of the 32 neurons of block .* at least 0\.032"),
+    ],
+)
+def test_a_share_below_one_unit_is_refused_with_the_count(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        attached(**options)
+    attached(heads=0.5, neurons=0.032)
+
+
+def test_a_base_without_heads_is_refused_in_words() -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[2, 2]))  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"shows no single .*key"):
+        units(model)
+    with pytest.raises(Refused, match="no repeated blocks"):
+        units(nn.Sequential(nn.Linear(4, 4)))
+
+
 def test_only_the_entries_of_the_support_train(text_base: Path) -> None:
     prepared = trial.prepare(setting("dsee:r=2,n_sparse=5", text_base), ("train",))
     made = build(prepared.plan, prepared.base, prepared.task, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from bridged import bert, logits, words
 from bridged import stir as stir_adapter
 from peft import HiraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from brickyard.checks.hut import RANK, WIDTH, flops
@@ -16,6 +18,7 @@ from brickyard.core import registry
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.inject import BrickyardConfig, BrickyardLinear, register, to_lora
 from brickyard.core.measure import saved_for_backward_bytes
+from brickyard.core.task import Task
 from brickyard.tune import hut
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -167,3 +170,71 @@ def test_bad_options_are_refused(options: dict) -> None:
         hut.Config(**options)
     with pytest.raises(Refused, match="exceeds layer"):
         model(r=17)
+
+
+@pytest.mark.parametrize("variant", hut.VARIANTS)
+def test_small_changes_survive_autocast(variant: str) -> None:
+    layer = layer_of(model(variant, stirred=False))
+    part = layer.part("default")
+    x = torch.randn(2, 7, layer.in_features)
+
+    def under_autocast() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    before = under_autocast()
+    with torch.no_grad():
+        part["b"].copy_(torch.randn_like(part["b"]) * 1e-3)  # far below what bfloat16 can add to 1
+        if variant == "rank-1":
+            part["a"].copy_(torch.randn_like(part["a"]) * 1e-3)
+    a_rn, b_mr, scale, offset = hut.gain(layer.bound["default"].config, part)
+    bias = layer.base_layer.bias.bfloat16()  # type: ignore[union-attr,operator]
+    weight = part.weight
+    if variant == "rank-1":
+        y = F.linear((x.bfloat16() * a_rn[0]).bfloat16(), weight.bfloat16())
+        expected = (y * b_mr[:, 0]).bfloat16() + bias
+    else:
+        expected = F.linear(x.bfloat16(), (weight * (offset + scale * b_mr @ a_rn)).bfloat16()) + bias
+    found = under_autocast()
+    assert found.dtype == torch.bfloat16 and not torch.equal(found, before)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    change = hut.weight(layer.bound["default"].config, part)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(hut.weight(layer.bound["default"].config, part), change, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", hut.VARIANTS)
+def test_a_backward_pass_under_autocast_is_that_outside_it(variant: str) -> None:
+    layer = layer_of(model(variant))
+    part = layer.part("default")
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(torch.linspace(-1, 1, 3 * layer.in_features).view(3, -1)).float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(y, [part["a"], part["b"]]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_whole_rows_and_columns_of_zeros_are_named() -> None:
+    task = Task("text-classification", "accuracy", ("a", "b", "c"), 3, "text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hut.attach(bert(), hut.Config(r=2), task)
+    base = bert()
+    with torch.no_grad():
+        layer = base.get_submodule("bert.encoder.layer.1.attention.self.query")
+        layer.weight[3:5] = 0.0  # type: ignore[index,operator]
+        layer.weight[:, 7] = 0.0  # type: ignore[index,operator]
+        base.get_submodule("bert.encoder.layer.2.attention.self.value").weight[0, 0] = 0.0  # type: ignore[index,operator]
+    told = r"stay zero: bert\.encoder\.layer\.1\.attention\.self\.query has 2 outputs and 1 inputs"
+    with pytest.warns(UserWarning, match=told) as seen:
+        hut.attach(base, hut.Config(r=2), task)
+    assert "layer.2" not in str(seen[0].message)
+
+
+@pytest.mark.parametrize("variant", hut.VARIANTS)
+def test_the_export_of_a_base_in_double_precision_keeps_it(variant: str, tmp_path: Path) -> None:
+    exported = to_lora(model(variant).double(), "default", tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.dtype for n, t in stored.items() if "lora_" in n} == {torch.float64} and exported.error < 1e-13

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import documents, make_text_base, text_data
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from brickyard import api
@@ -97,6 +97,39 @@ def test_lines_scales_only_the_second_factor_of_an_adapter(loras: list[Brick], t
     assert read_tensors(tmp_path / "out" / "heads" / "a.safetensors").keys() == {"classifier.weight", "classifier.bias"}
 
 
+def plain_adapter(folder: Path, base: Path, **options: Any) -> Path:
+    """Write a PEFT adapter of another's making, whose factors were moved by noise."""
+    chosen: Any = {"r": 2, "target_modules": ["query", "value"], **options}
+    tuned = get_peft_model(open_base(str(base)).model(TASK, seed=0), LoraConfig(**chosen))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    tuned.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@pytest.mark.parametrize("start", ["pissa", "PiSSA_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", 7])
+def test_an_adapter_that_was_begun_in_the_base_is_refused(start: Any, text_base: Path, tmp_path: Path) -> None:
+    made = plain_adapter(tmp_path / "made", text_base)
+    said = json.loads((made / "adapter_config.json").read_text())
+    (made / "adapter_config.json").write_text(json.dumps({**said, "init_lora_weights": start}))
+    with pytest.raises(Refused, match=r"made: .*path_initial_model_for_weight_conversion.* merge it into its base"):
+        merge("average", base=str(text_base), bricks=[made], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_an_adapter_that_leaves_the_base_alone_is_merged_as_peft_loads_it(
+    start: Any, text_base: Path, tmp_path: Path
+) -> None:
+    made = plain_adapter(tmp_path / "made", text_base, init_lora_weights=start)
+    merge("average", base=str(text_base), bricks=[made], out=tmp_path / "out", form="model")
+    opened: Any = PeftModel.from_pretrained(open_base(str(text_base)).model(TASK, seed=0), str(made))  # type: ignore[arg-type]
+    wanted, found = opened.merge_and_unload().bert.state_dict(), weights(tmp_path / "out")
+    for name in (n for n in found if found[n].is_floating_point()):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_no_sum_becomes_a_model(loras: list[Brick], text_base: Path, tmp_path: Path) -> None:
     given = {"base": str(text_base), "bricks": [brick.folder for brick in loras]}
     assert merge("ties:density=0.5", out=tmp_path / "ties", **given)["form"] == "model"
@@ -168,6 +201,15 @@ def test_every_input_and_the_merge_are_scored_on_every_task(text_base: Path, tmp
     guessed = model.eval()(**inputs).logits.argmax(-1)
     labels = torch.tensor([TASK.labels.index(name) for name in data[0]["test"]["label"]])  # type: ignore[union-attr]
     assert rows["the merge"]["scores"][0]["mean"] == pytest.approx(float((guessed == labels).float().mean()))
+
+
+def test_the_metric_that_was_asked_for_is_used_with_a_bricks_own_head(text_base: Path, tmp_path: Path) -> None:
+    made = make_brick(tmp_path / "one", text_base, "full", 1, size=0.3)
+    given: dict[str, Any] = {"data": [text_data()], "device": "cpu", "metric": "macro-f1"}
+    found = merge("lines:alpha=0.5", base=str(text_base), bricks=[made.folder], out=tmp_path / "out", **given)["scores"]
+    own = api.evaluate(brick=made.folder, data=text_data(), device="cpu", dtype="float32", metric="macro-f1")["score"]
+    assert found["tasks"][0]["head"] == "its brick's" and found["tasks"][0]["metric"] == "macro-f1" == own["metric"]
+    assert found["rows"][1]["scores"][0]["mean"] == pytest.approx(own["mean"])
 
 
 def test_a_row_replaces_the_backbone_and_leaves_the_head(loras: list[Brick], text_base: Path, tmp_path: Path) -> None:

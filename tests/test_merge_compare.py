@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from brickyard.cli import main
 from brickyard.core.brick import Brick
 from brickyard.core.errors import Changed, UsageError
 from brickyard.core.stats import interval
+from brickyard.core.task import Task
+from brickyard.merge_command import _left_out
 from brickyard.merging import merge
 from brickyard.merging_compare import _judged, merge_all
 from brickyard.merging_scores import Answered
@@ -78,8 +81,51 @@ def test_a_task_without_a_gain_is_left_out_and_said() -> None:
     columns: Any = [FakeColumn(labels[0], 0), FakeColumn(labels[1], 1)]
     models = [row("the base", [0.5, 0.9], labels), row("a", [0.9, 0.5], labels), row("b", [0.4, 0.8], labels)]
     found = _judged(models, [row("one", [0.7, 0.1], labels)], columns)
-    assert found["rows"][-1]["kept"] == [pytest.approx(0.5), None] and found["gains"][1] < 0
+    assert found["rows"][-1]["kept"] == [pytest.approx(0.5), None] and found["gains"][1]["gain"] < 0
     assert found["rows"][-1]["mean_kept"] == pytest.approx(0.5)
+
+
+def test_a_task_counts_only_where_the_gain_of_its_expert_is_told_from_nothing() -> None:
+    labels = [np.arange(100) % 2, np.arange(100) % 2]
+    columns: Any = [FakeColumn(labels[0], 0), FakeColumn(labels[1], 1)]
+    # One row of a hundred more is a gain that may be chance; a merge with twice as many would keep 200 % of it.
+    models = [row("the base", [0.5, 0.6], labels), row("a", [0.9, 0.5], labels), row("b", [0.4, 0.61], labels)]
+    merges = [row("lucky", [0.5, 0.62], labels), row("good", [0.8, 0.6], labels)]
+    found = _judged(models, merges, columns)
+    assert [gain["counts"] for gain in found["gains"]] == [True, False]
+    assert found["gains"][1]["gain_low"] <= 0 < found["gains"][1]["gain"] < found["gains"][1]["gain_high"]
+    assert found["best"] == "good" and found["alike"] == []
+    by = {r["model"]: r for r in found["rows"]}
+    assert by["lucky"]["kept"] == [pytest.approx(0.0), None] and by["good"]["mean_kept"] == pytest.approx(0.75)
+    # Where none counts nothing is ranked.
+    none = _judged([models[0], row("a", [0.51, 0.5], labels), models[2]], merges, columns)
+    assert none["best"] is None and none["alike"] == []
+    assert [r["model"] for r in none["rows"][-2:]] == ["lucky", "good"]
+    assert all(r["mean_kept"] is None for r in none["rows"])
+    told = _left_out([{"data": d, "expert": "x", **g} for d, g in zip(("one", "two"), none["gains"], strict=True)])
+    assert len(told) == 3 and "two does not count: the input x gains +0.0100" in told[1] and "no ranking" in told[2]
+    assert len(_left_out([{"data": "two", "expert": "x", **found["gains"][1]}])) == 2
+    assert _left_out([{"data": "one", "expert": "x", **found["gains"][0]}]) == []
+
+
+def test_inputs_that_are_at_home_on_no_task_are_asked_for(
+    experts: list[Brick], text_base: Path, tmp_path: Path
+) -> None:
+    given = inputs(experts, text_base)
+    for change in (
+        {"data": given["data"][:1], "heads": "base"},
+        {"data": [*given["data"], text_data()], "heads": "base"},
+    ):
+        with pytest.raises(UsageError, match=r"no input is known to be at home on .*one --data for each"):
+            merge_all(["average", "slerp"], out=tmp_path / "all", **{**given, **change})
+    assert not list((tmp_path / "all").glob("*/*.safetensors"))
+    # A brick that is found by its labels is at home wherever its data stand.
+    other = make_brick(
+        tmp_path / "c", text_base, "lora:r=3", 5, Task("text-classification", "accuracy", ("no", "yes"), 2, "text")
+    )
+    named = {**given, "bricks": [experts[0].folder, other.folder], "data": given["data"][:1]}
+    table = merge_all(["average", "slerp"], out=tmp_path / "found", **named)
+    assert [task["expert"] for task in table["tasks"]] == ["a"]
 
 
 def test_every_merge_is_the_one_that_is_made_alone(experts: list[Brick], text_base: Path, tmp_path: Path) -> None:
@@ -125,6 +171,15 @@ def test_a_second_call_adds_arms_and_other_inputs_are_refused(
     assert (tmp_path / "all" / "merges.json").read_text() == stored, "an interrupted call lost the table"
     with pytest.raises(Changed, match="another inputs"):
         merge_all(["average", "slerp"], out=tmp_path / "all", **{**given, "bricks": given["bricks"][::-1]})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "code_digest", lambda: "of another release")
+        with pytest.raises(Changed, match="another code"):
+            merge_all(["average", "slerp"], out=tmp_path / "all", **given)
+    with pytest.raises(Changed, match="another reading"):
+        merge_all(["average", "slerp"], out=tmp_path / "all", **given, max_length=8)
+    os.utime(experts[0].folder / "adapter_config.json", ns=(1, 1))
+    with pytest.raises(Changed, match="another files"):
+        merge_all(["average", "slerp"], out=tmp_path / "all", **given)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")
     with pytest.raises(UsageError, match="not empty"):

@@ -185,6 +185,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert [p.name for p in (work / "steps" / name).iterdir()] == ["step-" + ("8" if training == 1 else "4")]
     with pytest.raises(Changed, match="lr"):
         grow("model-assembling:parts=2,lr=1e-3", out=tmp_path / "cut", **asked(deep_vit))
+    # Validation rows choose the weights of the meta network, which the parts are trained in.
+    fewer = image_data()
+    fewer["validation"] = {name: column[:20] for name, column in fewer["validation"].items()}
+    with pytest.raises(Changed, match="validation"):
+        grow(arm, out=tmp_path / "cut", **{**asked(deep_vit), "data": fewer})
     told = Told()
     grow(arm, out=tmp_path / "cut", callbacks=[told], **asked(deep_vit))
     assert told.trainings == left  # what was finished is not trained again

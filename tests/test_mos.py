@@ -299,8 +299,8 @@ def test_merging_and_exporting_agree_with_the_adapter(tmp_path):
         ({"e": 0}, "at least 1"),
         ({"l": 0}, "at least 1"),
         ({"p": -1}, "at least 0"),
-        ({"p": 3, "e": 2}, "p=3 exceeds"),
-        ({"p": 2, "e": 2, "r": 1}, "p=2 exceeds"),
+        ({"p": 3, "e": 2}, "p=3 exceeds e=2; use p <= 2"),
+        ({"p": 2, "e": 2, "r": 1}, "p=2 exceeds r=1; use p <= 1"),
         ({"p": 2, "e": 2, "r": 4}, "leaves no public shards"),
         ({"alpha": 0.0}, "positive"),
         ({"dropout": 1.0}, "dropout"),
@@ -365,3 +365,11 @@ def test_without_a_rank_the_layers_say_how_many_shards_there_are(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(bert(), str(tmp_path)).eval()
     assert again.peft_config["default"].options == {"r": layers + 1} and same(logits(again), logits(model))
+
+
+def test_a_larger_budget_gets_a_larger_rank_and_errors_name_what_was_given():
+    assert [mos.fitted(mos.Config(e=e), group(12, 64, 64)).r for e in (2, 3, 4, 8)] == [7, 12, 16, 32]
+    assert mos.fitted(mos.Config(e=8), group(2, 64, 64)).r == 15  # no more shards than there are
+    assert mos.fitted(mos.Config(e=8, p=8), group(12, 64, 64)).r == 8  # LoRA of rank 8
+    with pytest.raises(Refused, match=r"p=5 private ranks exceed layer .* \(4 in, 64 out\); use p <= 4"):
+        mos.fitted(mos.Config(e=8, p=5), group(12, 4, 64))

@@ -257,6 +257,40 @@ def test_a_search_keeps_the_best_on_validation_and_scores_nothing_twice(kitchen:
     assert states(again)["report"] == "done" and len(list((kitchen / "out" / "cells").iterdir())) == cells + 1
 
 
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 1), ("bits_per_byte", 0)])
+def test_a_search_goes_by_the_metric_of_its_scores(
+    kitchen: Path, metric: str, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `metric:` the scores say what they are, and so which way is better."""
+    real, told = recipe_verbs._cell, iter([0.25, 0.75])
+
+    def cell(work: Any, step: Any, model: Any, *rest: Any) -> dict[str, Any]:
+        if model.label == "a candidate":
+            return {"score": {"metric": metric, "mean": next(told)}, "examples": 4}
+        return real(work, step, model, *rest)
+
+    monkeypatch.setattr(recipe_verbs, "_cell", cell)
+    text = RECIPE.replace("merge: average", "merge: slerp\n    search: {t: [0.25, 0.75]}\n    validate: data")
+    result = run(written(kitchen, text), out=kitchen / "out")
+    search = next(s for s in result["steps"] if s["name"] == "merged")["result"]["search"]
+    assert search["metric"] == metric and search["chosen"] == search["tried"][best]["arm"]
+
+
+def test_a_search_over_scores_of_two_metrics_is_refused() -> None:
+    cells = [{"metric": "accuracy", "mean": 0.5}, {"metric": "bits_per_byte", "mean": 2.0}]
+    with pytest.raises(UsageError, match="accuracy, bits_per_byte, whose mean says nothing"):
+        recipe_verbs._one_metric(cells)
+
+
+def test_a_merge_of_data_can_be_searched(kitchen: Path) -> None:
+    search = "search: {off_diagonal: [0.5, 0.9]}\n    validate: data\n    data: [data, data]\n    max-length: 16"
+    text = RECIPE.replace("merge: average", f"merge: regmean:rows=8\n    {search}")
+    result = run(written(kitchen, text), out=kitchen / "out")
+    assert states(result)["merged"] == "done"
+    found = next(s for s in result["steps"] if s["name"] == "merged")["result"]
+    assert len(found["search"]["tried"]) == 2 and found["search"]["metric"] == "bits_per_byte"
+
+
 def test_the_other_verbs_hand_over_to_each_other(kitchen: Path) -> None:
     text = (
         RECIPE.split("steps:\n")[0]

@@ -15,14 +15,15 @@ from conftest import WORDS, make_text_base, text_data, write_data
 from test_merge import LANGUAGE, make_brick, weights
 from torch import Tensor
 
-from brickyard import api
+from brickyard import api, routing
 from brickyard.cli import main
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
 from brickyard.core.base import open_base
 from brickyard.core.batches import encode
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadBrick, BrickyardError, Refused, UnsafeFile, UsageError, WrongBase
+from brickyard.core.errors import BadBrick, BrickyardError, Changed, Refused, UnsafeFile, UsageError, WrongBase
+from brickyard.core.files import write_tensors
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.task import Task
 from brickyard.merging import merge
@@ -344,6 +345,57 @@ def test_documents_are_scored_under_their_experts(writer: dict[str, Any], tmp_pa
     assert np.array_equal(other[1::2], oracle.answers.predictions[1::2]) and not np.array_equal(mixed, other)
     api.evaluate(brick=writer["out"], data=writer["data"][0], device="cpu", predictions=tmp_path / "x.parquet")
     assert pq.read_table(tmp_path / "x.parquet")["index"].to_pylist() == list(range(24))
+
+
+def test_a_whole_expert_answers_through_its_own_output_layer(causal_base: Path, tmp_path: Path) -> None:
+    untied = Path(shutil.copytree(causal_base, tmp_path / "untied"))
+    model: Any = open_base(str(causal_base)).model(LANGUAGE, seed=0)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (untied / "config.json").write_text(
+        json.dumps({**json.loads((untied / "config.json").read_text()), "tie_word_embeddings": False})
+    )
+    write_tensors(untied / "model.safetensors", {**state, "lm_head.weight": state["lm_head.weight"] * 1.5})
+    made = [make_brick(tmp_path / n, untied, "full", i, LANGUAGE, size=0.3).folder for i, n in enumerate("ab")]
+    data = [write_data(tmp_path / f"d{i}", task_rows(topic, None)) for i, topic in enumerate((FILMS, ROOMS))]
+    out = tmp_path / "out"
+    found = route("mediator:layers=1", base=str(untied), bricks=made, data=data, out=out, **GIVEN)["scores"]
+    rows = {row["model"]: [cell["mean"] for cell in row["scores"]] for row in found["rows"]}
+    given: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    alone = [api.evaluate(brick=b, base=str(untied), data=d, **given) for b, d in zip(made, data, strict=True)]
+    assert rows["its whole expert"] == pytest.approx([one["score"]["mean"] for one in alone], rel=1e-5)
+    # The dense model has its own output layer again when the next task is scored.
+    dense = [api.evaluate(base=str(out), data=d, task="causal-lm", **given)["score"]["mean"] for d in data]
+    assert rows["dense alone"] == pytest.approx(dense, rel=1e-5)
+
+
+def test_the_metric_that_was_asked_for_is_used_with_the_bricks_own_heads(world: dict[str, Any], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"base": str(world["base"]), "bricks": world["bricks"], "data": world["data"], **GIVEN}
+    found = route("mediator:layers=1,density=0.2", out=tmp_path / "out", metric="macro-f1", **given)["scores"]
+    assert {task["metric"] for task in found["tasks"]} == {"macro-f1"}
+    alone = api.evaluate(brick=world["bricks"][0], data=world["data"][0], metric="macro-f1", device="cpu")["score"]
+    whole = next(row for row in found["rows"] if row["model"] == "its whole expert")["scores"][0]
+    assert alone["metric"] == whole["metric"] == "macro-f1" and whole["mean"] == pytest.approx(alone["mean"])
+    assert {task["metric"] for task in world["result"]["scores"]["tasks"]} == {"accuracy"}
+
+
+def test_a_folder_whose_scoring_was_killed_is_scored_by_the_next_call(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, out = "mediator:layers=1,density=0.2", tmp_path / "out"
+    given: dict[str, Any] = {"base": str(world["base"]), "bricks": world["bricks"], "data": world["data"], **GIVEN}
+    with monkeypatch.context() as patch:
+        patch.setattr(routing, "score", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            route(arm, out=out, **given)
+    before = (out / "router.safetensors").stat().st_mtime_ns
+    with pytest.raises(Changed, match="not scored yet"):
+        route("mediator:layers=1,density=0.3", out=out, **given)
+    found = route(arm, out=out, **given)
+    assert (out / "router.safetensors").stat().st_mtime_ns == before
+    assert found["scores"] == json.loads(json.dumps(world["result"]["scores"])) and "request" not in found
+    assert json.loads((out / "route.json").read_text())["scores"] == found["scores"]
+    with pytest.raises(UsageError, match="not empty"):
+        route(arm, out=out, **given)
 
 
 def test_the_command_shows_conflict_routes_and_scores(

@@ -38,6 +38,7 @@ from brickyard.core.wrap import attach_peft
 from brickyard.tune._coded import Dropped, Elementwise, Once, Recomputed, Softmax, Trained
 from brickyard.tune._codes import EXACT, Bounded, Grouped
 from brickyard.tune.s2a import Config, convert, slope_code
+from brickyard.tune.s2a_modules import Side
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
 WIDE = {"group": 16}  # the small bases are 32 wide
@@ -463,3 +464,16 @@ def test_a_base_without_biases_is_refused_until_some_are_added(causal_base: Path
     for options in ({"r": 0}, {"tokens": 0}, {"bits": 3}, {"kind": "side", "add_bias": True}):
         with pytest.raises(UsageError, match="s2a-modules"):
             Modules(**options)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_branch_in_full_precision_runs_beside_a_base_in_half(grad: bool) -> None:
+    side = Side(16, 4, 4)
+    nn.init.normal_(side.up.weight)
+    x = gaussian(2, 5, 16).bfloat16().requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        y = side(x)
+    torch.testing.assert_close(y, side(x.float()), rtol=0, atol=0)
+    if grad:
+        y.sum().backward()
+        assert x.grad is not None and x.grad.dtype == torch.bfloat16 and side.down.weight.grad.any()  # type: ignore[union-attr]

@@ -64,3 +64,15 @@ def test_what_a_brick_adds_has_no_strength(arm: str, task: Task, text_base: Path
     with pytest.raises(Refused, match=r"adds modules of its own.*such as lora.*full or bitfit"):  # noqa: SIM117
         with scaled(attached.model, base, brick, 0.5):
             raise AssertionError("it was scaled")
+
+
+def test_a_base_without_some_of_its_heads_has_no_strength_0(text_base: Path) -> None:
+    base = open_base(str(text_base))
+    attached = build(resolve(parse("dsee:r=2,n_sparse=4,heads=0.5,neurons=0.5"), TOPICS), base, TOPICS, seed=0)
+    brick = SimpleNamespace(tensors=attached.tensors, task=TOPICS)
+    with scaled(attached.model, base, brick, 0.5):
+        pass  # nothing is removed yet
+    attached.callbacks[-1].prune(None, torch.Generator().manual_seed(0))
+    with pytest.raises(Refused, match="removed heads or neurons from the base"):  # noqa: SIM117
+        with scaled(attached.model, base, brick, 0.0):
+            raise AssertionError("it was scaled")

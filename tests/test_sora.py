@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import text_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import brickyard
@@ -363,8 +365,6 @@ def test_the_check_asks_for_the_last_steps_weights(monkeypatch: pytest.MonkeyPat
 
 
 def test_tune_prints_the_curve_of_quality_against_ranks() -> None:
-    from types import SimpleNamespace
-
     from rich.console import Console
 
     from brickyard.commands import _Curve
@@ -375,3 +375,51 @@ def test_tune_prints_the_curve_of_quality_against_ranks() -> None:
     noted = SimpleNamespace(history=[{**point, "ranks": 31, "stage": 2, "k": 7e-4}], total=9, task=task)
     _Curve(console).evaluated(noted)
     assert console.export_text().rstrip().endswith("validation accuracy 0.7500  ranks 31  stage 2  k 0.0007")
+
+
+def test_counts_of_dead_steps_go_back_to_the_models_device() -> None:
+    adapted = model(compact=2)
+    sparsifier = sora.Sparsifier(sora.Config(r=4, compact=2), ranks(adapted))
+    kept = {name: torch.ones(4, dtype=torch.int64) for name in gates(adapted)}  # a checkpoint, read on the CPU
+    adapted.to("meta")
+    sparsifier.load_state_dict(kept)
+    assert {count.device.type for count in sparsifier.dead_for.values()} == {"meta"}
+
+
+def test_cutting_dead_ranks_does_not_raise_the_penalty(text_base: Path) -> None:
+    prepared = trial.prepare(setting("sora:r=4,l1=2.0,compact=3", text_base), ("train",))
+    made = build(prepared.plan, prepared.base, prepared.task, seed=0)
+    found = gates(made.model)  # type: ignore[arg-type]
+    every = torch.cat(list(found.values())).detach()
+    penalty = made.extra_loss
+    assert penalty is not None
+    torch.testing.assert_close(penalty().detach(), 2.0 * every.abs().mean())
+    kill(made.model)  # type: ignore[arg-type]
+    before = penalty().detach()
+    sparsifier = next(c for c in made.callbacks if isinstance(c, sora.Sparsifier))
+    sparsifier.cut({name: gate == 0 for name, gate in found.items()}, None)
+    assert sum(len(gate) for gate in found.values()) < len(every)
+    torch.testing.assert_close(penalty().detach(), before)
+
+
+def test_what_killed_every_rank_is_named_in_the_error() -> None:
+    adapted = model()
+    with torch.no_grad():
+        for gate in gates(adapted).values():
+            gate.zero_()
+    # The course of the learning rate has come down to 0 here, and with it the soft threshold.
+    state = SimpleNamespace(step=9, total=10, training=SimpleNamespace(lr=1.0, factor=lambda step, total: 0.0))
+    sparsifier = sora.Sparsifier(sora.Config(r=4, schedule=(0.5, 3.0)), ranks(adapted))
+    with pytest.raises(NoEffect, match=r"k=3 is too large"):
+        sparsifier.end(state)  # type: ignore[arg-type]
+
+
+def test_factors_in_double_precision_are_exported_as_they_are(tmp_path: Path) -> None:
+    adapted = stir(model()).double()
+    exported = to_lora(adapted, "default", tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert exported.exact
+    for name, layer in ranks(adapted).layers().items():
+        a_rn, b_mr, _ = layer.factors("default", layer.part("default", training=False))
+        for key, value in (("lora_A", a_rn), ("lora_B", b_mr)):
+            torch.testing.assert_close(stored[f"base_model.model.{name}.{key}.weight"], value.detach(), rtol=0, atol=0)

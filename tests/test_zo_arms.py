@@ -47,6 +47,7 @@ REFUSED = {
     "dylora": "draws anew",
     "ce-ssl": "draws anew",
     "adalora": "works on gradients",
+    "loca": "works on gradients",
     "hst": "batch norm",
     "idpt": "batch norm",
 }

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from brickyard.compare.plan import code_digest, key_of
+from brickyard.compare.plan import key_of
 from brickyard.compare.run import Listener
 from brickyard.core.errors import RunFailed
 from brickyard.core.files import read_json, write_json
 from brickyard.core.jobs import Job, Local
 from brickyard.core.locks import Lock
+from brickyard.core.registry import code_digest
 
 RUNS = Path("runs") / "checks"
 # A measurement is a function of its claim; that somebody watches is not its business.

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from brickyard.checks._place import RUNS, finished
 from brickyard.checks._takes import takes
 from brickyard.checks.run import FINISHED, Answers, Inequality, judge
-from brickyard.compare.plan import code_digest, key_of
+from brickyard.compare.plan import key_of
 from brickyard.core import brick, registry, trial
 from brickyard.core.answers import answer
 from brickyard.core.base import Base, open_base
@@ -29,6 +29,7 @@ from brickyard.core.batches import encode
 from brickyard.core.data import Data, read_data
 from brickyard.core.jobs import Job
 from brickyard.core.method import Claim
+from brickyard.core.registry import code_digest
 from brickyard.core.task import task_of
 
 NAME = "pretrained-distillation"

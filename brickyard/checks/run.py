@@ -19,7 +19,7 @@ from brickyard.checks._data import at_hand, same_input
 from brickyard.checks._place import RUNS, heard_by
 from brickyard.checks._takes import left_alone, refuse, taken
 from brickyard.compare import shown
-from brickyard.compare.plan import Contestant, Request, code_digest, default_point, key_of
+from brickyard.compare.plan import Contestant, Request, default_point, key_of
 from brickyard.compare.results import UNTOUCHED
 from brickyard.compare.run import Listener, compare
 from brickyard.core import registry
@@ -29,6 +29,7 @@ from brickyard.core.files import read_json, write_json
 from brickyard.core.locks import Lock
 from brickyard.core.measure import cpu_bfloat16_is_fast, environment
 from brickyard.core.method import Claim
+from brickyard.core.registry import code_digest
 from brickyard.core.stats import examples_needed, paired
 from brickyard.core.task import PER_TEXT
 

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -282,15 +281,6 @@ def shorten(
         f"{request.minutes:g} minutes: {said}; {trials} of {request.trials} settings an arm, "
         f"about {total(shares, trials) / 60:.1f} minutes predicted.",
     )
-
-
-@cache
-def code_digest() -> str:
-    """Return a digest of the package's source, so that a resumed run knows whether the code changed."""
-    digest = hashlib.sha256()
-    for path in sorted(registry.ROOT.rglob("*.py")):
-        digest.update(str(path.relative_to(registry.ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def key_of(value: Any) -> str:

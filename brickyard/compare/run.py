@@ -28,6 +28,7 @@ from brickyard.core.errors import BadData, Refused
 from brickyard.core.files import Lock, write_json
 from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.jobs import Engine, Job, Outcome, engine
+from brickyard.core.registry import code_digest
 from brickyard.core.task import Task, task_of
 
 LIMIT = 15.0  # a trial may take this many times its predicted seconds
@@ -73,7 +74,7 @@ def compare(
             "request": json.loads(json.dumps(asdict(request))),
             "data": data.fingerprint,
             "base": base.fingerprint,
-            "code": planning.code_digest(),
+            "code": code_digest(),
             "versions": _versions(),
         }
         run = _Run(request, arms, folder, listen)

@@ -101,13 +101,16 @@ def _lower(layer: BrickyardLinear, adapter: str, max_rank: int | None) -> tuple[
     if bound.has("factors"):
         a_rn, b_mr, scaling = layer.factors(adapter, layer.part(adapter, training=False))
         if max_rank is None or len(a_rn) <= max_rank:
-            return _Low(a_rn.float().contiguous(), b_mr.float().contiguous(), scaling), True, 0.0, 0.0
-    change_mn = layer.change(adapter).double()
+            wide = torch.promote_types(a_rn.dtype, torch.float32)
+            return _Low(a_rn.to(wide).contiguous(), b_mr.to(wide).contiguous(), scaling), True, 0.0, 0.0
+    change_mn = layer.change(adapter)
+    wide = torch.promote_types(change_mn.dtype, torch.float32)
+    change_mn = change_mn.double()
     u_mk, s_k, v_kn = torch.linalg.svd(change_mn, full_matrices=False)
-    floor = float(s_k[0]) * max(change_mn.shape) * torch.finfo(torch.float32).eps
+    floor = float(s_k[0]) * max(change_mn.shape) * torch.finfo(wide).eps
     rank = int((s_k > floor).sum())
     rank = rank if max_rank is None else min(rank, max_rank)
-    low = _Low(v_kn[:rank].float().contiguous(), (u_mk[:, :rank] * s_k[:rank]).float().contiguous(), 1.0)
+    low = _Low(v_kn[:rank].to(wide).contiguous(), (u_mk[:, :rank] * s_k[:rank]).to(wide).contiguous(), 1.0)
     missed = change_mn - low.b_mr.double() @ low.a_rn.double()
     return low, False, float(missed.norm()), float(change_mn.norm())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import importlib
 from dataclasses import dataclass
 from functools import cache
@@ -99,6 +100,15 @@ def config(name: str, options: dict[str, Any]) -> Any:
         first = error.errors()[0]
         raise UsageError(f"{name}: {first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
     return cls(**{key: getattr(checked, key) for key in given})
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the package's source, so that a resumed run knows whether the code changed."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.rglob("*.py")):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 @cache

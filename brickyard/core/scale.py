@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from brickyard.core.base import Base
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.headed import HeadedModel
+from brickyard.core.inject_tuner import BrickyardTuner
 from brickyard.core.roles import own_head
 from brickyard.core.structure import PREFIX
 
@@ -37,6 +38,12 @@ def sweep_points(text: str) -> list[float]:
 @contextlib.contextmanager
 def scaled(model: nn.Module, base: Base, brick: Any, s: float) -> Iterator[None]:
     """Give the brick's change in `model` the strength `s` inside the context; Refused when there is none to scale."""
+    tuners = [m for m in model.modules() if isinstance(m, BrickyardTuner)]
+    if any(slimmed.before for tuner in tuners for slimmed in tuner.slimmed.values()):
+        raise Refused(
+            "this brick removed heads or neurons from the base, so strength 0 would not be the base but what is left "
+            "of it; --scale works on bricks that leave every layer its size."
+        )
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if layers:
         # Every layer of PEFT is linear in its own change, so mixing outputs scales the weights' difference exactly.

@@ -44,9 +44,12 @@ class Unit:
 def units(model: nn.Module) -> list[Unit]:
     """Return the removable parts of every block of `model`; Refused where its layers do not show them."""
     found: list[Unit] = []
+    projections = _projections(model)  # first, for it refuses a model without heads
+    if not projections:
+        raise Refused("this base has no repeated blocks, so it has no heads and neurons that could be removed.")
     modules, text = dict(model.named_modules()), _text_config(model)
     heads = text.num_attention_heads
-    for block, one in _projections(model).items():
+    for block, one in projections.items():
         out_of = {role: _size(modules[name], OUTPUTS) for role, name in one.items() if role != "norm"}
         groups = getattr(text, "num_key_value_heads", None) or heads
         wide, narrow = out_of["query"] // groups, out_of["key"] // groups

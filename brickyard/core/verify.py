@@ -241,7 +241,8 @@ def _patterns(found: _Findings, stored: Stored, adapted: Adapted) -> None:
     layers = [name.removeprefix(PREFIX) for name in adapted.layers()]
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in (stored.config or {}).get(option) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):
+            layer = pattern.removesuffix(".lora_E")  # AdaLoRA's masks carry the name of their tensor
+            if not any(re.match(rf"(.*\.)?({layer})$", name) for name in layers):
                 dead.append((option, pattern))
     if dead:
         names = _some(f"{option} {pattern!r}" for option, pattern in dead)

@@ -68,7 +68,14 @@ class Assembly:
         return shard
 
     def _identity(self, part: int) -> dict[str, Any]:
-        return {**self.identity, "training": asdict(self.training("pretrain" if part == META else "incubate"))}
+        known = {**self.identity, "training": asdict(self.training("pretrain" if part == META else "incubate"))}
+        return {**known, **self._chosen_on} if part == META else known
+
+    @property
+    def _chosen_on(self) -> dict[str, Any]:
+        """The rows by which a phase chooses its weights; parts are not scored and do not depend on them."""
+        rows = self.ready.encoded.get("validation")
+        return {"validation": None if rows is None else rows.digest}
 
     def _train(self, attached: Attached, phase: str, name: str, *, score: bool) -> dict[str, Any]:
         """Train a phase from its last checkpoint, if there is one; with `score` validation rows choose the weights."""
@@ -80,7 +87,7 @@ class Assembly:
             self.ready.task,
             self.training(phase),
             folder=self.folder / "steps" / name,
-            identity=self.identity,
+            identity={**self.identity, **(self._chosen_on if score else {})},
             allow_change=self.allow_change,
             callbacks=self.callbacks,
             device=self.ready.setting.device,

@@ -75,7 +75,7 @@ class Site:
     """Where a space's values are seen: what goes into a module, or what comes out of it.
 
     axis: of the features (1 of images, -1 of tokens and vectors), each `block` entries wide. level: every row is
-    brought to mean 0 and length 1, which is all that a norm behind it sees.
+    brought to length 1, as a norm behind it brings it; its mean over the features stays.
     """
 
     module: str

@@ -434,8 +434,7 @@ class _Shard:
             out_n = self._piece(piece, known, seen)
             raw = work.buffers.raw[: piece.count * dtype.itemsize]
             raw.view(dtype).copy_(out_n)
-            if dtype == torch.float16 and float(out_n.abs().max()) > torch.finfo(dtype).max:
-                raise NotFinite(f"tensor {name} of the merge exceeds float16; give --dtype bfloat16 or float32.")
+            _assert_fits(out_n, name, dtype)
             array: Any = raw.numpy()
             _write(handle, memoryview(array), at + piece.start * dtype.itemsize)
             return seen
@@ -474,6 +473,16 @@ def _assert_finite(tensor_n: Tensor, name: str, label: str) -> None:
     low, high = tensor_n.aminmax()  # NaN comes through both
     if not (low > -torch.inf and high < torch.inf):
         raise NotFinite(f"{label}: tensor {name} holds NaN or infinity; nothing is merged. Mend or leave out {label}.")
+
+
+def _assert_fits(out_n: Tensor, name: str, dtype: torch.dtype) -> None:
+    """Raise NotFinite where a piece of the result, in float32, is no number or too large for what it is stored as."""
+    low, high = out_n.aminmax()
+    most = torch.finfo(dtype).max
+    if not (low >= -most and high <= most):
+        wider = " or give --dtype bfloat16 or float32" if dtype == torch.float16 else ""
+        said = str(dtype).removeprefix("torch.")
+        raise NotFinite(f"tensor {name} of the merge exceeds {said}; take a smaller scale{wider}. Nothing is kept.")
 
 
 def _write(handle: int, data: memoryview, at: int) -> None:

@@ -274,12 +274,13 @@ class Search:
     def slope(self, batches: Sequence[Mapping[str, Any]], *, clean: float, perturbed: float) -> list[Tensor]:
         """Return dL/dtheta by tensor of L = sum_t [clean H(f(x_t)) + perturbed H(f(clamp(x_t + delta_t)))]."""
         total = [torch.zeros_like(t) for t in self.base]
-        value = 0.0
+        value = seen = 0.0
         for given, batch, parameters in zip(self.inputs, batches, self.parameters, strict=True):
             with _open(parameters):
                 loss = torch.zeros((), device=total[0].device)
                 if clean:
-                    loss = loss + clean * entropy(given.logits(batch))
+                    plain = entropy(given.logits(batch))
+                    loss, seen = loss + clean * plain, seen + float(plain.detach())
                 if perturbed:
                     loss = loss + perturbed * entropy(given.logits(batch, given.delta.detach(), clamp=True))
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -288,7 +289,8 @@ class Search:
             torch._foreach_add_([t for t, _ in used], [g for _, g in used])
         if not np.isfinite(value):
             raise NotFinite(f"dam: the entropy is {value}; take smaller rates, or inner=sgd.")
-        self.history.append(value / len(self.experts))
+        if clean:  # of inputs as they are: with the adversary's term no two phases could be compared
+            self.history.append(seen / len(self.experts))
         return total
 
     def lam_slope(self, g: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:

@@ -58,6 +58,7 @@ RECORD = Record(
         ),
     ),
 )
+_SAME = 1e-3  # below which two scales are one: alpha of a mean is 1 but for the rounding of its changes
 STRENGTH = "beta"  # the option that a search chooses on validation rows
 
 
@@ -68,7 +69,7 @@ class Config:
     alpha: float | None = None
     """scale of the first block and of what is outside the blocks; none: the closed form, which needs several models"""
     beta: float | None = None
-    """what the last block's scale has more; none: 1 - alpha; search: chosen on validation rows (--data)"""
+    """what the last block's scale has more; none: 1 - alpha, not below 0; search: chosen on validation rows (--data)"""
     reverse: bool = False
     """count the blocks from the output: the negative control"""
 
@@ -167,13 +168,34 @@ class Lines:
         return {"blocks": stacks(found.values()), "outside": sorted(shapes.keys() - found.keys())}
 
     def scales(self, shapes: Mapping[str, tuple[int, ...]], scale: float, norms: Norms | None) -> dict[str, float]:
-        """Return every tensor's scale; `scale`, the merge's own, has no part in them."""
+        """Return every tensor's scale; `scale`, the merge's own, has no part in them.
+
+        Raises NoEffect where no beta is given and all are the merge's own scale, Refused where beta would be below 0.
+        """
         alpha = self.config.alpha
         if alpha is None:
             assert norms is not None
             alpha = closed_alpha(norms.models, norms.summed, norms.merged)
         beta = 1 - alpha if self.config.beta is None else self.config.beta
-        return scale_by_depth(shapes, alpha, beta, reverse=self.config.reverse)
+        scales = scale_by_depth(shapes, alpha, beta, reverse=self.config.reverse)
+        if self.config.beta is None:
+            self._assert_rising(alpha, all(math.isclose(found, scale, rel_tol=_SAME) for found in scales.values()))
+        return scales
+
+    def _assert_rising(self, alpha: float, same: bool) -> None:
+        """Refuse a default beta that scales nothing, or by which deep blocks would lose most."""
+        if same:
+            raise NoEffect(
+                f"lines: alpha is {alpha:.6g} here, and with beta = 1 - alpha every tensor keeps the scale that it has "
+                "without lines (a mean of several models has alpha = 1). Give alpha, as lines:alpha=0.3, or beta, or "
+                "lines:beta=search with --data."
+            )
+        if alpha > 1 and not self.config.reverse:
+            raise Refused(
+                f"lines: alpha is {alpha:.6g} here, and beta = 1 - alpha is below 0, so that deep blocks would keep "
+                "less than shallow ones. Give alpha or beta, or search it with lines:beta=search; reverse=true is the "
+                "negative control."
+            )
 
 
 def edit(config: Config) -> Lines:

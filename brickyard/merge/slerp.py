@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from brickyard.core.errors import UsageError
+from brickyard.core.errors import NoEffect, UsageError
 from brickyard.core.method import Record
 from brickyard.merge._arc import arc, is_straight
 
@@ -98,9 +98,12 @@ class Slerp:
     scale: float = 1.0
 
     def check(self, models: int) -> None:
-        """Raise UsageError unless there are one or two models."""
+        """Raise UsageError unless there are one or two models, NoEffect where the result would be the arc's start."""
         if models > 2:
             raise UsageError(f"slerp: an arc joins two models; {models} were given. Give one or two --bricks.")
+        if self.t == 0:
+            start = "the base" if models == 1 else "the first model"
+            raise NoEffect(f"slerp: at t=0 the merge would be {start} itself; give a t above 0.")
 
     def survey(self) -> Angles:
         return Angles(self.t)

@@ -19,10 +19,11 @@ LARGEST = 0.65  # of the smaller side: the rank of the fit, 500 of 768 in the re
 def greedy_outliers(w_mn: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return S [m, n] of W ~ Q V + S: what a growing low-rank fit leaves over, zero below SMALL.
 
-    The fit grows as long as S keeps at least `count` entries, for one of full rank would leave no outliers at all.
+    The fit grows as long as S keeps at least `count` entries, for one of full rank would leave no outliers at all. A
+    weight of which even the first fit leaves fewer is ranked by all that this fit leaves, small entries too.
     """
     low_kn = torch.randn(1, w_mn.shape[1], generator=generator)
-    kept_mn = torch.zeros_like(w_mn)
+    kept_mn: Tensor | None = None
     for _ in range(OUTER):
         sparse_mn = torch.zeros_like(w_mn)
         for _ in range(INNER):
@@ -33,11 +34,13 @@ def greedy_outliers(w_mn: Tensor, count: int, generator: torch.Generator) -> Ten
             sparse_mn = w_mn - fit_mn
             sparse_mn = torch.where(sparse_mn.abs() >= SMALL, sparse_mn, 0.0)
         if int(sparse_mn.count_nonzero()) < count:
+            kept_mn = w_mn - fit_mn if kept_mn is None else kept_mn
             break
         kept_mn = sparse_mn
         if len(low_kn) + GROW > LARGEST * min(w_mn.shape):
             break
         low_kn = torch.cat([low_kn, torch.linalg.qr(w_mn - fit_mn - sparse_mn).R[:GROW]])
+    assert kept_mn is not None
     return kept_mn
 
 

@@ -51,7 +51,8 @@ RECORD = Record(
     slot="tuner",
     search={"lr": (1e-3, 2e-3, 4e-3)},
     training={"lr": 2e-3},
-    presets={"paper": {"orth": 0.1, "alpha": 16}},
+    # The script's tinit=8000 and tfinal=50000 are steps of MNLI, of which no share of another run can be told.
+    presets={"paper": {"orth": 0.1, "alpha": 16, "every": 100, "target": "blocks"}},
     claims=(
         Claim(
             text="At one rank a layer AdaLoRA is at most 0.3 points below LoRA.",
@@ -150,6 +151,8 @@ class Config:
             )
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1) or self.every < 1 or self.orth < 0:
             raise UsageError("adalora: beta1 and beta2 lie in (0, 1), every >= 1, orth >= 0.")
+        if not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise UsageError(f"adalora: alpha={self.alpha} must be positive and dropout={self.dropout} in [0, 1).")
         if self.score not in ("importance", "magnitude", "random"):
             raise UsageError(f"adalora: score={self.score!r}; importance, magnitude or random were expected.")
 
@@ -231,6 +234,22 @@ def _resize(wrapped: Any, tensors: dict[str, Tensor]) -> None:
             for part, axis in _sides(layer):
                 resize(part, axis, len(tensor))
             layer.r[ADAPTER] = len(tensor)
+    _note(wrapped)
+
+
+def _note(wrapped: Any) -> None:
+    """Write the ranks that layers have into the adapter's config, as PEFT wants them to open the adapter in its shape.
+
+    PEFT's pattern is a mask over the ranks of the start; those that are left stand first.
+    """
+    config = wrapped.peft_config[ADAPTER]
+    pattern = {}
+    for name, layer in wrapped.base_model.model.named_modules():
+        if isinstance(layer, AdaLoraLayer) and ADAPTER in layer.lora_E:
+            rank = len(layer.lora_E[ADAPTER])
+            pattern[f"{name}.lora_E"] = [True] * rank + [False] * (config.init_r - rank)
+    if any(not all(mask) for mask in pattern.values()):
+        config.rank_pattern = pattern
 
 
 @contextmanager
@@ -332,12 +351,12 @@ class Allocation:
         """Cut the ranks outside the rank pattern out of the layers, the same parameters in smaller shapes."""
         peft_config, modules = self.model.peft_config[ADAPTER], dict(self.model.base_model.model.named_modules())
         for name, mask in (peft_config.rank_pattern or {}).items():
-            layer = modules[name.removesuffix(f".lora_E.{ADAPTER}")]
+            layer = modules[name.removesuffix(f".{ADAPTER}").removesuffix(".lora_E")]
             alive = torch.tensor(mask, device=layer.lora_E[ADAPTER].device).nonzero()[:, 0]
             for part, axis in _sides(layer):
                 take(part, axis, alive, optimiser)
             layer.r[ADAPTER] = len(alive)
-        peft_config.rank_pattern = None
+        _note(self.model)
 
     def ready(self, state: State) -> bool:
         """Only weights after the final allocation may be kept as the best."""
@@ -366,11 +385,14 @@ class Allocation:
         allocator = self.model.base_model.rankallocator
         self.allocated, self.model.peft_config[ADAPTER].rank_pattern = kept["allocated"], kept["pattern"]
         self.generator.set_state(kept["generator"])
+        live = dict(self.model.base_model.model.named_parameters())
         for name, tensor in kept.items():
             part, bar, parameter = name.partition("|")
             if bar:
-                getattr(allocator, part)[parameter] = tensor
-                allocator.ipt[parameter] = torch.zeros_like(tensor)
+                # A checkpoint is read on the CPU; PEFT goes on adding the model's gradients to these.
+                held = tensor.to(live[parameter].device)
+                getattr(allocator, part)[parameter] = held
+                allocator.ipt[parameter] = torch.zeros_like(held)
 
 
 def _mask_to_budget(self: Any, model: nn.Module, budget: int) -> dict[str, list[bool]]:

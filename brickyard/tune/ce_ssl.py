@@ -138,9 +138,10 @@ class Config:
 
 
 def plan(config: Config, leaves: Sequence[Leaf], generator: torch.Generator) -> Plan:
-    """Lay out A and B; Refused where a rank exceeds a layer or `low` names none."""
+    """Lay out A and B; Refused where a rank exceeds a layer or `low` names none, UsageError where `compress` does."""
     if config.low and max(config.low) >= len(leaves):
         raise Refused(f"ce-ssl: low={list(config.low)} names layer {max(config.low)}, but {len(leaves)} are adapted.")
+    _check_share(config, len(leaves))
     made = Plan()
     for place, leaf in enumerate(leaves):
         n, m = leaf.in_features, leaf.out_features
@@ -152,6 +153,15 @@ def plan(config: Config, leaves: Sequence[Leaf], generator: torch.Generator) -> 
             "b": torch.zeros(m, rank),
         }
     return made
+
+
+def _check_share(config: Config, count: int) -> None:
+    """Raise UsageError where `compress` of `count` layers is less than one layer."""
+    if config.compress and not config.low and math.floor(config.compress * count) == 0:
+        raise UsageError(
+            f"ce-ssl: compress={config.compress:g} of {count} layers is less than one, so no rank would be halved; "
+            f"give at least {math.ceil(1000 / count) / 1000:g}, adapt more layers, or leave compress out."
+        )
 
 
 def draw(config: Config, leaves: Sequence[Leaf], generator: torch.Generator) -> dict[str, bool]:
@@ -271,6 +281,7 @@ def choose(config: Config, ready: Prepared) -> tuple[dict[str, Any], dict[str, A
         seed=ready.setting.seed,
         attention=ready.setting.attention,
     )
+    _check_share(config, len(list(made.model.base_model.layers())))  # type: ignore[union-attr,arg-type,operator]
     made.model.to(ready.device)
     train_mode(made.model)
     rows = ready.encoded["train"]
@@ -280,7 +291,10 @@ def choose(config: Config, ready: Prepared) -> tuple[dict[str, Any], dict[str, A
         for index in order.epoch(0)
     )
     rule = "fisher" if config.importance == "fisher" else "taylor"
-    names, scores_K = importances(made.model, losses, rule)
+    with torch.random.fork_rng(devices=[ready.device] if ready.device.type == "cuda" else []):
+        # Dropout draws in this pass, and the same seed must find the same layers.
+        torch.manual_seed(ready.setting.seed)
+        names, scores_K = importances(made.model, losses, rule)
     if config.importance == "inverse":
         scores_K = -scores_K
     elif config.importance == "random":

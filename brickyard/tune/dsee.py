@@ -228,7 +228,8 @@ def update(config: Config, part: Part) -> Tensor | None:
     """Return (alpha / r) (B A + S) [m, n], or None where the layer carries none."""
     if "a" not in part.tensors:
         return None
-    dense_mn = part["b"] @ part["a"]
+    with torch.autocast(part["a"].device.type, enabled=False):
+        dense_mn = part["b"] @ part["a"]
     if "values" in part.tensors:
         dense_mn = dense_mn.index_put((part["rows"].long(), part["cols"].long()), part["values"], accumulate=True)
     return dense_mn * config.scaling
@@ -256,7 +257,8 @@ def whole(config: Config, part: Part, x: Tensor, bias: Tensor | None) -> Tensor:
     """Return the layer's output. S is N gathered products a token, not a dense matrix."""
     scaled = x
     if "scale" in part.tensors:
-        scaled = x * part["scale"].repeat_interleave(x.shape[-1] // len(part["scale"])).to(x.dtype)
+        # The product is rounded, not c, which stands close to 1.
+        scaled = (x * part["scale"].repeat_interleave(x.shape[-1] // len(part["scale"]))).to(x.dtype)
     w_mn = part.weight
     if "mask" in part.tensors:
         w_mn = w_mn * unpack(part["mask"], w_mn.shape[1])
@@ -356,7 +358,8 @@ class Pruner:
             layer, index = self.layers[name], unit.index(name, kept)
             _follow(layer, side, index, optimiser)
             if name == unit.gate:
-                take(layer.get_parameter(f"brick_scale.{ADAPTER}"), 0, kept, optimiser)
+                scale = layer.get_parameter(f"brick_scale.{ADAPTER}")
+                take(scale, 0, kept.to(scale.device), optimiser)
 
     def fit(self, stored: dict[str, Tensor]) -> None:
         """Remove what the stored tensors of a pruned model no longer have, before they are loaded."""
@@ -374,9 +377,12 @@ class Pruner:
             at = f"model.{name}.brick_"
             if self.pruned and _has(layer, "values") and f"{at}values.{ADAPTER}" in stored:
                 # What is left of S depends on its places, which are only now known.
-                layer.get_parameter(f"brick_values.{ADAPTER}").data = torch.zeros_like(stored[f"{at}values.{ADAPTER}"])
+                values = layer.get_parameter(f"brick_values.{ADAPTER}")
+                # The file's tensors are on the CPU, wherever the model is.
+                values.data = torch.zeros_like(stored[f"{at}values.{ADAPTER}"], device=values.device)
                 for held in ("rows", "cols"):
-                    _box(layer, held)[ADAPTER] = torch.zeros_like(stored[f"{at}fixed_{held}.{ADAPTER}"])
+                    known = stored[f"{at}fixed_{held}.{ADAPTER}"]
+                    _box(layer, held)[ADAPTER] = torch.zeros_like(known, device=values.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the base has been pruned."""
@@ -399,6 +405,7 @@ def _follow(layer: BrickyardLinear, side: str, index: Tensor, optimiser: torch.o
     """Cut the adapter's tensors of a layer to the outputs or inputs `index` that its base has left."""
     layer.in_features, layer.out_features = inject_sides(layer)
     box = _box(layer, "kept")
+    index = index.to(box[ADAPTER].device)  # drawn or read on the CPU
     box[ADAPTER] = box[ADAPTER].index_select(0, index)
     if not _has(layer, "a"):
         return
@@ -406,9 +413,9 @@ def _follow(layer: BrickyardLinear, side: str, index: Tensor, optimiser: torch.o
     before = layer.get_parameter(f"brick_{name}.{ADAPTER}").shape[axis]
     take(layer.get_parameter(f"brick_{name}.{ADAPTER}"), axis, index, optimiser)
     if _has(layer, "values"):
-        new = torch.full((before,), -1, dtype=torch.int32)
-        new[index] = torch.arange(len(index), dtype=torch.int32)
-        moved = new.to(index.device)[_box(layer, places)[ADAPTER].long()]
+        new = torch.full((before,), -1, dtype=torch.int32, device=index.device)
+        new[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+        moved = new[_box(layer, places)[ADAPTER].long()]
         stay = (moved >= 0).nonzero()[:, 0]
         _box(layer, places)[ADAPTER] = moved
         for held in ("rows", "cols"):
@@ -432,11 +439,15 @@ def check(config: Config, part: Part) -> None:
 
 
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
-    """Put DSEE on `model`, which carries the task's head; Refused where its heads or neurons cannot be removed."""
+    """Put DSEE on `model`, which carries the task's head; Refused where its heads or neurons cannot be removed.
+
+    Raises UsageError where a share of them is less than one.
+    """
     parts: list[Unit] = []
     target: tuple[str, ...] = config.target  # type: ignore[assignment]
     if config.structured:
         parts = units(model)
+        _check_shares(config, parts)
         config = replace(config, head_width=next(u.layers[u.gate][1] for u in parts if u.kind == "heads"))
         target = tuple(sorted({name for unit in parts for name in unit.layers}))
     elif config.unstructured:
@@ -460,6 +471,17 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     if config.structured and config.l1:
         made.extra_loss = _penalty(config, pruner)
     return made
+
+
+def _check_shares(config: Config, parts: Sequence[Unit]) -> None:
+    """Raise UsageError where a share of a block's heads or neurons is less than one of them."""
+    for unit in parts:
+        share = config.heads if unit.kind == "heads" else config.neurons
+        if share and math.floor(share * unit.count) == 0:
+            raise UsageError(
+                f"dsee: {unit.kind}={share:g} of the {unit.count} {unit.kind} of block {unit.block} is less than one, "
+                f"so none would be removed; give at least {math.ceil(1000 / unit.count) / 1000:g}, or leave it out."
+            )
 
 
 def _penalty(config: Config, pruner: Pruner) -> Callable[[], Tensor]:

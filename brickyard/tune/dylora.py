@@ -2,9 +2,10 @@
 
     y = W x + (alpha / b) B[:, :b] A[:b] dropout(x)        A [r, n], B [m, r], W [m, n] frozen; B = 0 at the start
 
-Every training step draws b from `distribution` over r_min..r, the same for all layers of the model. A rank that the
-step left out has gradient zero; AdamW's moments and weight decay go on moving it, as in the released code. With
-frozen=true the ranks below the drawn one are used but not trained, so that they stay what they became on their own.
+Every training forward draws b from `distribution` over r_min..r, the same for all layers of the model; with gradients
+accumulated a step has several. A rank that they left out has gradient zero; AdamW's moments and weight decay go on
+moving it, as in the released code. With frozen=true the ranks below the drawn unit are used but get no gradient; the
+moments of earlier steps, and weight decay, may still move them.
 Outside training, and in what is merged or exported, nothing is drawn: rank r is used, or the one that was chosen. The
 first b ranks, with alpha kept, are an ordinary LoRA of rank b (`brickyard export --rank b`).
 
@@ -132,7 +133,7 @@ class Config:
     distribution: str = "uniform"
     """uniform, or geometric (p = 0.15, cut to the range), which favours low ranks"""
     frozen: bool = False
-    """train only the topmost drawn unit (cheaper), not all ranks up to it"""
+    """give a gradient to the topmost drawn unit alone (cheaper), not to all ranks up to it"""
     target: str | tuple[str, ...] = ("query", "value")
     """roles, `blocks`, `all-linear`, or patterns of layer names"""
 

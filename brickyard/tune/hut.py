@@ -16,6 +16,7 @@ Legend: n in, m out, T tokens of the batch, R rows of a tile.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from brickyard.core import inject
 from brickyard.core.attached import Attached
 from brickyard.core.errors import Refused, UsageError
-from brickyard.core.inject import Leaf, Part, Plan
+from brickyard.core.inject import BrickyardLinear, Leaf, Part, Plan
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 
@@ -92,6 +93,7 @@ RECORD = Record(
 )
 VARIANTS = ("one-plus", "pure", "rank-1")
 ROWS = 256  # of the weight that are transformed at a time
+NAMED = 3  # layers that a warning names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +137,20 @@ class Updated(torch.autograd.Function):
         g_Tm, x_Tn = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = torch.zeros_like(x_Tn) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = torch.zeros_like(a_rn), torch.empty_like(b_mr)
-        for rows in _tiles(len(w_mn)):
-            g_TR = g_Tm[:, rows]
-            if grad_x is not None:
-                grad_x += g_TR @ _updated(w_mn, a_rn, b_mr, rows, ctx.scale, ctx.offset).to(x.dtype)
-            h_Rn = (g_TR.t() @ x_Tn).to(a_rn.dtype) * w_mn[rows] * ctx.scale
-            grad_b[rows] = h_Rn @ a_rn.t()
-            grad_a += b_mr[rows].t() @ h_Rn
+        with _exact(x):
+            for rows in _tiles(len(w_mn)):
+                g_TR = g_Tm[:, rows]
+                if grad_x is not None:
+                    grad_x += g_TR @ _updated(w_mn, a_rn, b_mr, rows, ctx.scale, ctx.offset).to(x.dtype)
+                h_Rn = (g_TR.t() @ x_Tn).to(a_rn.dtype) * w_mn[rows] * ctx.scale
+                grad_b[rows] = h_Rn @ a_rn.t()
+                grad_a += b_mr[rows].t() @ h_Rn
         return None if grad_x is None else grad_x.view(x.shape), None, grad_a, grad_b, None, None
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    """No autocast: next to the ones of 1 + s B A its types would round a small change away."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _tiles(count: int) -> list[slice]:
@@ -187,23 +195,48 @@ def gain(config: Config, part: Part) -> tuple[Tensor, Tensor, float, float]:
 
 def weight(config: Config, part: Part) -> Tensor:
     """Return dW_mn = U(W) - W in float32 or wider."""
-    a_rn, b_mr, scale, offset = gain(config, part)
-    wide = torch.promote_types(part.weight.dtype, a_rn.dtype)
-    return part.weight.to(wide) * (b_mr @ a_rn * scale + (offset - 1.0))
+    with _exact(part["a"]):
+        a_rn, b_mr, scale, offset = gain(config, part)
+        wide = torch.promote_types(part.weight.dtype, a_rn.dtype)
+        return part.weight.to(wide) * (b_mr @ a_rn * scale + (offset - 1.0))
 
 
 def whole(config: Config, part: Part, x: Tensor, bias: Tensor | None) -> Tensor:
     """Return U(W) x + bias in one product with the weight."""
-    a_rn, b_mr, scale, offset = gain(config, part)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if config.variant == "rank-1":
-        y = F.linear(x.to(dtype) * a_rn[0].to(dtype), part.weight.to(dtype)) * b_mr[:, 0].to(dtype)
-    else:
-        y = Updated.apply(x.to(dtype), part.weight, a_rn, b_mr, scale, offset)
+    x = x.to(dtype)
+    with _exact(x):
+        a_rn, b_mr, scale, offset = gain(config, part)
+        if config.variant == "rank-1":
+            y = (F.linear((x * a_rn[0]).to(dtype), part.weight.to(dtype)) * b_mr[:, 0]).to(dtype)
+        else:
+            y = Updated.apply(x, part.weight, a_rn, b_mr, scale, offset)
     return y if bias is None else y + bias.to(y.dtype)  # type: ignore[return-value,operator]
 
 
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
-    """Put HUT on the target layers of `model`, which carries the task's head."""
-    return inject.attach(model, RECORD.name, config, task)
+    """Put HUT on the target layers of `model`, which carries the task's head.
+
+    A warning names the layers that have outputs or inputs whose weights are all zero, which no factor can move.
+    """
+    made = inject.attach(model, RECORD.name, config, task)
+    if idle := _idle(dict(made.model.base_model.layers())):  # type: ignore[union-attr,arg-type,operator]
+        more = f", and {len(idle) - NAMED} layers more" if len(idle) > NAMED else ""
+        warnings.warn(
+            f"hut multiplies weights, so those that are zero stay zero: {'; '.join(idle[:NAMED])}{more}. Use lora for "
+            "them, or leave them out of target.",
+            stacklevel=2,
+        )
+    return made
+
+
+def _idle(layers: dict[str, BrickyardLinear]) -> list[str]:
+    """Tell of every layer that has them how many rows (outputs) and columns (inputs) of its weight are zero."""
+    found = []
+    for name, layer in layers.items():
+        used_mn = layer.base_weight() != 0
+        rows, columns = int((~used_mn.any(1)).sum()), int((~used_mn.any(0)).sum())
+        if rows or columns:
+            found.append(f"{name} has {rows} outputs and {columns} inputs without any weight")
+    return found

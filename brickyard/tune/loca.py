@@ -321,8 +321,11 @@ class Turns:
     Without it (a Trainer that knows nothing of it) both learn in every step.
     """
 
+    needs_gradients = True  # a step that moves tensors without one would move those that rest
+
     def __init__(self, config: Config, layers: Sequence[BrickyardLinear], u: Sequence[nn.Parameter]) -> None:
         self.cycle, self.share, self.layers, self.u = config.cycle, config.locate, layers, u
+        self.a = [layer.part(ADAPTER)[COEFFICIENTS] for layer in layers]
         self.until = self.step = 0
 
     def begin(self, state: State) -> None:
@@ -334,6 +337,11 @@ class Turns:
                 "train longer, shorten cycle, or fix them with locate=0."
             )
         self.at(state.step)
+
+    def before_step(self, state: State) -> None:
+        """Leave those that rest without a gradient: a private step gives everybody noise for one."""
+        for tensor in self.a if learning(self.step, self.until, self.cycle) == POSITIONS else self.u:
+            tensor.grad = None
 
     def after_step(self, state: State) -> None:
         """Bring positions that stepped over the edge back to it, and prepare the next step."""

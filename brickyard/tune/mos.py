@@ -175,13 +175,13 @@ RECORD = Record(
 )
 
 
-RANK = 7  # what six layers with e=2 and p=1 allow
+RANK = 7  # what six layers with e=2 and p=1 allow; a larger budget e takes the card's least, 4 e
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     r: int = 0
-    """assembled rank of each layer, at most p + L (e - p) for L layers that share; 0: 7, or as many as they allow"""
+    """assembled rank of each layer, at most p + L (e - p) for L layers that share; 0: 7 (4 e above e=2) or that many"""
     e: int = 2
     """budget: trained parameters are those of LoRA of rank e"""
     p: int = 1
@@ -202,7 +202,8 @@ class Config:
             raise UsageError(f"mos: e={self.e}, l={self.l} must be at least 1, r={self.r} and p={self.p} at least 0.")
         most = min(self.e, self.r or self.e)
         if self.p > most:
-            raise UsageError(f"mos: p={self.p} exceeds e={self.e} or r={self.r}; use p <= {most}.")
+            above = f"r={self.r}" if most == self.r else f"e={self.e}"
+            raise UsageError(f"mos: p={self.p} exceeds {above}; use p <= {most}.")
         if self.r and self.p == self.e != self.r:
             raise UsageError(f"mos: p = e = {self.e} leaves no public shards for r={self.r}; use p < e, or r = e.")
         if not self.alpha > 0 or not 0 <= self.dropout < 1:
@@ -282,11 +283,20 @@ class Assembled(torch.autograd.Function):
 
 
 def fitted(config: Config, leaves: Sequence[Leaf]) -> Config:
-    """Return the config with a rank, where it names none: 7, or less where a group of layers is small."""
+    """Return the config with a rank, where it names none: 7, or 4 e above e=2, or less where a group is small.
+
+    Raises Refused for a layer that is too narrow for p.
+    """
     if config.r:
         return config
     most = [min(x.count * (config.e - config.p) + config.p, x.in_features, x.out_features) for x in leaves]
-    return replace(config, r=min(RANK, *most))
+    narrow = min(leaves, key=lambda leaf: min(leaf.in_features, leaf.out_features))
+    if config.p > min(most):
+        raise Refused(
+            f"mos: p={config.p} private ranks exceed layer {narrow.name} ({narrow.in_features} in, "
+            f"{narrow.out_features} out); use p <= {min(most)}."
+        )
+    return replace(config, r=min(max(RANK, 4 * config.e if config.e > 2 else 0), *most))
 
 
 def plan(config: Config, leaves: Sequence[Leaf], generator: torch.Generator) -> Plan:

@@ -148,6 +148,8 @@ class Side(nn.Module):
         self.once = Once(Grouped(bits))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.down.weight.dtype)  # the branch is in full precision beside a base in half
         if torch.is_grad_enabled():
             u = Trained.apply(x, self.down.weight, None, self.down.forward, False, self.once)
         else:

@@ -94,7 +94,7 @@ class Config:
     prox: str = "soft"
     """soft (paper: k times the course of the learning rate) or sequential (released: constant k)"""
     l1: float = 0.0
-    """weight of mean |g| in the loss, which the released trainer adds to the threshold"""
+    """weight of mean |g|, over the gates of the start, in the loss, which the released trainer adds to the threshold"""
     gate: str = "normal"
     """start of the gates: normal (paper) or ones"""
     gate_lr: float = 1.0
@@ -255,9 +255,7 @@ class Sparsifier:
         """Cut the dead ranks out of the result; NoEffect where none is left."""
         masks = {name: gate != 0 for name, gate in self.gates().items()}
         if not any(bool(mask.any()) for mask in masks.values()):
-            raise NoEffect(
-                f"sora: the threshold {self.threshold(state):g} is too large; every rank of every layer is 0."
-            )
+            raise NoEffect(f"sora: the threshold k={max(self.stages):g} is too large; every rank of every layer is 0.")
         self.ranks.keep(masks, None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,7 +264,8 @@ class Sparsifier:
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Take `state_dict` back."""
-        self.dead_for = dict(kept)
+        gates = self.gates()  # a checkpoint is read on the CPU
+        self.dead_for = {name: count.to(gates[name].device) for name, count in kept.items()}
 
 
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
@@ -282,5 +281,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     ]
     made.callbacks = (*made.callbacks, sparsifier)
     if config.l1:
-        made.extra_loss = lambda: config.l1 * torch.cat(list(sparsifier.gates().values())).abs().mean()
+        # Of all gates there were: cutting those at zero must not press harder on the others.
+        share = config.l1 / sum(len(gate) for gate in gates)
+        made.extra_loss = lambda: share * torch.cat(list(sparsifier.gates().values())).abs().sum()
     return made
