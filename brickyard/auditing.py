@@ -62,4 +62,6 @@ def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Dat
             )
         return read_data(source, need=(), labelled=labelled)
     known = changed.brick.task if isinstance(changed, Applied) and changed.brick is not None else None
-    return read_data(data, need=(), task=known.kind if known else None, metric=known.metric if known else None)
+    # Where there is a train split, validation is cut from it as it was for training: by that a brick's rows are known.
+    need = ("train",) if "train" in readers.read(data).splits else ()
+    return read_data(data, need=need, task=known.kind if known else None, metric=known.metric if known else None)

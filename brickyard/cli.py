@@ -474,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from brickyard import commands as verbs
 
             verbs.quiet_libraries()
+            verbs.check_device(getattr(args, "device", None))
             if own_process:
                 from brickyard.core import process
 

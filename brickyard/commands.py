@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +30,12 @@ def quiet_libraries() -> None:
     """Keep progress bars, and notices to programmers who call the libraries themselves, out of the terminal."""
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+
+
+def check_device(device: str | None) -> None:
+    """Raise UsageError for a device that is not here, before anything is read or measured."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here; leave --device out, or say cpu.")
 
 
 def _print_json(value: Any) -> None:
@@ -312,6 +319,10 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         f"on {result['examples']:,} examples",
         highlight=False,
     )
+    cut = result.get("encoding", {}).get("truncated", 0)
+    if cut:
+        longest = result["encoding"]["max_length"]
+        console.print(f"{cut:,} of {result['examples']:,} rows were truncated to {longest} tokens", highlight=False)
     if routing := result.get("routing"):
         shares = ", ".join(f"{task} {share:.1%}" for task, share in routing["most_probable"].items())
         said = f"prompts routed to: {shares}; under several experts: {routing['blended']:.1%}"
@@ -329,6 +340,8 @@ def predict(args: argparse.Namespace, argv: Sequence[str]) -> int:
     chosen = {
         k: v for k in ("new_tokens", "temperature", "top_p", "beams", "seed") if (v := getattr(args, k)) is not None
     }
+    if args.out and not str(args.out).endswith(".parquet"):
+        raise UsageError(f"--out {args.out}: predictions are written as Parquet; name a file that ends in .parquet.")
     result = api.predict(
         base=None if args.brick and args.base == "embedded:minilm" else args.base,
         brick=args.brick,

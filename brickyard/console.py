@@ -45,7 +45,8 @@ class Live:
         self.console.print(text, highlight=False)
 
     def _probe(self, event: dict[str, Any]) -> None:
-        self._say(f"measuring {event['arms']} arms, one at a time ...")
+        arms = "1 arm" if event["arms"] == 1 else f"{event['arms']} arms, one at a time"
+        self._say(f"measuring {arms} ...")
 
     def _plan(self, event: dict[str, Any]) -> None:
         self.plan, data, base = event["plan"], event["data"], event["base"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import text_data, write_data
 
 from brickyard.cli import main, parse
@@ -233,3 +234,31 @@ def test_every_measured_claim_is_shown(name: str, capsys: pytest.CaptureFixture[
     assert claims and "measured 20" in said
     for claim in claims:
         assert claim["text"] in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here_is_said_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--data", "nowhere", "--methods", "lora", "--device", "cuda"]) == 2
+    assert "torch finds no CUDA device here; leave --device out" in capsys.readouterr().err
+
+
+def test_predictions_are_parquet_and_say_so(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_data(tmp_path / "rows", text_data(8, 8))
+    asked = ["predict", "--base", str(text_base), "--data", str(rows), "--out", str(tmp_path / "answers.csv")]
+    assert main(asked) == 2
+    assert "name a file that ends in .parquet" in capsys.readouterr().err and not (tmp_path / "answers.csv").exists()
+
+
+def test_evaluate_says_how_many_rows_it_cut(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_data(tmp_path / "rows", text_data(64, 40))
+    common = ["--base", str(text_base), "--data", str(rows), "--device", "cpu"]
+    assert main(["tune", "linear-probe", "--steps", "4", "--out", str(tmp_path / "out"), *common]) == 0
+    scored = ["evaluate", "--brick", str(tmp_path / "out" / "brick"), *common]
+    capsys.readouterr()
+    assert main(scored) == 0 and "truncated" not in capsys.readouterr().out
+    assert main([*scored, "--max-length", "4"]) == 0
+    assert "of 40 rows were truncated to 4 tokens" in capsys.readouterr().out

@@ -199,3 +199,15 @@ def test_options_out_of_range_are_usage_errors() -> None:
     for options in ({"rows": 3}, {"confidence": 1.0}, {"score": "x"}):
         with pytest.raises(UsageError, match=next(iter(options))):
             registry.config("membership", options)
+
+
+def test_rows_of_a_brick_whose_validation_was_cut_from_train_are_its_own(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = text_data(96, 40)
+    del data["validation"]
+    common = ["--base", str(text_base), "--data", str(write_data(tmp_path / "data", data)), "--device", "cpu"]
+    assert main(["tune", "lora:r=2", "--steps", "2", "--out", str(tmp_path / "out"), *common]) == 0
+    assert main(["audit", "membership", "--brick", str(tmp_path / "out" / "brick"), *common]) in (0, 3)
+    found = capsys.readouterr()
+    assert "over 86 members and 40 others" in found.out and not found.err

@@ -178,7 +178,8 @@ def encode(
     """
     if base.input != task.reads:
         raise UsageError(
-            f"the base reads {base.input}, the data hold {task.input}; choose a base that reads {task.reads}."
+            f"the base reads {base.input}, the data hold {task.input}; choose a base that reads {task.reads}, "
+            f"e.g. {'embedded:minilm' if task.reads == 'text' else 'embedded:tiny-vit'}."
         )
     if task.kind == "causal-lm":
         return encode_documents(split["text"], base, task, max_length)

@@ -317,7 +317,7 @@ def _overlap(keys: dict[str, list[bytes]], allow: bool) -> tuple[np.ndarray, dic
         raise BadData(
             f"{int(mask.sum())} of {len(mask)} test rows ({share:.1%}) also stand in train, above the limit of "
             f"{OVERLAP_LIMIT:.0%}; the first is row {row + 1} of test, row {keys['train'].index(test[row]) + 1} of "
-            "train. Remove them from train, or allow the overlap."
+            "train. Remove them from train, or allow the overlap (--allow-overlap)."
         )
     validation = keys.get("validation", [])
     return mask, {

@@ -72,8 +72,8 @@ def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: li
         taken[c] += 1
     if not sum(taken.values()):
         raise BadData(
-            f"train's {len(first)} distinct rows are too few to cut a validation split from; add rows, or a validation "
-            "file beside train."
+            f"train's {len(first)} distinct rows are too few to cut a validation split from"
+            f"{'' if quota else ', for no class has two of them'}; add rows, or a validation file beside train."
         )
     chosen: set[bytes] = set()
     for c, rows in sorted(strata.items()):

@@ -129,7 +129,7 @@ def _identity(found: _Findings, stored: Stored, base: Base, spec: str) -> None:
     named = str((stored.config or {}).get("base_model_name_or_path") or "")
     if recorded is None and named:
         if named == spec:
-            found.add("made for this base", True, f"the adapter names {named}, as given")
+            found.add("made for this base", True, f"the adapter names {named}, on which it is checked")
             return
         try:
             if (
