@@ -81,8 +81,8 @@ def _peft(made: Brick, base: Base, out: Path, rank: int | None, max_rank: int | 
     at_rank(model, rank)
     if not isinstance(model, PeftModel):
         raise Refused(
-            f"{made.manifest['arm']} is no adapter on layers, so PEFT has no form for it; load the brick with Brickyard, "
-            "or try --to merged, which holds it where its head is one of transformers'."
+            f"{made.manifest['arm']} is no adapter on layers, so PEFT has no form for it; load the brick with "
+            "Brickyard, or try --to merged, which holds it where its head is one of transformers'."
         )
     error = 0.0
     if any(isinstance(m, BrickyardLinear) for m in model.modules()):

@@ -360,11 +360,15 @@ class Recalibration(nn.Module):
 
 
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
-    """Train the head of `model` (base.headed(head(...))) and a recalibration in each backbone block: what `plus` adds.
+    """Train the head of `model` (base.headed(head(...))), and with `plus` a recalibration in each backbone block.
 
-    Refused where a block has no MLP branch to rescale.
+    Without `plus` cached states may stand in for the backbone. Refused where a block has no MLP branch to rescale.
     """
     matched = {"head": [name for name, _ in model.named_parameters() if name.startswith("head.")]}
+    if not config.plus:
+        attached = attach_in_place(model, matched["head"], matched=matched, no_decay=_undecayed(model))
+        attached.frozen_states = True
+        return attached
     if hasattr(model, "psrp"):
         raise Refused("this model carries a recalibration already; detach it first.")
     backbone = model.get_submodule("backbone")
