@@ -429,7 +429,7 @@ def test_a_private_run_learns_where_there_is_room() -> None:
     """With a budget so large that noise is small, private training learns what training learns."""
     made = attached(twice=False)
     made.model.drop.p = 0.0
-    done, step = run(made, replace(BASIC, steps=100, batch=20), noise=0.1, microbatch=40)
+    done, step = run(made, replace(BASIC, steps=200, batch=20), noise=0.1, microbatch=40)
     assert done.history[-1]["train_loss"] < 0.6 * done.history[0]["train_loss"]
     assert step.report()["privacy"]["epsilon"] > 100
 
