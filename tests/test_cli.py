@@ -226,6 +226,25 @@ def test_the_tuned_run_resumes_after_a_kill(text_base: Path, tmp_path: Path) -> 
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+def test_a_finished_brick_gives_way_to_its_own_run_alone(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_data(tmp_path / "data", text_data(32, 24)), tmp_path / "run"
+    common = ["--base", str(text_base), "--data", str(data), "--steps", "4", "--device", "cpu", "--out", str(out)]
+    assert main(["tune", "linear-probe", *common]) == 0
+    weights = next((out / "brick").glob("*.safetensors"))
+    kept = weights.read_bytes()
+    assert main(["tune", "linear-probe", *common]) == 0
+    for other in (["lora", *common], ["linear-probe", *common, "--seed", "3"]):
+        capsys.readouterr()
+        assert main(["tune", *other]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "the finished brick in" in said and "Use another --out" in said
+        assert weights.read_bytes() == kept
+    assert main(["tune", "linear-probe", *common, "--seed", "3", "--allow-change", "seed", "training.seed"]) == 0
+    assert weights.read_bytes() != kept
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in RESULTS.glob("*.json")))
 def test_every_measured_claim_is_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", name]) == 0

@@ -400,6 +400,17 @@ def test_a_random_subset_has_as_many_tokens(folder: Path, tmp_path: Path, capsys
         api.data("dedup", data=str(folder), out=tmp_path / "x", baseline=tmp_path / "x")
 
 
+def test_a_folder_that_holds_something_is_never_written_over(tmp_path: Path) -> None:
+    """Least of all the data set itself: what its rows were before would be gone."""
+    (tmp_path / "rows").mkdir()
+    lines = "a line of text\nanother one here\na line of text\n"
+    (tmp_path / "rows" / "train.txt").write_text(lines, "utf-8")
+    for more in ({"out": tmp_path / "rows"}, {"out": tmp_path / "new", "baseline": tmp_path / "rows"}):
+        with pytest.raises(UsageError, match="is not empty; give a new folder"):
+            curate(Request(step="dedup", data=tmp_path / "rows", **more))
+    assert (tmp_path / "rows" / "train.txt").read_text("utf-8") == lines and not (tmp_path / "new").exists()
+
+
 def test_text_files_stay_text_and_columns_are_renamed(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "train.txt").write_text("a line of text\nanother one here\na line of text\n\n", "utf-8")

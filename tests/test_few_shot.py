@@ -57,6 +57,9 @@ def test_a_comparison_draws_anew_for_every_seed(text_base: Path, tmp_path: Path)
     assert row["status"] == "done" and len(row["score"]["per_seed"]) == 2
     with pytest.raises(UsageError, match="one draw of examples says little"):
         brickyard.compare(methods=["linear-probe"], seeds=1, shots=3, out=tmp_path / "one", **given)
+    with pytest.raises(BadData, match="rows in train; 1000"):
+        brickyard.compare(methods=["linear-probe"], shots=1000, out=tmp_path / "many", **given)
+    assert not (tmp_path / "one").exists() and not (tmp_path / "many").exists()
 
 
 def test_what_has_no_classes_or_too_few_rows_is_refused(text_base: Path, causal_base: Path) -> None:

@@ -134,6 +134,17 @@ def test_a_job_ends_with_its_owner_even_when_that_is_killed(tmp_path: Any) -> No
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_an_interrupt_while_jobs_are_being_made_ready_is_left_to_their_owner(tmp_path: Any) -> None:
+    """The forkserver spends seconds on imports, and Ctrl-C reaches the whole group: no traceback may come of it."""
+    (tmp_path / "accelerate.py").write_text(
+        "import os, signal, sys\nos.kill(os.getpid(), signal.SIGINT)\nsys.exit(7)\n", "utf-8"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    code = [sys.executable, "-c", "import brickyard.core.preload"]
+    done = subprocess.run(code, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
     script = tmp_path / "script.py"
     script.write_text(

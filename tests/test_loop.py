@@ -133,6 +133,28 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path
     assert found.history == expected.history and found.best_step == expected.best_step
 
 
+def test_time_before_an_interruption_counts_and_the_pause_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def tick(state: State) -> None:
+        nonlocal now
+        now += 2.0
+
+    monkeypatch.setattr("brickyard.core.loop.time.monotonic", lambda: now)
+    training = replace(BASIC, epochs=1, checkpoint_every=3, evaluate_every=100)
+    counted = SimpleNamespace(after_step=tick)
+    total = training.total_steps(len(Rows()))
+    whole = train(attached(), Rows(), None, TASK, training, callbacks=[counted], device="cpu")
+    assert whole.seconds == 2.0 * total
+    with pytest.raises(Interrupt):
+        train(attached(), Rows(), None, TASK, training, folder=tmp_path, callbacks=[counted, StopAt(4)], device="cpu")
+    now += 1000.0
+    found = train(attached(), Rows(), None, TASK, training, folder=tmp_path, callbacks=[counted], device="cpu")
+    assert found.seconds == whole.seconds
+
+
 def test_a_checkpoint_that_was_not_finished_is_ignored(tmp_path: Path) -> None:
     training = replace(BASIC, checkpoint_every=3)
     with pytest.raises(Interrupt):

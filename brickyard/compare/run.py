@@ -29,6 +29,7 @@ from brickyard.core.files import Lock, write_json
 from brickyard.core.influence import MINIMUM_EXAMPLES
 from brickyard.core.jobs import Engine, Job, Outcome, engine
 from brickyard.core.registry import code_digest
+from brickyard.core.split import assert_shots
 from brickyard.core.task import Task, task_of
 
 LIMIT = 15.0  # a trial may take this many times its predicted seconds
@@ -66,6 +67,9 @@ def compare(
             f"{data.name} has {len(data.splits['test'])} test rows, too few to tell methods apart; "
             f"expected at least {MINIMUM_EXAMPLES}. Move rows from train to test."
         )
+    if request.shots:
+        labels = data.splits["train"]["label"] if task.labels else None
+        assert_shots(labels, task.labels, request.shots, request.train_rows)
     base = open_base(request.base, trust_remote_code=request.trust_remote_code)
     folder = out or planning.default_folder(request, data.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
 from brickyard.core.build import Plan, build, resolve
+from brickyard.core.checkpoint import same_or_refuse
 from brickyard.core.errors import BadBrick, NotFinite, UnknownName, WrongBase
 from brickyard.core.files import complete_folder, plain_file, read_tensors, sha256, write_json, write_tensors
 from brickyard.core.measure import folder_bytes
@@ -185,6 +187,19 @@ def save(
         }
         write_json(temporary / MANIFEST, manifest)
     return load(folder)
+
+
+def same_or_new(folder: Path, now: dict[str, Any], allow: Sequence[str]) -> None:
+    """Raise Changed where `folder` holds another run's finished brick, which writing here would take away.
+
+    `now` is what this run's manifest is going to say; differences whose keys `allow` names are let through.
+    """
+    if (folder / MANIFEST).is_file():
+        known = load(folder).manifest
+        old = {**known, "arm": known.get("asked", known["arm"])}
+        same_or_refuse(
+            {key: old.get(key) for key in now}, json.loads(json.dumps(now)), allow, f"the finished brick in {folder}"
+        )
 
 
 def _served(attached: Attached) -> Structure | None:

@@ -78,6 +78,7 @@ class Checkpoints:
                 "history": state.history,
                 "best": state.best,
                 "waited": state.waited,
+                "seconds": state.elapsed(),
                 "callbacks": callbacks,
                 "identity": self.identity,
                 "sha256": sha256(temporary / "tensors.safetensors"),
@@ -110,6 +111,7 @@ class Checkpoints:
         step.load_state_dict(parts.get("step", {}))
         state.step, state.losses, state.history = known["step"], known["losses"], known["history"]
         state.best, state.best_tensors, state.waited = known["best"], parts.get("best"), known["waited"]
+        state.seconds = known["seconds"]
         torch.set_rng_state(parts["generator"]["cpu"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all([parts["generator"][f"cuda{i}"] for i in range(torch.cuda.device_count())])

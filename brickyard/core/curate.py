@@ -73,6 +73,9 @@ def curate(request: Request) -> dict[str, Any]:
         raise UsageError(f"seed={request.seed}: a seed is not negative.")
     if request.baseline is not None and Path(request.baseline).resolve() == Path(request.out).resolve():
         raise UsageError(f"baseline and out are both {request.out}; the random subset needs a folder of its own.")
+    for folder in (request.out, request.baseline):
+        if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()):
+            raise UsageError(f"{folder} is not empty; give a new folder.")
     entry = registry.find(request.step, "data")
     if entry.record.slot:
         raise UsageError(f"{request.step} is used inside an arm (such as 'lora + {request.step}'), not as a step.")

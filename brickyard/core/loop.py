@@ -106,6 +106,20 @@ class State:
     batch_rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     hooks: Hooks | None = None
     optimiser: torch.optim.Optimizer | None = None  # None where the step has none
+    seconds: float = 0.0  # of training up to `since`, those before an interruption too
+    since: float | None = None  # when the clock went on, None while it stands still
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, evaluation apart."""
+        return self.seconds + (0.0 if self.since is None else time.monotonic() - self.since)
+
+    def pause(self) -> None:
+        """Stop the clock of training."""
+        self.seconds, self.since = self.elapsed(), None
+
+    def go_on(self) -> None:
+        """Start the clock of training again."""
+        self.since = time.monotonic()
 
 
 class Hooks:
@@ -316,8 +330,8 @@ def train(
     saved.resume(state, step)
     per_epoch = math.ceil(len(examples) / training.batch)
     every = training.evaluate_every or per_epoch
-    seconds, stopped = 0.0, "done"
-    started = time.monotonic()
+    stopped = "done"
+    state.go_on()
     train_mode(model)
     if curriculum is None:
         batches = _rows(step.sampler(examples.lengths, training), per_epoch, state.step, state.total)
@@ -330,11 +344,11 @@ def train(
             state.step += 1
             due = state.step % every == 0 or state.step == state.total or state.hooks.due(state)
             if validation is not None and due:
-                seconds += time.monotonic() - started
+                state.pause()
                 with attached.serving():
                     stop = _evaluate(state, validation)
                 train_mode(model)
-                started = time.monotonic()
+                state.go_on()
                 if stop:
                     stopped = f"no better validation score in {training.patience} evaluations"
                     break
@@ -342,7 +356,7 @@ def train(
                 _point(state, {})
             if training.checkpoint_every and state.step % training.checkpoint_every == 0 and state.step < state.total:
                 saved.save(state, step)
-    seconds += time.monotonic() - started
+    state.pause()
     if state.best_tensors is not None:
         attached.load(state.best_tensors)
     state.hooks("end", state)
@@ -351,7 +365,7 @@ def train(
     if (files := getattr(step, "files", None)) is not None:
         attached.beside = files(best)
     only_last = bool(getattr(step, "only_last", False))
-    return Trained(state.history, state.step, seconds, best, stopped, step.report(), only_last)
+    return Trained(state.history, state.step, state.seconds, best, stopped, step.report(), only_last)
 
 
 def _rows(order: Sampler, per_epoch: int, start: int, total: int) -> Iterator[np.ndarray]:

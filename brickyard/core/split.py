@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from brickyard.core.errors import BadData
+from brickyard.core.errors import BadData, UsageError
 
 VALIDATION_SHARE = 0.1
 
@@ -52,6 +52,17 @@ def support(
             raise BadData(f"class {name!r} has {len(rows)} rows in train; {shots} of each were asked for (--shots).")
         chosen.append(rows[:shots])
     return np.sort(np.concatenate(chosen))
+
+
+def assert_shots(
+    labels: Sequence[int] | np.ndarray | None, names: Sequence[str] | None, shots: int, train_rows: int
+) -> None:
+    """Raise UsageError or BadData where so many rows of each class cannot be drawn from rows of these labels."""
+    if labels is None or names is None:
+        raise UsageError("--shots counts rows of each class; this task has no classes.")
+    if train_rows:
+        raise UsageError("--shots and --train-rows both say how many rows train; give one.")
+    support(labels, names, shots, 0)
 
 
 def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[int] | None) -> dict[str, Any]:

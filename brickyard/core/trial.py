@@ -40,13 +40,12 @@ from brickyard.core.chosen import (
 )
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.data import Data, read_data
-from brickyard.core.errors import UsageError
 from brickyard.core.loop import Training, batch_loss, train, train_mode
 from brickyard.core.objective import check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import watched
 from brickyard.core.spent import announced
-from brickyard.core.split import support
+from brickyard.core.split import assert_shots, support
 from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
 
@@ -136,15 +135,14 @@ def _few_shot(setting: Setting, task: Task, encoded: dict[str, Encoded]) -> np.n
 
     Returns the places of train's rows.
     """
-    if task.labels is None:
-        raise UsageError(f"--shots counts rows of each class; the task {task.kind} has no classes.")
-    if setting.train_rows:
-        raise UsageError("--shots and --train-rows both say how many rows train; give one.")
+    if "train" in encoded:
+        labels = None if task.labels is None else encoded["train"].labels.numpy()
+        assert_shots(labels, task.labels, setting.shots, setting.train_rows)
     index = np.empty(0, dtype=np.int64)
     for name in ("train", "validation"):
         if name in encoded:
             labels, few = encoded[name].labels.numpy(), name != "train"
-            rows = support(labels, task.labels, setting.shots, setting.seed, all_of_few=few)
+            rows = support(labels, task.labels or (), setting.shots, setting.seed, all_of_few=few)
             encoded[name] = encoded[name].take(rows)
             index = rows if name == "train" else index
     return index
@@ -247,6 +245,14 @@ def tune(
     attached = build(ready.plan, ready.base, task, seed=setting.seed, attention=setting.attention)
     attached.model.to(ready.device)
     sets, cost = examples(ready, attached)
+    training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
+    about: dict[str, Any] = {
+        "data": {"name": ready.data.name, "fingerprint": ready.data.fingerprint, "rows": len(sets["train"])},
+        "training": asdict(training),
+        "max_length": setting.max_length,
+    }
+    base = {"spec": ready.base.spec, "fingerprint": ready.base.fingerprint}
+    bricks.same_or_new(folder / "brick", {"arm": asked, "base": base, "seed": setting.seed, **about}, allow_change)
     few = min(_few(task, sets["train"]), len(sets["train"]))
     probe = _inputs(sets["train"].collate(np.arange(few)), ready.device)
     with attached.untouched():  # and before any first weights are set: an arm may start far from the base
@@ -261,7 +267,6 @@ def tune(
     _measure_reference(ready)
     train_rows, prepared, prepare_report = with_prepared(ready, sets["train"])
     before = snapshot(attached.model)
-    training = Training(**{**asdict(ready.training), "checkpoint_every": checkpoint_every})
     identity = {"arm": str(ready.plan.arm), "base": ready.base.fingerprint, "code": code}
     if curriculum is not None:
         identity["curriculum"] = curriculum.digest
@@ -318,10 +323,7 @@ def tune(
         labels = sets[evaluate].labels.numpy()
         result["score"] = {"metric": task.metric, "mean": task.score(labels, answers.predictions)}
         write_answers(folder / "answers.parquet", answers, labels)
-    about = {
-        "data": {"name": ready.data.name, "fingerprint": ready.data.fingerprint, "rows": len(sets["train"])},
-        "training": asdict(training),
-        "max_length": setting.max_length,
+    about |= {
         "environment": measure.environment(),
         "receipt": proof,
         "scores": {k: result[k] for k in ("score", "validation") if k in result},

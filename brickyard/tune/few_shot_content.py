@@ -48,7 +48,7 @@ RECORD = Record(
             seeds=5,
             shots=16,
             batch=8,
-            lrs=(1e-3, 3e-3),
+            lrs=(3e-4, 1e-3, 3e-3),
             full={"shots": 40, "max_length": 0, "seeds": 9},
         ),
     ),
