@@ -233,6 +233,11 @@ def _brick(folder: Path, spec: str, label: str, ground: Ground, force: bool) -> 
         return _applied(made, spec, label, ground)
     places: Places = {name: (path, info) for name, info in check_safetensors(path).items()}
     names = same_names(ground.stored.places.keys() - ground.heads, places)
+    if not names.own:
+        raise Refused(
+            f"{label}: {made.manifest['arm']} trained parts beside the base and none of its weights, which are all "
+            "that a merge adds up. Leave it out."
+        )
     base = ground.stored.places
     rows = misfits(base, places, label, names, whole=False, mixed=True) + unmergeable(base, places, label, names)
     heads = [] if rows else names.extra

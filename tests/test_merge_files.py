@@ -14,9 +14,10 @@ from peft import PeftModel
 from test_merge import TASK, make_brick, plain_adapter, weights
 from torch import Tensor
 
+import brickyard
 from brickyard import merging_files, merging_scores
 from brickyard.core.base import open_base
-from brickyard.core.errors import Changed, NoEffect, NotFinite, ParityBroken, UsageError
+from brickyard.core.errors import Changed, NoEffect, NotFinite, ParityBroken, Refused, UsageError
 from brickyard.core.files import read_tensors
 from brickyard.merging import merge
 from brickyard.merging_files import file_names
@@ -91,6 +92,16 @@ def test_an_adapter_is_written_in_the_dtype_that_was_asked_for(text_base: Path, 
     large = {**given, "arm": "task-arithmetic:scale=1000000.0", "dtype": "float16"}
     with pytest.raises(NotFinite, match="exceed float16"):
         merge(out=tmp_path / "large", **large)
+
+
+def test_a_brick_that_holds_no_weight_of_the_base_is_refused_before_any_work(text_base: Path, tmp_path: Path) -> None:
+    given: Any = {"base": str(text_base), "data": text_data(), "device": "cpu"}
+    brickyard.tune("linear-probe", out=tmp_path / "probe", training={"steps": 2}, **given)
+    made = plain_adapter(tmp_path / "made", text_base)
+    for bricks in ([tmp_path / "probe" / "brick"], [made, tmp_path / "probe" / "brick"]):
+        with pytest.raises(Refused, match="linear-probe trained parts beside the base and none of its weights"):
+            merge("average", base=str(text_base), bricks=bricks, out=tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_alpha_is_read_as_peft_reads_it(text_base: Path, tmp_path: Path) -> None:
