@@ -97,7 +97,9 @@ def test_no_row_and_one_row(count: int) -> None:
 def test_columns_that_are_missing_or_too_many(tmp_path: Path) -> None:
     bad = {"text": ["a", "b"], "labels": [0, 1]}
     fails(three(test=bad), "'test'.*no column 'label'; found: text, labels.*Rename 'labels' to 'label'")
-    fails(three(train={"sentence": ["a"], "label": [0]}), "no column 'text'; found: sentence, label")
+    fails(
+        three(train={"sentence": ["a"], "label": [0]}), "no column 'text'; found: sentence, label. Rename 'sentence' to"
+    )
     fails({s: {"text": ["a", "b"]} for s in three()}, "no column 'label'; found: text")
     fails(three(train={**rows(), "image": [b"x"] * 20}), "has the columns text and image; expected one kind of input")
     fails(three(test={**rows(), "text_pair": ["x"] * 20}), "'test' has a column text_pair, split 'train' has none")

@@ -42,6 +42,29 @@ _EXPECTED = (
     "choices, label"
 )
 
+_BARE = "; for a language model's documents, which have none, say --task causal-lm"
+_ALSO = {  # what public data sets call these columns
+    "text": (
+        "sentence",
+        "sentence1",
+        "premise",
+        "question1",
+        "content",
+        "document",
+        "review",
+        "body",
+        "tweet",
+        "utterance",
+        "question",
+    ),
+    "text_pair": ("sentence2", "hypothesis", "question2"),
+    "image": ("img", "picture", "pixels"),
+    "label": ("labels", "target", "class", "category", "intent", "sentiment", "coarse_label"),
+    "completion": ("response", "output", "answer"),
+    "chosen": ("preferred", "win"),
+    "rejected": ("dispreferred", "lose"),
+}
+
 
 def plain(source: Source) -> bool:
     """Whether all splits are of a kind that has no labels: documents for a language model.
@@ -69,11 +92,12 @@ def input_of(source: Source, labelled: bool) -> str:
     for split, names in source.found.items():
         for wanted in (*INPUTS[kind], *(("label",) if labelled and kind not in UNLABELLED else ())):
             if wanted not in names:
-                near = get_close_matches(wanted, names, n=1, cutoff=0.4)
+                also = [name for name in _ALSO.get(wanted, ()) if name in names]
+                bare = _BARE if wanted == "label" else ""
+                near = also or get_close_matches(wanted, names, n=1, cutoff=0.4)
                 raise BadData(
                     f"split {split!r} of {source.name} has no column {wanted!r}; found: {', '.join(names) or 'none'}."
-                    f"{f' Rename {near[0]!r} to {wanted!r}?' if near else ''} Expected {_EXPECTED}; for a language "
-                    "model's documents, which have none, say --task causal-lm."
+                    f"{f' Rename {near[0]!r} to {wanted!r}?' if near else ''} Expected {_EXPECTED}{bare}."
                 )
         if kind == "text" and "text_pair" in names:
             raise BadData(f"split {split!r} has a column text_pair, split {first!r} has none; give it to all or none.")
