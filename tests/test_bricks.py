@@ -14,6 +14,7 @@ import torch
 from conftest import WORDS, documents, make_text_base, text_data, write_data
 from torch import Tensor
 
+import brickyard
 from brickyard import api, bricks_updates
 from brickyard.bricks_groups import conflict, find
 from brickyard.bricks_scores import Course, scored
@@ -92,6 +93,14 @@ def test_a_group_zeroes_its_columns_and_undo_brings_every_bit_back(causal_base: 
     assert not any(mask.any() for mask in attached.tensors().values())
     with pytest.raises(BadBrick, match="the base takes"):
         attached.load({name: mask[:-1] for name, mask in masks.items()})
+
+
+def test_equal_runs_leave_equal_adapter_files(text_base: Path, tmp_path: Path) -> None:
+    """PEFT keeps the names of layers in a set, whose order is another one in every process."""
+    given: Any = {"base": str(text_base), "data": text_data(), "device": "cpu", "training": {"steps": 2}}
+    brickyard.tune("lora:target=all-linear", out=tmp_path, **given)
+    names = json.loads((tmp_path / "brick" / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 8 and names == sorted(names)
 
 
 def test_adding_and_removing_any_brick_is_reversible_bitwise(yard: tuple[Path, Path]) -> None:

@@ -30,6 +30,7 @@ from brickyard.core.template import Template
 
 SCHEMA = 1
 MANIFEST = "brick.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEPT_ASIDE = ".bricks"  # folder of bricks that were replaced or removed, beside those that are installed
 _REQUIRED = ("schema", "arm", "base", "task", "seed", "weights", "files")
@@ -214,6 +215,10 @@ def _write_adapter_config(folder: Path, attached: Attached, base: Base) -> None:
     config.base_model_name_or_path = base.spec
     config.save_pretrained(str(folder))
     config.inference_mode, config.base_model_name_or_path = before, None
+    # PEFT writes sets as they come, in another order in every process; equal runs leave equal files.
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    sets = [key for key in written if isinstance(getattr(config, key, None), set)]
+    write_json(folder / ADAPTER_CONFIG, {**written, **{key: sorted(written[key]) for key in sets}})
 
 
 def load(folder: str | Path) -> Brick:
