@@ -185,7 +185,8 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
         console.print(privacy.sentence(result["step"]["privacy"]), highlight=False)
     if "score" in result:
-        console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
+        score = f"test {result['score']['metric']} {result['score']['mean']:.4f}"
+        console.print(f"{score}; {result['overlap']}" if result["overlap"] else score, highlight=False)
     if brick.structure:
         console.print(f"served as it was tuned: {brick.structure}; keep=dense serves all.", highlight=False)
     console.print(f"brick: {escape(str(brick.folder))} ({brick.bytes:,} bytes)", soft_wrap=True, highlight=False)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from brickyard.core.data import overlap_sentence
+
 
 class Live:
     """Listens to a comparison's events and keeps one progress line, with an estimate of the time left."""
@@ -55,6 +57,8 @@ class Live:
         self._say(
             f"[bold]{escape(base.spec)}[/]; {escape(self.plan['sentence'])}; results in {escape(event['folder'])}"
         )
+        if said := overlap_sentence(data.report["overlap"], len(data.splits["test"])):
+            self._say(f"[yellow]{said}[/] The report says what the result is without them.")
         for name, reason in self.plan["refused"].items():
             self._say(f"  [yellow]{escape(name)} refused:[/] {escape(reason)}")
         for name, failed in self.plan["failed"].items():

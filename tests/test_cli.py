@@ -261,6 +261,20 @@ def test_a_device_that_is_not_here_is_said_before_anything_is_read(capsys: pytes
     assert "torch finds no CUDA device here; leave --device out" in capsys.readouterr().err
 
 
+def test_test_rows_that_stand_in_train_are_told_below_the_limit_too(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = text_data(64, 40)
+    rows["test"]["text"][3] = rows["train"]["text"][5]
+    common = ["--base", str(text_base), "--data", str(write_data(tmp_path / "rows", rows)), "--device", "cpu"]
+    assert main(["tune", "linear-probe", "--steps", "4", "--out", str(tmp_path / "one"), *common]) == 0
+    assert "; 1 of 40 test rows (2.5%) also stand in train." in " ".join(capsys.readouterr().out.split())
+    asked = ["compare", "--methods", "linear-probe", "--steps", "4", "--seeds", "1", "--out", str(tmp_path / "all")]
+    assert main([*asked, *common]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 40 test rows (2.5%) also stand in train. The report says what the result is without them." in said
+
+
 def test_predictions_are_parquet_and_say_so(
     text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

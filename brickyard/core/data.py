@@ -328,6 +328,12 @@ def _overlap(keys: dict[str, list[bytes]], allow: bool) -> tuple[np.ndarray, dic
     }
 
 
+def overlap_sentence(overlap: dict[str, Any], rows: int) -> str:
+    """Say how many of the test rows stand in train, of a report's `overlap`; "" where none does."""
+    found, share = overlap["test_in_train"], overlap["test_in_train_share"]
+    return f"{found:,} of {rows:,} test rows ({share:.1%}) also stand in train." if found else ""
+
+
 def _counts(labels: Sequence[int], names: Sequence[str]) -> dict[str, int]:
     count = Counter(labels)
     return {name: count[index] for index, name in enumerate(names)}

@@ -39,7 +39,7 @@ from brickyard.core.chosen import (
     with_unlabelled,
 )
 from brickyard.core.completions import EncodedCompletions
-from brickyard.core.data import Data, read_data
+from brickyard.core.data import Data, overlap_sentence, read_data
 from brickyard.core.loop import Training, batch_loss, train, train_mode
 from brickyard.core.objective import check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
@@ -322,6 +322,7 @@ def tune(
         answers = answer(attached.model, sets[evaluate], task, precision=training.precision)
         labels = sets[evaluate].labels.numpy()
         result["score"] = {"metric": task.metric, "mean": task.score(labels, answers.predictions)}
+        result["overlap"] = overlap_sentence(ready.data.report["overlap"], len(ready.data.splits[evaluate]))
         write_answers(folder / "answers.parquet", answers, labels)
     about |= {
         "environment": measure.environment(),
