@@ -98,6 +98,12 @@ def test_a_person_sees_every_run_and_what_was_kept(tmp_path: Path) -> None:
     assert "1 run was already finished" in said
 
 
+def test_jobs_on_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    files = (b"\x89PNG one", b"\x89PNG two")
+    assert len({_place._digest({"data": {"train": {"image": [file]}}}) for file in files}) == 2
+    assert _place._digest([files[0]]) == _place._digest([files[0]])
+
+
 def test_an_argument_that_cannot_be_told_apart_is_an_error(tmp_path: Path) -> None:
     odd = Job(key="odd", function="test_check_place:counted", argument={"x": object()})
     with pytest.raises(TypeError, match="holds object"):

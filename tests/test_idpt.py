@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import text_data
+from safetensors.torch import load_file
 from torch import nn
 
 import brickyard
@@ -229,6 +230,26 @@ def test_without_a_generator_the_same_head_reads_the_mean_in_the_prompts_place(t
     assert again["score"]["mean"] == pytest.approx(result["score"]["mean"], abs=0.05)
 
 
+def test_full_tuning_under_the_same_head_trains_every_weight_of_the_base(text_base: Path, tmp_path: Path) -> None:
+    whole, frozen = made(text_base, "none", base="trained"), made(text_base, "none")
+    assert whole.model.head.mlp[0].in_features == frozen.model.head.mlp[0].in_features  # type: ignore[union-attr]
+    every = dict(whole.model.named_parameters()).keys()
+    assert every <= whole.tensors().keys() and not every <= frozen.tensors().keys()
+    train_mode(whole.model), train_mode(frozen.model)
+    for attached, dropping in ((whole, True), (frozen, False)):
+        attached.model(**batch())
+        assert backbone_of(attached.model).training is dropping
+    rows: dict[str, Any] = {"base": str(text_base), "data": text_data(), "device": "cpu"}
+    training = {"epochs": 1, "batch": 8, "lr": 1e-3}
+    brick, result = brickyard.tune("idpt:k=3,base=trained", training=training, out=tmp_path / "run", **rows)
+    plain = dict(open_base(str(text_base)).backbone().named_parameters())
+    kept = load_file(brick.folder / "weights.safetensors")
+    queries = [name for name in kept if name.endswith("query.weight")]
+    assert queries and not any(torch.equal(kept[n], plain[n.removeprefix("backbone.")]) for n in queries)
+    again = brickyard.evaluate(brick=brick.folder, data=text_data(), device="cpu")
+    assert again["score"]["mean"] == pytest.approx(result["score"]["mean"], abs=0.05)
+
+
 @pytest.mark.parametrize("generator", ["edgeconv", "mlp", "mean", "static", "none"])
 def test_a_row_with_no_token_behind_the_first_is_named(generator: str, text_base: Path) -> None:
     attached = made(text_base, generator)
@@ -241,5 +262,5 @@ def test_a_row_with_no_token_behind_the_first_is_named(generator: str, text_base
 
 
 def test_the_claims_hold_idpt_against_heads_of_its_own_kind() -> None:
-    assert [claim.inequality.split()[2] for claim in idpt.RECORD.claims] == ["static", "bare"]
+    assert [claim.inequality.split()[2] for claim in idpt.RECORD.claims] == ["static", "bare", "full"]
     assert all(claim.arms[claim.inequality.split()[2]].startswith("idpt:") for claim in idpt.RECORD.claims)

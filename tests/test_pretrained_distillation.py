@@ -403,7 +403,9 @@ def test_the_language_models_checks_run_from_end_to_end(
     data = str(write_data(tmp_path / "d", documents()))
     claim = replace(second, base=str(causal_base), data=data, seeds=2, max_length=32)
     monkeypatch.setattr(_place, "Local", Here)
-    found = check.language_model(claim, steps=6, pretrain=3, batch=4, k=4)
-    assert set(found["arms"]) == {"F", "D", "PF", "PD", "control", "teacher"}
-    assert found["holds"] == "set-up invalid"  # this teacher was never trained
-    assert set(distil_check.soft_labels(claim, steps=4, batch=4, k=4)["arms"]) == {"F", "D", "control", "teacher"}
+    found = check.language_model(claim, steps=6, pretrain=3, batch=4, k=4, teacher_steps=2, teacher_lr=1e-5)
+    assert set(found["arms"]) == {"F", "D", "PF", "PD", "control", "teacher", "base"}
+    assert found["holds"] == "set-up invalid"  # this teacher has hardly been trained
+    taught = distil_check.soft_labels(claim, steps=4, batch=4, k=4, teacher_steps=20, teacher_lr=1e-2)["arms"]
+    assert set(taught) == {"F", "D", "control", "teacher", "base"}
+    assert taught["teacher"]["mean"] < taught["base"]["mean"]  # tuned on the text of the students

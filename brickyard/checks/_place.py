@@ -87,4 +87,6 @@ def _plain(value: Any) -> Any:
         return [str(value.dtype), value.tolist()]
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"a job's argument holds {type(value).__name__}; give plain values, paths or arrays.")
+    if isinstance(value, bytes):  # the file of an image
+        return hashlib.sha256(value).hexdigest()
+    raise TypeError(f"a job's argument holds {type(value).__name__}; give plain values, bytes, paths or arrays.")

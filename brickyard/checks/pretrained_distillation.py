@@ -138,18 +138,21 @@ def language_model(
     batch: int = 8,
     k: int = 32,
     lr: float = 1e-3,
+    teacher_steps: int = 150,
+    teacher_lr: float = 3e-4,
 ) -> dict[str, Any]:
     """Measure a language model's student of half its layers and width, in nats per token (fewer are better).
 
     It reads the first `claim.train_rows` documents (0: all, for four times the steps).
 
     F and PF learn the text alone, D and PD the teacher's soft labels in place of all steps or of those after
-    `pretrain`; F and D have one schedule, PF and PD two. The teacher is `claim.base` as it is.
+    `pretrain`; F and D have one schedule, PF and PD two. The teacher is `claim.base`, tuned on the same text: as it is
+    it would teach what it thinks likely in text of another kind.
     """
     base = open_base(claim.base)
     data = read_data(claim.data, task="causal-lm")
     if not claim.train_rows:
-        steps, pretrain = 4 * steps, 4 * pretrain
+        steps, pretrain, teacher_steps = 4 * steps, 4 * pretrain, 4 * teacher_steps
     sizes = {k: v for k, v in locals().items() if isinstance(v, int | float)}
     splits = {name: dict(split.columns) for name, split in data.splits.items()}
     splits["train"] = {"text": splits["train"]["text"][: claim.train_rows or None]}
@@ -175,8 +178,9 @@ def language_model(
         for arm, (first, soft, hard, shuffle) in arms.items()
         if arm in needed | {"F", "D", "control"}
     }
-    answers = runs.answers(options, [])
-    answers["teacher"] = _of_base(base, data, claim)
+    teacher = runs.teacher(teacher_steps, teacher_lr, task="causal-lm", metric="nats_per_token")
+    answers = runs.answers(options, [teacher])
+    answers |= {"teacher": runs.of_teacher(claim.seeds), "base": _of_base(base, data, claim)}
     metric, control, gate = "nats_per_token", "control > D", "F > teacher"
     figures = {text: judge(Inequality.read(text), answers, metric) for text in wanted}
     out = _verdict(figures, judge(Inequality.read(gate), answers, metric), gate, unit="hundredths of a nat")
@@ -195,8 +199,8 @@ class _Runs:
         self.seconds: dict[str, float] = {}
         self.stage1: dict[str, Any] = {}
 
-    def teacher(self, steps: int, lr: float) -> Path:
-        """Tune the base on the labelled rows; return its brick."""
+    def teacher(self, steps: int, lr: float, **task: str) -> Path:
+        """Tune the base on the training rows; return its brick."""
         folder = self.folder / "teacher"
         if not (folder / "brick" / brick.MANIFEST).is_file():
             setting = trial.Setting(
@@ -204,6 +208,7 @@ class _Runs:
                 base=self.claim.base,
                 data=self.splits,
                 max_length=self.claim.max_length or None,
+                **task,
                 training={"steps": steps, "lr": lr, "batch": self.batch, "evaluate_every": steps},
             )
             trial.run({"setting": asdict(setting), "folder": str(folder)})

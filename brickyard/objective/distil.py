@@ -46,8 +46,8 @@ RECORD = Record(
     search={"temperature": (1.0, 2.0, 4.0), "weight": (0.5, 1.0)},
     claims=(
         Claim(
-            text="A small language model that learns from its teacher's cached top-32 probabilities needs fewer nats "
-            "per token than one that learns from the same text alone, at equal steps.",
+            text="A small language model that learns the cached top-32 probabilities of a teacher tuned on the same "
+            "text needs fewer nats per token than one that learns from that text alone, at equal steps.",
             measure="soft_labels",
             base="embedded:pylm",
             data="embedded:python-tests",

@@ -75,8 +75,8 @@ RECORD = Record(
             full={"max_length": 128, "train_rows": 500},
         ),
         Claim(
-            text="A language model's student that is pre-trained and then distilled needs fewer nats per token than "
-            "one trained on the same text for as many steps.",
+            text="A language model's student that is pre-trained and then distilled from a teacher tuned on the same "
+            "text needs fewer nats per token than one trained on that text for as many steps.",
             measure="language_model",
             base="embedded:pylm",
             data="embedded:python-tests",

@@ -84,6 +84,24 @@ RECORD = Record(
             batch=16,
             full={"train_rows": 2000, "max_length": 0, "epochs": 10},
         ),
+        Claim(
+            text="A prompt made from the example is at most 2 points below full tuning with the same head.",
+            inequality="idpt >= full - 2.0",
+            arms={"idpt": "idpt", "full": "idpt:generator=none,base=trained,lr=1e-4"},
+            control={
+                "what": "training labels shuffled: there is nothing left to learn",
+                "arm": "idpt",
+                "labels": "shuffled",
+                "inequality": "idpt > control + 10.0",
+            },
+            gate="full > majority + 10.0",
+            data="trec|embedded:stdlib-topics",
+            epochs=6,
+            train_rows=1000,
+            batch=16,
+            lr_factors=(0.3, 1.0, 3.0),
+            full={"train_rows": 2000, "max_length": 0, "epochs": 10},
+        ),
     ),
 )
 PROMPT = "prompt"  # name of the generator in the model
@@ -104,6 +122,8 @@ class Config:
     """layers of edgeconv or mlp"""
     dropout: float = 0.5
     """in the head"""
+    base: Literal["frozen", "trained"] = "frozen"
+    """trained: every weight of the base learns too, at the same lr; with no generator full tuning under this head"""
     cache: bool = True
     """compute what enters the block once, not in every epoch"""
     store: Literal["float16", "float32"] = "float32"
@@ -304,11 +324,12 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     if generator is not None:
         model.add_module(PROMPT, generator)
         inserted = _Inserted(model, generator, head, first)
-    found = [n for n, _ in model.named_parameters() if n.startswith((f"{PROMPT}.", "head."))]
+    frozen = config.base == "frozen"
+    found = [n for n, _ in model.named_parameters() if not frozen or n.startswith((f"{PROMPT}.", "head."))]
     flat = [n for n, p in model.named_parameters() if p.ndim < 2]
     attached = attach_in_place(model, found, matched={"before": [names[first]]}, no_decay=flat)
-    resting = keep_at_rest(model, [backbone_of(model)])
-    if first and config.cache:
+    resting = keep_at_rest(model, [backbone_of(model)] if frozen else [])
+    if first and config.cache and frozen:
         attached.prefix = Prefix(model, names[:first], store=config.store)
     put_back = attached.detach
 
