@@ -25,7 +25,7 @@ from brickyard.compare.run import Listener
 from brickyard.compare.run import compare as run_compare
 from brickyard.core import brick as bricks
 from brickyard.core import readers, registry, trial
-from brickyard.core.answers import Answers, answer, nats
+from brickyard.core.answers import Answers, answer, nats, score_of
 from brickyard.core.answers import predict as logits_of
 from brickyard.core.arm import parse
 from brickyard.core.base import Base, open_base
@@ -36,7 +36,6 @@ from brickyard.core.completions import EncodedCompletions
 from brickyard.core.curate import Request as Curation
 from brickyard.core.curate import curate
 from brickyard.core.data import Data, read_data
-from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import UsageError
 from brickyard.core.files import Lock
 from brickyard.core.generate import Decoding, continuations
@@ -46,7 +45,7 @@ from brickyard.core.registry import code_digest
 from brickyard.core.retention import inner
 from brickyard.core.scale import scaled, sweep_points
 from brickyard.core.stats import interval
-from brickyard.core.task import PER_TEXT, Task, task_of
+from brickyard.core.task import Task, task_of
 from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 from brickyard.planning import plan
@@ -273,8 +272,7 @@ def evaluate(
     answers, score = scored()
     if predictions is not None:
         trial.write_answers(Path(predictions), answers, labels)
-    if isinstance(encoded, EncodedBlocks | EncodedCompletions) and wanted.metric in PER_TEXT:
-        score["nats_per_token"] = float(answers.predictions.sum() / encoded.tokens.sum())
+    score |= score_of(wanted, encoded, answers)
     out: dict[str, Any] = {
         "score": score,
         "examples": len(labels),

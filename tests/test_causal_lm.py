@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import WORDS, documents, make_text_base, write_data
+from rich.console import Console
 
 import brickyard
 from brickyard.checks import run as checks
+from brickyard.compare.report import page
+from brickyard.compare.table import show
 from brickyard.core import build, trial
 from brickyard.core.answers import answer
 from brickyard.core.base import open_base
@@ -125,6 +130,34 @@ def test_compare_gives_a_paired_table_with_the_untouched_base(causal_base: Path,
     bare_again = brickyard.evaluate(base=str(causal_base), data=str(data), **asked)
     assert bare_again["score"]["metric"] == "bits_per_byte"
     assert bare_again["score"]["nats_per_token"] == pytest.approx(bare, rel=1e-4)
+
+
+def test_a_comparison_in_bits_per_byte_says_what_they_are_in_nats_per_token(causal_base: Path, tmp_path: Path) -> None:
+    data = str(write_data(tmp_path / "data", documents()))
+    asked: Any = {"task": "causal-lm", "max_length": 32, "device": "cpu"}
+    result = brickyard.compare(
+        base=str(causal_base),
+        data=data,
+        methods=["lora:lr=1e-2"],
+        out=tmp_path / "run",
+        seeds=1,
+        batch=4,
+        training={"steps": 6},
+        **asked,
+    )
+    for name, given in (
+        ("untouched base", {"base": str(causal_base)}),
+        ("lora:lr=0.01", {"brick": tmp_path / "run" / "bricks" / "lora_lr_0.01"}),
+    ):
+        score = next(row["score"] for row in result["methods"] if row["arm"] == name)
+        again = brickyard.evaluate(data=data, **given, **asked)["score"]
+        assert score["metric"] == "bits_per_byte" and score["mean"] == pytest.approx(again["mean"], rel=1e-4)
+        assert score["nats_per_token"] == pytest.approx(again["nats_per_token"], rel=1e-4)
+    told = f"One bit per byte is {result['task']['nats_per_token']:.3f} nats per token"
+    console = Console(file=StringIO(), width=120)
+    show(result, console)
+    assert told in console.file.getvalue() and "nats/token" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert told in page(result)
 
 
 def test_shuffled_targets_say_nothing_of_what_follows_what(causal_base: Path) -> None:

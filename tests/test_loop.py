@@ -87,6 +87,12 @@ def test_learns_and_keeps_the_best_evaluated_weights() -> None:
     assert done.best_step == best["step"]
 
 
+def test_the_learning_curve_counts_rows_and_not_steps_of_whole_batches() -> None:
+    training = replace(BASIC, epochs=2, batch=len(Rows()) - 2)
+    done = train(attached(), Rows(), Rows(20, seed=1), TASK, training, device="cpu")
+    assert [point["examples"] for point in done.history] == [len(Rows()), 2 * len(Rows())] and done.steps == 4
+
+
 def test_same_seed_same_numbers_and_another_seed_others() -> None:
     runs = []
     for seed in (0, 0, 1):

@@ -94,6 +94,26 @@ def test_among_arms_that_cannot_be_told_apart_the_cheapest_is_recommended() -> N
     assert "\u00a0" not in found["sentence"]
 
 
+def test_an_arm_that_lost_to_another_close_one_is_neither_recommended_nor_called_alike() -> None:
+    """That cannot be told apart is not transitive: big's seeds scatter; small ties with it and loses to mid."""
+    count = 600
+    labels = np.zeros(count, dtype=int)
+
+    def hits(*shares: float) -> np.ndarray:
+        return np.stack([(np.arange(count) >= round(share * count)).astype(int) for share in shares])
+
+    answers = {"big": hits(0.86, 0.97, 0.90), "mid": hits(0.895, 0.895, 0.895), "small": hits(0.87, 0.87, 0.87)}
+    rows = [
+        row(name, labels, answers[name], cost={"trainable_parameters": n})
+        for name, n in (("big", 300), ("mid", 200), ("small", 100))
+    ]
+    pairs = pairs_table(labels, answers, "accuracy")
+    found = verdict(rows, pairs)
+    assert found["recommended"] == "mid" and found["indistinguishable"] == ["big"]
+    assert "cheapest of the 2 arms" in found["sentence"]
+    assert any(said.startswith("small against big") and "; mid is better than it" in said for said in found["reasons"])
+
+
 def test_the_cost_that_decides_can_be_chosen() -> None:
     labels, made = arms(full=0.9, lora=0.9)
     rows = [row(name, labels, a) for name, a in made.items()]

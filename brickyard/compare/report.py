@@ -80,6 +80,7 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "headline": _headline(verdict),
         "reasons": details.lines(verdict.get("reasons")),
         "metric": metric,
+        "nats": shown.in_nats(result),
         "kinds": shown.KINDS,
         "keys": [(charts.key_icon(look, shape), words) for look, shape, words in charts.KEYS],
         "facts": _facts(result, metric),

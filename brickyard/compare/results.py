@@ -42,6 +42,7 @@ def assemble(
         methods.append(_constant("majority", np.full(len(labels), most), labels, task, answers))
     if untouched is not None and len(labels):
         methods.append(_constant(UNTOUCHED, untouched, labels, task, answers) | {"answers": "answers/untouched-base"})
+    each = _in_nats(methods, entries) if task.metric == "bits_per_byte" else None
     together = bool(plan["shots"])  # a seed draws its labelled rows, the same for every arm
     pairs = pairs_table(labels, answers, task.metric, together=together)
     judged = verdict(methods, pairs, metric=task.metric)
@@ -75,7 +76,7 @@ def assemble(
             ),
         },
         "base": {"spec": base.spec, "fingerprint": base.fingerprint},
-        "task": {"kind": task.kind, "metric": task.metric},
+        "task": {"kind": task.kind, "metric": task.metric, **({"nats_per_token": each} if each else {})},
         "command": command,
         "curves": {
             e["name"]: [_curve(t) for t in e["trials"] if t["status"] == "done"] for e in entries if e["trials"]
@@ -129,6 +130,16 @@ def _method(entry: dict[str, Any], answers: dict[str, np.ndarray], labels: np.nd
     row["seeds"] = [t["seed"] for t in entry["trials"]]
     row["answers"] = "answers/" + slug(entry["name"], entry["arm"])
     return row
+
+
+def _in_nats(methods: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> float | None:
+    """Give scores in nats per token too; return how many one bit per byte is, a constant of the test texts."""
+    done = [t["value"]["score"] for e in entries if e["status"] == "done" for t in e["trials"]]
+    each = next((s["nats_per_token"] / s["mean"] for s in done if s.get("nats_per_token") and s["mean"]), None)
+    for row in methods:
+        if each is not None and row["score"] is not None:
+            row["score"]["nats_per_token"] = row["score"]["mean"] * each
+    return each
 
 
 def slug(name: str, arm: str) -> str:

@@ -168,6 +168,12 @@ _METRICS = {
 }
 
 
+def in_nats(result: Mapping[str, Any]) -> str:
+    """Return what one of a comparison's bits per byte is in nats per token; "" for other metrics."""
+    each = number((result.get("task") or {}).get("nats_per_token"))
+    return "" if each is None else f"One bit per byte is {each:.3f} nats per token of these test texts."
+
+
 def metric(name: Any) -> Metric:
     """Return how to write the metric `name`; an unknown one is written as a plain number, higher taken as better."""
     return _METRICS.get(str(name)) or Metric(visible(name) if name else "Score")

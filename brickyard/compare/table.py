@@ -39,9 +39,14 @@ def _columns(metric: Metric) -> tuple[_Column, ...]:
         s = shown.score(method)
         return f"{metric.show(s.mean, unit=False)} {metric.interval(s.low, s.high)}".rstrip()
 
+    def in_nats(method: Mapping[str, Any]) -> str:
+        found = number((method.get("score") or {}).get("nats_per_token"))
+        return shown.MISSING if found is None else f"{found:.3f}"
+
     name = f"{metric.title}{', ' + metric.unit if metric.unit else ''}"
     return (
         _Column(name, with_interval, 0),
+        _Column("nats/token", in_nats, 3),
         _Column("trainable", _cost("trainable_parameters", shown.count), 1),
         _Column("saved MiB", _cost("saved_for_backward_bytes", shown.mebibytes), 2),
         _Column("peak MiB", _cost("peak_bytes", shown.mebibytes), 5),
@@ -109,6 +114,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     plain = _ascii if ascii_only else str
     verdict = result.get("verdict") or {}
     console.print(terminal_table(result, console.width, ascii_only=ascii_only))
+    if nats := shown.in_nats(result):
+        console.print(Text(nats, "dim"))
     lost = [m for m in result["methods"] if m.get("status", "done") != "done"]
     if lost:
         console.print()

@@ -113,7 +113,10 @@ def verdict(
     view = _View(pairs, how, order)
     ranked = sorted(done, key=view.rank)
     best = ranked[0]
-    candidates = [best, *(m for m in ranked[1:] if view.word(best, m) == "cannot tell")]
+    close = [best, *(m for m in ranked[1:] if view.word(best, m) == "cannot tell")]
+    # An arm that few seeds leave undecided against the best may still have lost to another of those that are close.
+    beaten_by = {id(m): next((o for o in close if view.word(o, m) == "better"), None) for m in close}
+    candidates = [m for m in close if beaten_by[id(m)] is None]
     chosen = min(candidates, key=view.price)
     sentences = [view.lead(chosen, candidates, ranked), *view.trivial(chosen, ranked), *_few_seeds(candidates)]
     sentences += _cut_short(ranked)
@@ -121,7 +124,7 @@ def verdict(
         "recommended": chosen["arm"],
         "sentence": " ".join(sentences),
         "indistinguishable": [m["arm"] for m in candidates if m is not chosen],
-        "reasons": [*(f"{_name(m)} against {_name(best)}: {view.gap(m, best)}." for m in ranked[1:]), *failures],
+        "reasons": [*(view.reason(m, best, beaten_by.get(id(m))) for m in ranked[1:]), *failures],
     }
 
 
@@ -172,6 +175,11 @@ class _View:
             text += f", but {corrected}"
         more = pair.get("needed") or {}
         return f"{text}; {more['sentence']}" if more.get("limited_by") in _MORE else text
+
+    def reason(self, method: Mapping[str, Any], best: Mapping[str, Any], winner: Mapping[str, Any] | None) -> str:
+        """Write how a method did against the best score, and against the `winner` over it that is not the best."""
+        lost = f"; {_name(winner)} is better than it ({self.gap(winner, method)})" if winner is not None else ""
+        return f"{_name(method)} against {_name(best)}: {self.gap(method, best)}{lost}."
 
     def figure(self, method: Mapping[str, Any]) -> str:
         """Write an arm's name, score and interval."""

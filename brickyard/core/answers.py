@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from brickyard.core.completions import EncodedCompletions
 from brickyard.core.documents import EncodedBlocks
 from brickyard.core.errors import NotFinite, UsageError
-from brickyard.core.task import Task
+from brickyard.core.task import PER_TEXT, Task
 
 PREFERENCE_SCALE = 0.1  # beta of DPO: turns a margin in nats into the loss by which a preference is judged
 _POSITIONS = 4096  # of a batch of texts: logits over a vocabulary are wide
@@ -54,6 +54,14 @@ class Answers:
     losses: np.ndarray
     weights: np.ndarray
     logits: np.ndarray | None
+
+
+def score_of(task: Task, examples: Examples, answers: Answers) -> dict[str, Any]:
+    """Return {"metric", "mean"} of the answers to `examples`; of a language model's texts "nats_per_token" as well."""
+    score = {"metric": task.metric, "mean": task.score(examples.labels.numpy(), answers.predictions)}
+    if isinstance(examples, EncodedBlocks | EncodedCompletions) and task.metric in PER_TEXT:
+        score["nats_per_token"] = float(answers.predictions.sum() / examples.tokens.sum())
+    return score
 
 
 def answer(model: nn.Module, examples: Examples, task: Task, *, precision: str = "float32") -> Answers:

@@ -74,6 +74,7 @@ class Checkpoints:
             write_tensors(temporary / "tensors.safetensors", {k: v.contiguous() for k, v in tensors.items()})
             known = {
                 "step": state.step,
+                "examples": state.examples,
                 "losses": state.losses,
                 "history": state.history,
                 "best": state.best,
@@ -111,7 +112,7 @@ class Checkpoints:
         step.load_state_dict(parts.get("step", {}))
         state.step, state.losses, state.history = known["step"], known["losses"], known["history"]
         state.best, state.best_tensors, state.waited = known["best"], parts.get("best"), known["waited"]
-        state.seconds = known["seconds"]
+        state.seconds, state.examples = known["seconds"], known["examples"]
         torch.set_rng_state(parts["generator"]["cpu"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all([parts["generator"][f"cuda{i}"] for i in range(torch.cuda.device_count())])

@@ -98,6 +98,7 @@ class State:
     total: int
     accelerator: Accelerator
     step: int = 0
+    examples: int = 0  # rows seen so far; the last batch of an epoch may be short
     losses: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None  # {"score", "step"}
@@ -342,6 +343,7 @@ def train(
             state.batch_rows = rows
             state.losses.append(step(state, _micro(examples, rows, task, training, accelerator)))
             state.step += 1
+            state.examples += len(rows)
             due = state.step % every == 0 or state.step == state.total or state.hooks.due(state)
             if validation is not None and due:
                 state.pause()
@@ -406,8 +408,7 @@ def _terms(batch: dict[str, Any], task: Task) -> int:
 
 def _point(state: State, scores: dict[str, float]) -> None:
     loss = float(np.mean(state.losses))
-    examples = state.step * state.training.batch
-    state.history.append({"step": state.step, "examples": examples, "train_loss": loss, **scores})
+    state.history.append({"step": state.step, "examples": state.examples, "train_loss": loss, **scores})
     state.losses = []
     assert state.hooks is not None
     state.hooks("point", state)

@@ -21,7 +21,7 @@ import torch
 
 from brickyard.core import brick as bricks
 from brickyard.core import measure
-from brickyard.core.answers import Answers, Examples, answer, nats, to_device
+from brickyard.core.answers import Answers, Examples, answer, nats, score_of, to_device
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import Base, open_base
@@ -223,9 +223,10 @@ def run(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _untouched(ready: Prepared, folder: Path) -> dict[str, Any]:
     model = ready.base.model(ready.task, seed=0, attention=ready.setting.attention).to(ready.device)
-    answers, labels = answer(model, ready.encoded["test"], ready.task), ready.encoded["test"].labels.numpy()
-    write_answers(folder / "answers.parquet", answers, labels)
-    return {"score": {"metric": ready.task.metric, "mean": ready.task.score(labels, answers.predictions)}}
+    rows = ready.encoded["test"]
+    answers = answer(model, rows, ready.task, precision=ready.training.precision)  # as the arms beside it are read
+    write_answers(folder / "answers.parquet", answers, rows.labels.numpy())
+    return {"score": score_of(ready.task, rows, answers)}
 
 
 def tune(
@@ -321,7 +322,7 @@ def tune(
     if evaluate is not None:
         answers = answer(attached.model, sets[evaluate], task, precision=training.precision)
         labels = sets[evaluate].labels.numpy()
-        result["score"] = {"metric": task.metric, "mean": task.score(labels, answers.predictions)}
+        result["score"] = score_of(task, sets[evaluate], answers)
         result["overlap"] = overlap_sentence(ready.data.report["overlap"], len(ready.data.splits[evaluate]))
         write_answers(folder / "answers.parquet", answers, labels)
     about |= {
