@@ -220,6 +220,7 @@ def evaluate(
     base: str | None = None,
     brick: str | Path | None = None,
     data: Any,
+    split: str = "test",
     scale: str | None = None,
     predictions: str | Path | None = None,
     dtype: str = "auto",
@@ -230,27 +231,31 @@ def evaluate(
     metric: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Score a base (with its own trained head) or a brick on the test rows of `data`.
+    """Score a base (with its own trained head) or a brick on the test (or validation) rows of `data`.
 
     Returns {"score": {"metric", "mean", "low", "high"}, "examples", "environment"}; with `scale` ("0:2:0.25") also
     {"scale": [{"scale", "mean", "low", "high"}, ...]} for the strength of the brick's change. `brick` may be a folder
     of `brickyard route` too: see `routed.evaluate`.
     """
+    if split not in ("test", "validation"):
+        raise UsageError(f"split={split!r}: test or validation was expected.")
     if brick is not None and is_routed(brick):
+        if split != "test":
+            raise UsageError("a routed folder is scored on test rows alone; leave out --split.")
         given = {"base": base, "scale": scale, "predictions": predictions, "dtype": dtype, "force": force}
         return routed.evaluate(brick, data, device=device, max_length=max_length, task=task, metric=metric, **given)
     opened = open_base(base, trust_remote_code=trust_remote_code) if base else None
     model, opened, known, made = _model(opened, brick, force, device)
     source = readers.read(data)
     task = task or _kind(source, known)
-    rows = read_data(source, task=task, metric=metric, need=("test",))
+    rows = read_data(source, task=task, metric=metric, need=(split,))
     wanted = _same_task(task_of(rows, kind=task, metric=metric), known, metric, made)
     if made is None and wanted.kind in FOREIGN_TASKS:
         raise UsageError(
             f"no base reads {wanted.input} by itself; give --brick, of a method that works on {wanted.kind}."
         )
     encoded = encode(
-        rows.splits["test"],
+        rows.splits[split],
         opened,
         wanted,
         max_length=max_length or (made.manifest.get("max_length") if made else None),

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 DONE = 0
+RUNS = "runs"
 # Options with their defaults, by what reads them.
 _SCORING = {"data": [], "rows": 500, "max_length": None}
 _FINDING = {"clusters": 0, "prompts": 200, "tokens": 64}
@@ -43,7 +45,7 @@ def options(p: argparse.ArgumentParser, positive: Callable[[type], Callable[[str
     """Add the verb's own options to its parser; `positive` makes a reader of positive numbers."""
     p.epilog, p.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     p.add_argument("base", metavar="BASE", help="a model folder, a hub id, or embedded:NAME")
-    p.add_argument("--in", dest="folder", default="runs", metavar="DIR", help="where to look (default: runs)")
+    p.add_argument("--in", dest="folder", default=RUNS, metavar="DIR", help=f"where to look (default: {RUNS})")
     p.add_argument("--data", nargs="+", default=[], metavar="D", help="score every brick on these, against the base")
     p.add_argument(
         "--rows", type=positive(int), default=_SCORING["rows"], help="test rows of each data set, drawn with seed 0"
@@ -126,7 +128,10 @@ def _print_json(value: Any) -> int:
 
 def _table(args: argparse.Namespace) -> int:
     from brickyard import api
+    from brickyard.core.errors import UsageError
 
+    if args.folder != RUNS and not Path(args.folder).is_dir():
+        raise UsageError(f"--in {args.folder}: there is no such folder; give one that holds bricks.")
     rows = api.bricks_in(
         args.folder,
         args.base,

@@ -125,6 +125,8 @@ def open_inputs(specs: Sequence[str], ground: Ground, *, mixed: bool, force: boo
 
     `mixed` lets checkpoints be stored in other dtypes than the base; `force` skips the checks of ancestry.
     """
+    if not specs:
+        raise UsageError("no model was given; name bricks, adapters or checkpoints with --bricks.")
     labels = _labels(specs)
     out, rows = [], _quantised("the base", ground.config, "")
     for spec, label in zip(specs, labels, strict=True):

@@ -245,6 +245,8 @@ def test_the_listing_keeps_its_keys_and_the_command_marks_what_it_found(
     shown = capsys.readouterr().out
     assert "improves" in shown and "bits_per_byte" in shown and "neuron group" in shown and "Holm" in shown
     assert main(["bricks", str(base), "--in", str(tmp_path)]) == 0 and "no brick for" in capsys.readouterr().out
+    assert main(["bricks", str(base), "--in", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: there is no such folder" in " ".join(capsys.readouterr().err.split())
 
 
 # update

@@ -275,6 +275,22 @@ def test_test_rows_that_stand_in_train_are_told_below_the_limit_too(
     assert "1 of 40 test rows (2.5%) also stand in train. The report says what the result is without them." in said
 
 
+def test_validation_rows_can_be_scored_too(text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = text_data(64, 40)
+    rows["validation"] = text_data(30, 0)["train"]
+    common = ["--base", str(text_base), "--data", str(write_data(tmp_path / "rows", rows)), "--device", "cpu"]
+    assert main(["tune", "linear-probe", "--steps", "4", "--out", str(tmp_path / "one"), *common]) == 0
+    scored = ["evaluate", "--brick", str(tmp_path / "one" / "brick"), *common]
+    for split, count in (("validation", 30), ("test", 40)):
+        capsys.readouterr()
+        assert main([*scored, "--split", split]) == 0
+        assert f"on {count} {split} examples" in " ".join(capsys.readouterr().out.split())
+    del rows["validation"]
+    bare = ["evaluate", "--brick", str(tmp_path / "one" / "brick"), "--device", "cpu", "--split", "validation"]
+    assert main([*bare, "--data", str(write_data(tmp_path / "other", rows))]) == 2
+    assert "no validation split; found: train, test" in " ".join(capsys.readouterr().err.split())
+
+
 def test_predictions_are_parquet_and_say_so(
     text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,11 @@ def test_a_brick_that_holds_no_weight_of_the_base_is_refused_before_any_work(tex
     assert not list(tmp_path.glob("out*"))
 
 
+def test_no_model_at_all_is_an_error_of_its_own(text_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model was given; name bricks"):
+        merge("ties", base=str(text_base), bricks=[], out=tmp_path / "out")
+
+
 def test_alpha_is_read_as_peft_reads_it(text_base: Path, tmp_path: Path) -> None:
     still = plain_adapter(tmp_path / "still", text_base, lora_alpha=0)
     for form in ("adapter", "model"):

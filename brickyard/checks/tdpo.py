@@ -63,7 +63,7 @@ class Scale:
     base: str
     prompts: int = 600
     held_out: int = 120
-    steps: int = 150
+    steps: int = 250
     every: int = 50
     new_tokens: int = 48
     batch: int = 8
