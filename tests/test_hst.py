@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Here, write_data
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTModel
 
 import brickyard
+from brickyard.checks import _place
+from brickyard.checks import hst as check
 from brickyard.checks.hst import textured
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
@@ -179,3 +183,21 @@ def test_what_does_not_fit_is_refused(image_base: Path, text_base: Path) -> None
     with pytest.raises(Refused, match="grids of patches"):
         resolve(parse("hst"), Task("text-classification", "accuracy", ("a", "b"), 2, "text"))
     assert open_base(str(text_base)).input == "text"
+
+
+@pytest.mark.parametrize("name", ["generated:textures", "a folder"])
+def test_the_check_measures_every_part_on_textures_or_on_images_at_hand(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_place, "Local", Here)
+    if name != check.TEXTURES:
+        sizes = {"train": 60, "validation": 30, "test": 60}
+        drawn = {split: check.textured(count, seed) for seed, (split, count) in enumerate(sizes.items())}
+        name = str(write_data(tmp_path / "images", drawn))
+    claim = replace(hst.RECORD.claims[0], data=name, seeds=2)
+    found = check.beside_the_pyramid(claim, rows=40, test_rows=50, epochs=1)
+    assert set(found) == {"ladder", "norms", "lora"}
+    for part in found.values():
+        assert set(part["figures"]["means"]) == {*check.ARMS, "shuffled", "norms", "majority"}
+        assert set(part["arms"]) == set(check.ARMS) and part["inequality"].startswith("hst >= ")
+        assert part["holds"] in (True, False, "undecided", "set-up invalid")

@@ -15,12 +15,15 @@ from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.build import build
+from brickyard.core.data import read_data
+from brickyard.core.influence import influence
 from brickyard.core.loop import train
 from brickyard.core.method import Claim
 from brickyard.core.roles import roles
 from brickyard.core.trial import Prepared, Setting, prepare
 from brickyard.embedded.images import FACTORS, draw
 
+TEXTURES = "generated:textures"
 FACTOR = "texture"  # the factor that the heads of tiny-vit know least about
 EPOCHS, BATCH = 12, 32
 ARMS = {
@@ -28,6 +31,7 @@ ARMS = {
     "pyramid": "hst:ladder=false,lr=3e-3",
     "detached": "hst:detach=true,lr=3e-3",
     "lora": "lora:r=4,lr=3e-3",
+    "prompts": "iapt:constant=true,tokens=1,lr=3e-3",  # one trained prompt a layer, for VPT-deep's
     "probe": "linear-probe:lr=1e-2",
 }
 
@@ -43,16 +47,25 @@ def textured(count: int, seed: int) -> dict[str, list]:
     return {"image": files, "label": [FACTORS[FACTOR][i] for i in made.labels[FACTOR]]}
 
 
-@takes("base")
+def images_of(name: str, rows: int, test_rows: int) -> dict[str, dict[str, list]]:
+    """Return the splits that are measured: the first rows of an image data set, or as many generated textures."""
+    if name == TEXTURES:
+        return {"train": textured(rows, 101), "validation": textured(300, 102), "test": textured(test_rows, 103)}
+    found = read_data(name).splits
+    most = {"train": rows, "validation": 300, "test": test_rows}
+    return {split: {k: found[split][k][:count] for k in ("image", "label")} for split, count in most.items()}
+
+
+@takes("base", "data")
 def beside_the_pyramid(
     claim: Claim, *, rows: int = 1000, test_rows: int = 2000, workers: int = 2, epochs: int = EPOCHS, **_: Any
 ) -> dict[str, Any]:
-    """Train all arms on generated textures and hold them against each other.
+    """Train all arms on a few images and hold them against each other.
 
     Control of all parts: labels shuffled. Gate: LoRA beats the linear probe by 2 points, so that there is something to
     adapt.
     """
-    data = {"train": textured(rows, 101), "validation": textured(300, 102), "test": textured(test_rows, 103)}
+    data = images_of(claim.data, rows, test_rows)
     asked = {"base": claim.base, "data": data, "training": {"epochs": epochs, "batch": BATCH}}
     with place_of("hst", claim, rows, test_rows, epochs) as folder:
         every, shuffled = {**ARMS, "shuffled": ARMS["hst"]}, {"shuffled": {"shuffle_labels": True}}
@@ -67,7 +80,7 @@ def beside_the_pyramid(
         return {"inequality": text, **judge(Inequality.read(text), found, metric)}
 
     gate, gone = compare("lora > probe + 2.0"), compare("hst > shuffled + 10.0")
-    means = {name: 100 * float(np.mean(ready.task.score(f.labels, f.predictions))) for name, f in found.items()}
+    means = {name: 100 * float(influence(f.labels, f.predictions, metric)[0].mean()) for name, f in found.items()}
     said = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
     shared = {
         "gate": gate,

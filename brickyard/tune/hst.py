@@ -54,6 +54,7 @@ RECORD = Record(
             measure="beside_the_pyramid",
             part="ladder",
             base="embedded:tiny-vit",
+            data="cifar10|generated:textures",
             seeds=3,
         ),
         Claim(
@@ -61,6 +62,7 @@ RECORD = Record(
             measure="beside_the_pyramid",
             part="norms",
             base="embedded:tiny-vit",
+            data="cifar10|generated:textures",
             seeds=3,
         ),
         Claim(
@@ -68,6 +70,7 @@ RECORD = Record(
             measure="beside_the_pyramid",
             part="lora",
             base="embedded:tiny-vit",
+            data="cifar10|generated:textures",
             seeds=3,
         ),
     ),
