@@ -76,6 +76,29 @@ RECORD = Record(
             full={"train_rows": 600, "max_length": 0},
         ),
         Claim(
+            text="On a language model it keeps at least 90 % of what LoRA of the same rank gains over the untouched base.",
+            inequality="ce-ssl >= 0.9 lora",
+            arms={
+                "ce-ssl": "ce-ssl:r=16,p=0.2,compress=0.6",
+                "lora": "lora:r=16,alpha=16,target=blocks",
+            },
+            control={
+                "what": "every next token dealt out anew within its block: there is nothing left to learn",
+                "arm": "ce-ssl:r=16,p=0.2,compress=0.6",
+                "labels": "shuffled",
+                "inequality": "ce-ssl > control + 0.5",
+            },
+            gate="lora > base + 1.0",
+            base="embedded:pylm",
+            data="embedded:python-tests",
+            epochs=1,
+            lr_factors=(3.0, 10.0, 30.0),
+            train_rows=200,
+            batch=16,
+            max_length=128,
+            full={"train_rows": 0, "batch": 0, "max_length": 0, "seeds": 5},
+        ),
+        Claim(
             text="Ranks shared out by importance do at least as well as ranks shared out against it.",
             inequality="informed >= inverse",
             arms={
