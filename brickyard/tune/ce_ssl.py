@@ -76,7 +76,7 @@ RECORD = Record(
             full={"train_rows": 600, "max_length": 0},
         ),
         Claim(
-            text="On a language model it keeps at least 90 % of what LoRA of the same rank gains over the untouched base.",
+            text="On a language model it keeps at least 90 % of what LoRA of its rank gains over the untouched base.",
             inequality="ce-ssl >= 0.9 lora",
             arms={
                 "ce-ssl": "ce-ssl:r=16,p=0.2,compress=0.6",
