@@ -21,8 +21,8 @@ from brickyard.core.errors import Changed, Refused, UsageError
 from brickyard.core.files import write_json
 from brickyard.merge._engine import SHARD, Edit, Merge, Rule
 from brickyard.merge._from_data import OfData
-from brickyard.merging_files import MANIFEST, REQUEST, request_of, unscored, write_adapter, write_model
-from brickyard.merging_inputs import Ground, Input, open_ground, open_inputs
+from brickyard.merging_files import REQUEST, request_of, unscored, write_adapter, write_model
+from brickyard.merging_inputs import MANIFEST, Ground, Input, open_ground, open_inputs
 from brickyard.merging_search import Asked, asked, search
 
 FORMS = ("auto", "model", "adapter")
@@ -311,7 +311,7 @@ def carry_out(
         "slot": "",
         "arm": recipe.text,
         **found,
-        "base": {"spec": ground.spec},
+        "base": {"spec": ground.spec, "sample": ground.sample},
         "inputs": [{"label": i.label, "spec": i.spec, "kind": i.kind, "checked": i.checked} for i in inputs],
         "forced": prepared.force,
         **({} if aligned is None else {"alignment": aligned.about}),

@@ -29,7 +29,8 @@ from brickyard.core.registry import code_digest
 from brickyard.core.stats import holm, paired
 from brickyard.core.task import LOWER_IS_BETTER
 from brickyard.merging import Wanted, carry_out, prepare, want
-from brickyard.merging_files import MANIFEST, files_of
+from brickyard.merging_files import files_of
+from brickyard.merging_inputs import MANIFEST
 from brickyard.merging_scores import Answered, Column, answered, source_of
 
 TABLE = "merges.json"

@@ -33,10 +33,12 @@ from brickyard.merge._inputs import (
     heads_among,
     misfits,
     refuse,
+    sample_of,
     tensors_at,
     unmergeable,
 )
 
+MANIFEST = "merge.json"
 BRICK, ADAPTER_WEIGHTS = "brick.json", "adapter_model.safetensors"
 FAR = 0.1  # mean |theta - theta_0| / mean |theta_0| of models that fine-tuning from one base does not reach
 MASK = "neuron-group"  # stores which neurons it cuts, in place of the weights that this makes
@@ -101,6 +103,11 @@ class Ground:
 
         return open_base(self.spec, trust_remote_code=self.trust_remote_code)
 
+    @cached_property
+    def sample(self) -> str:
+        """A digest by which merges of this base know it again."""
+        return sample_of(self.stored.places)
+
     @property
     def heads(self) -> frozenset[str]:
         """Tensors of a trained classification head in the base, which is no part of what models share."""
@@ -141,7 +148,7 @@ def open_inputs(specs: Sequence[str], ground: Ground, *, mixed: bool, force: boo
         rows += found
     refuse(rows)
     for made in out:
-        if made.kind == "checkpoint" and not force:
+        if made.kind == "checkpoint" and not force and not _merged_from(made, ground):
             far = distance(ground.stored, made.source)
             if far >= FAR:
                 raise WrongBase(
@@ -150,6 +157,16 @@ def open_inputs(specs: Sequence[str], ground: Ground, *, mixed: bool, force: boo
                     "trained apart by cca-merge, or --force."
                 )
     return out
+
+
+def _merged_from(made: Input, ground: Ground) -> bool:
+    """Whether a checkpoint is a merge on this very base, whose own inputs were held against it when it was made."""
+    path = made.files[0].parent / MANIFEST
+    if not path.is_file():
+        return False
+    about = read_json(plain_file(path.parent, MANIFEST))
+    known = isinstance(about, dict) and not about.get("forced") and "alignment" not in about
+    return known and (about.get("base") or {}).get("sample") == ground.sample
 
 
 def _labels(specs: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from conftest import text_data
 from peft import PeftModel
+from safetensors.torch import save_file
 from test_merge import TASK, make_brick, plain_adapter, weights
 from torch import Tensor
 
 import brickyard
 from brickyard import merging_files, merging_scores
 from brickyard.core.base import open_base
-from brickyard.core.errors import Changed, NoEffect, NotFinite, ParityBroken, Refused, UsageError
+from brickyard.core.errors import Changed, NoEffect, NotFinite, ParityBroken, Refused, UsageError, WrongBase
 from brickyard.core.files import read_tensors
 from brickyard.merging import merge
 from brickyard.merging_files import file_names
@@ -102,6 +104,29 @@ def test_a_brick_that_holds_no_weight_of_the_base_is_refused_before_any_work(tex
         with pytest.raises(Refused, match="linear-probe trained parts beside the base and none of its weights"):
             merge("average", base=str(text_base), bricks=bricks, out=tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_merge_of_far_experts_is_known_as_a_child_of_its_base(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What long training has moved far is no stranger: the manifest says on which base the merge was made."""
+    given: Any = {"base": str(text_base)}
+    experts = [make_brick(tmp_path / f"e{seed}", text_base, "full", seed, size=0.1).folder for seed in (1, 2)]
+    for name, more in (("child", {}), ("forced", {"force": True})):
+        merge("average", bricks=experts, out=tmp_path / name, form="model", **given, **more)
+    child = tmp_path / "child"
+    result = merge("average", bricks=[child, experts[0]], out=tmp_path / "again", form="model", **given)
+    assert result["inputs"][0]["kind"] == "checkpoint" and (tmp_path / "again" / "model.safetensors").is_file()
+    with pytest.raises(WrongBase, match="forced does not look fine-tuned"):  # nobody had held its inputs against it
+        merge("average", bricks=[tmp_path / "forced", experts[0]], out=tmp_path / "none", **given)
+    other = str(shutil.copytree(text_base, tmp_path / "other"))
+    tensors = read_tensors(Path(other) / "model.safetensors")
+    save_file({k: t + 1 if t.is_floating_point() else t for k, t in tensors.items()}, Path(other) / "model.safetensors")
+    with pytest.raises(WrongBase):
+        merge("average", base=other, bricks=[child], out=tmp_path / "none")
+    (child / "merge.json").unlink()
+    with pytest.raises(WrongBase, match="child does not look fine-tuned"):
+        merge("average", bricks=[child, experts[0]], out=tmp_path / "none", **given)
 
 
 def test_no_model_at_all_is_an_error_of_its_own(text_base: Path, tmp_path: Path) -> None:

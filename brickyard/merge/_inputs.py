@@ -7,6 +7,7 @@ Imports neither transformers nor peft.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ _READ = {  # what a head may hold besides
 _COUNTER = "num_batches_tracked"  # of a batch norm: how long it trained, which no output depends on
 PIECE = 2**18  # elements that are worked on at once: a megabyte of float32, which stays in a core's cache
 _SAMPLE = 2**16  # elements of a tensor that tell how far a model is from the base
+_FIRST = 1024  # bytes of a tensor that go into the digest by which a base is known again
 _TABLE = 10  # lines of a refusal
 
 Places = Mapping[str, tuple[Path, TensorInfo]]
@@ -304,6 +306,19 @@ def distance(base: Stored, model: Source) -> float:
     finally:
         files.close()
     return moved / size if size else 0.0
+
+
+def sample_of(places: Places) -> str:
+    """Return a digest of every tensor's name, type, shape and first bytes, by which a base is known again."""
+    files, found = Files(), hashlib.sha256()
+    try:
+        for name, (path, info) in sorted(places.items()):
+            raw = torch.empty(min(_FIRST, info.end - info.start), dtype=torch.uint8)
+            files.read(path, info.start, raw)
+            found.update(f"{name} {info.dtype} {info.shape} ".encode() + raw.numpy().tobytes())
+    finally:
+        files.close()
+    return found.hexdigest()
 
 
 def refuse(rows: Sequence[Sequence[str]]) -> None:
