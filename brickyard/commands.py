@@ -21,6 +21,7 @@ from brickyard.console import Live
 from brickyard.core import registry
 from brickyard.core.errors import UsageError
 from brickyard.core.generate import Decoding
+from brickyard.listing import control_of, survived, word_of
 
 DONE, FAILED, DOUBTFUL = 0, 1, 3
 EXAMPLE = "e.g. --data my-folder (train/validation/test files), or --data embedded:stdlib-topics"
@@ -301,6 +302,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         base=None if args.brick and args.base == "embedded:minilm" else args.base,
         brick=args.brick,
         data=_data(args),
+        split=args.split,
         scale=args.scale,
         predictions=args.predictions,
         dtype=args.dtype,
@@ -315,9 +317,10 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         _print_json(result)
         return DONE
     score, console = result["score"], Console()
+    nats = f"; {score['nats_per_token']:.4f} nats per token" if "nats_per_token" in score else ""
     console.print(
         f"{score['metric']} {score['mean']:.4f} (95 % interval {score['low']:.4f} to {score['high']:.4f}) "
-        f"on {result['examples']:,} examples",
+        f"on {result['examples']:,} {args.split} examples{nats}",
         highlight=False,
     )
     cut = result.get("encoding", {}).get("truncated", 0)
@@ -448,7 +451,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Re-measure claims; exit code 3 when one does not hold."""
+    """Re-measure claims; exit code 3 when one does not hold, or its negative control does not destroy the gain."""
     console, results, judged = Console(stderr=args.json), [], []
     for name in args.methods:
         with Live(console) as live:
@@ -458,15 +461,16 @@ def check(args: argparse.Namespace, argv: Sequence[str]) -> int:
         now = {stated[number - 1].text for number in args.claim or range(1, len(stated) + 1)}
         judged += (measured := [claim for claim in results[-1]["claims"] if claim["text"] in now])
         for claim in measured:
-            holds = {True: "[green]holds[/]", False: "[red]does not hold[/]"}.get(
-                claim["holds"], f"[yellow]{claim['holds']}[/]"
-            )
+            colour = {True: "yellow" if survived(claim) else "green", False: "red"}.get(claim["holds"], "yellow")
+            holds = f"[{colour}]{word_of(claim)}[/]"
             console.print(f"[bold]{name}[/] {holds}: {escape(claim['text'])}", highlight=False)
+            if survived(claim):
+                console.print(f"  negative control not destroyed: {escape(control_of(claim))}", highlight=False)
             told = "; ".join(claim[key] for key in ("inequality", "detail") if claim.get(key))
             console.print(f"  {escape(told)}", highlight=False)
     if args.json:
         _print_json(results if len(results) > 1 else results[0])
-    return DONE if all(claim["holds"] is True for claim in judged) else DOUBTFUL
+    return DONE if all(claim["holds"] is True and not survived(claim) for claim in judged) else DOUBTFUL
 
 
 def report(args: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -15,13 +15,44 @@ from brickyard.core.files import cache_clear, cache_list
 
 
 def measured(name: str) -> dict[str, Any] | None:
-    """Return the last measured claims of a method, or None; what a claim does not say is "" or None."""
+    """Return the last measured claims of a method, or None; what a claim does not say is "" or None.
+
+    Each says when, where and how it was measured itself (`environment`, `full`, `seconds`, `date`): the file says it of
+    its last check, which may have measured some of its claims only.
+    """
     path = resources.files("brickyard") / "claims" / "results" / f"{name}.json"
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     absent: dict[str, Any] = {"inequality": "", "low": None, "high": None, "detail": ""}
-    return result | {"claims": [absent | claim for claim in result["claims"]]}
+    absent |= {key: result[key] for key in ("environment", "full", "seconds", "date") if key in result}
+    claims = [absent | claim for claim in result["claims"]]
+    for claim in claims:
+        if claim.get("control"):
+            claim["control"] = {"destroyed": None} | claim["control"]
+    return result | {"claims": claims}
+
+
+def survived(claim: dict[str, Any]) -> bool:
+    """Whether a measured claim has a negative control that was judged and left the gain there."""
+    gone = (claim.get("control") or {}).get("destroyed")
+    return gone is not None and not gone
+
+
+def word_of(claim: dict[str, Any]) -> str:
+    """Return in a few words whether a measured claim holds, and where it does, whether its control did not."""
+    holds = claim["holds"]
+    said = {True: "holds", False: "does not hold"}.get(holds, str(holds))
+    return f"{said}, control not destroyed" if holds is True and survived(claim) else said
+
+
+def control_of(claim: dict[str, Any]) -> str:
+    """Return what a measured claim's negative control was, what it had to do, and its figures."""
+    control = claim["control"]
+    bounds = [control.get(key) for key in ("low", "high")]
+    interval = f" ({_number(bounds[0])} to {_number(bounds[1])})" if None not in bounds else ""
+    asked = f": {control['inequality']}" if control.get("inequality") else ""
+    return f"{control.get('what', 'the control')}{asked}; measured {_number(control.get('measured'))}{interval}"
 
 
 def verdict_of(name: str) -> str:
@@ -29,12 +60,7 @@ def verdict_of(name: str) -> str:
     result = measured(name)
     if result is None:
         return "not measured"
-    words = {True: "holds", False: "does not hold"}
-    said = [
-        words.get(c["holds"], str(c["holds"])) if isinstance(c["holds"], bool) else str(c["holds"])
-        for c in result["claims"]
-    ]
-    return ", ".join(dict.fromkeys(said)) or "no claim"
+    return ", ".join(dict.fromkeys(word_of(claim) for claim in result["claims"])) or "no claim"
 
 
 def methods(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -97,20 +123,35 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if (found := known.get(claim.text)) is None:
             write("    not measured yet: brickyard check " + record.name + "\n")
             continue
-        holds = {True: "holds", False: "does not hold"}.get(found["holds"], found["holds"])
         interval = f"{_number(found['low'])} to {_number(found['high'])}"
         unit = " hundredths of bits per byte" if found.get("metric") == "bits_per_byte" else ""
         judged = found["inequality"] or found["detail"]
-        older = found.get("date", result["date"]) if result else ""
-        on = f", on {older}" if result and older != result["date"] else ""
-        write(f"    {holds}: {judged}; measured {_number(found['measured'])}{unit} ({interval}), {found['kind']}{on}\n")
-        if found.get("control"):
-            gone = "destroyed" if found["control"]["destroyed"] else "NOT destroyed"
-            write(f"    control: {found['control']['what']}: gain {gone}\n")
+        own = _own(found, result) if result else ""
+        figures = f"measured {_number(found['measured'])}{unit} ({interval}), {found['kind']}{own}"
+        write(f"    {word_of(found)}: {judged}; {figures}\n")
+        if survived(found):
+            write(f"    control: {control_of(found)}: gain NOT destroyed\n")
+        elif found.get("control"):
+            gone = "destroyed" if found["control"]["destroyed"] else "not judged"
+            write(f"    control: {found['control'].get('what', '')}: gain {gone}\n")
     if result:
-        env = result["environment"]
-        write(f"  measured {result['date']} in {result['seconds']:.0f} s on {env.get('cpu', 'unknown hardware')}\n")
+        cpu = result["environment"].get("cpu", "unknown hardware")
+        how = ", --full" if result.get("full") else ""
+        write(f"  measured {result['date']} in {result['seconds']:.0f} s on {cpu}{how}\n")
     return 0
+
+
+def _own(claim: dict[str, Any], result: dict[str, Any]) -> str:
+    """Return when, where and how a claim was measured, as far as that is not what the file says of its last check."""
+    there, last = claim["environment"], result["environment"]
+    said = [f"on {claim['date']}"] if claim["date"] != result["date"] else []
+    said += [f"in {claim['seconds']:.0f} s"] if claim["seconds"] != result["seconds"] else []
+    for key, words in (("cpu", "on {}"), ("torch", "with torch {}"), ("threads", "with {} threads")):
+        if there.get(key) != last.get(key):
+            said.append(words.format(there.get(key, f"unknown {key}")))
+    if claim.get("full") != result.get("full"):
+        said.append("--full" if claim.get("full") else "not --full")
+    return "".join(f", {part}" for part in said)
 
 
 def _number(value: Any) -> str:

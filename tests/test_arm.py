@@ -1,6 +1,7 @@
 """The language of arms: what is read, what is refused, and that writing and reading are inverse."""
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -86,3 +87,37 @@ def test_any_text_is_read_or_refused_but_never_breaks(text: str) -> None:
 
 def test_slugs_are_file_names() -> None:
     assert parse("lora:r=8,target=[query,value] + moment-probing").slug == "lora_r_8_target_query_value_moment-probing"
+
+
+def test_no_two_arms_share_a_slug_and_the_usual_ones_keep_the_plain_one() -> None:
+    plain = {
+        "lora": "lora",
+        "lora:lr=1e-5,r=4": "lora_lr_1e-05_r_4",
+        "lora:target=query": "lora_target_query",
+        "mos:r=7,e=2 + moment-probing": "mos_e_2_r_7_moment-probing",
+        "full + dp:epsilon=8": "full_dp_epsilon_8",
+        "adalora:target_r=4,init_r=6": "adalora_init_r_6_target_r_4",
+        "lst:ladder=false": "lst_ladder_false",
+    }
+    assert {text: parse(text).slug for text in plain} == plain
+    assert re.fullmatch(r"lora_target_query-[0-9a-f]{8}", parse("lora:target=query*").slug)
+    words = ["query", "query*", "'*query'", "query_key", "_query", "query|key", "r", "8", "none", "'none'", "dp", "a-2"]
+    values = [*words, "'8'", "''", "[]", *(f"[{a}]" for a in words), *(f"[{a},{b}]" for a in words for b in words)]
+    texts = [f"lora:target={v}{rest}" for v in values for rest in ("", ",target_r=8", " + dp", " + dp:r=8")]
+    texts += ["lora:target_r=8", "lora + target:r=8", "lora + target + r", "x", "x-2", "x + y", "x:y=1", "x:y=z"]
+    texts += ["lora:target=[" + ",".join(["query"] * n) + "]" for n in (60, 61)]
+    arms = {str(parse(text)) for text in texts}
+    slugs = {parse(text).slug for text in arms}
+    assert len(arms) > 600 and len(slugs) == len(arms)
+    assert all(re.fullmatch(r"[a-z0-9A-Z._-]{1,220}", slug) for slug in slugs)
+    # The second copy of one arm, `lora_target_a-2`, is not another arm's place, nor is one that ends like a digest.
+    assert parse("lora:target=a-2").slug != "lora_target_a-2"
+    seeming = parse("lora:target=query*").slug.removeprefix("lora_target_")
+    assert parse(f"lora:target={seeming}").slug != parse("lora:target=query*").slug
+
+
+@given(*[st.lists(pieces, min_size=1, max_size=2, unique_by=lambda p: p.name)] * 2)
+@settings(derandomize=True, deadline=None)
+def test_arms_of_any_words_have_slugs_of_their_own(one: list[Piece], other: list[Piece]) -> None:
+    a, b = Arm(tuple(one)), Arm(tuple(other))
+    assert (a.slug == b.slug) == (str(a) == str(b))

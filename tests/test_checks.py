@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from conftest import text_data, write_data
 
+from brickyard import listing
 from brickyard.checks import _data
 from brickyard.checks import run as checks
 from brickyard.checks._takes import taken, takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.cli import main
+from brickyard.compare import run as compare_run
 from brickyard.compare.plan import Contestant, Request
 from brickyard.core import registry
 from brickyard.core.arm import parse
@@ -49,7 +51,7 @@ def answers(rates: list[float], n: int = 4000, seed: int = 0) -> Answers:
 
 def test_inequalities_are_read_in_points() -> None:
     assert Inequality.read("mos >= lora16 - 0.7") == Inequality("mos", "lora16", -0.7)
-    assert Inequality.read("lora > control + 5") == Inequality("lora", "control", 5.0)
+    assert Inequality.read("lora > control + 5") == Inequality("lora", "control", 5.0, strict=True)
     assert Inequality.read("a>=b") == Inequality("a", "b", 0.0)
     assert Inequality.read("mos >= 0.9 lora16 + 1") == Inequality("mos", "lora16", 1.0, 0.9)
     for bad in ("a < b", "a >= b * 2", "a >= b - c", "a >= 2 b", "0.9 a >= b", ""):
@@ -277,7 +279,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, **measures: Any) -> list[Claim]:
         @takes(*names)
         def measured(claim: Claim) -> dict[str, Any]:
             seen.append(claim)
-            return {"holds": True, "inequality": "a > b", "detail": "as it should"}
+            return {"holds": True, "inequality": "a > b", "measured": 1.0, "detail": "as it should"}
 
         return measured
 
@@ -330,6 +332,117 @@ def test_one_claim_is_measured_alone_and_what_is_known_of_the_others_stays(
     for wrong in (0, 4):
         with pytest.raises(UsageError, match=f"any has no claim {wrong}; they count from 1 to 3"):
             checks.check("any", only=[wrong], out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("control", "code"),
+    [
+        ({"destroyed": False}, 3),
+        ({"destroyed": np.bool_(False)}, 3),
+        ({"destroyed": True}, 0),
+        ({"destroyed": None}, 0),
+        ({}, 0),
+        (None, 0),
+    ],
+)
+def test_a_control_that_is_not_destroyed_is_told_and_no_success(
+    control: dict[str, Any] | None, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    faked(monkeypatch, first=())
+    about = {"what": "labels [shuffled]", "inequality": "a > control", "measured": 7.0, "low": 6.5, "high": 7.5}
+
+    @takes()
+    def measured(claim: Claim) -> dict[str, Any]:
+        return {
+            "holds": True, "inequality": "a > b", "detail": "as it should", "measured": 8.0,
+            "control": control if control is None else about | control,
+        }  # fmt: skip
+
+    monkeypatch.setattr(sys.modules["brickyard.checks.lora"], "first", measured)
+    results = tmp_path / "claims" / "results"
+    assert main(["check", "lora", "--out", str(results)]) == code
+    said = " ".join(capsys.readouterr().out.split())
+    told = "labels [shuffled]: a > control; measured 7.00 (6.50 to 7.50)"
+    assert json.loads((results / "lora.json").read_text())["claims"][0]["holds"] is True
+    word = "holds, control not destroyed" if code else "holds"
+    assert f"lora {word}: first" in said
+    assert (f"negative control not destroyed: {told}" in said) is bool(code)
+    monkeypatch.setattr(listing.resources, "files", lambda package: tmp_path)
+    assert listing.verdict_of("lora") == word
+    assert main(["show", "lora"]) == 0
+    said = capsys.readouterr().out
+    assert f"{word}: a > b; measured 8.00" in said
+    assert (f"control: {told}: gain NOT destroyed" in said) is bool(code)
+    if control is not None and not code:
+        assert f"labels [shuffled]: gain {'destroyed' if control.get('destroyed') else 'not judged'}" in said
+
+
+def test_what_is_kept_of_a_claim_says_how_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked(monkeypatch, first=(), second=(), third=())
+    path = tmp_path / "claims" / "results" / "lora.json"
+    checks.check("lora", full=True, out=path.parent)
+    stored = json.loads(path.read_text())
+    assert not any(key in claim for claim in stored["claims"] for key in ("environment", "full", "seconds"))
+    here = stored["environment"]
+    older = {**stored, "environment": here | {"cpu": "old silicon", "threads": 99}, "seconds": 4321.0}
+    path.write_text(json.dumps(older))  # a file as it was written before claims said this of themselves
+    for last in (2, 3):
+        checks.check("lora", only=[last], out=path.parent)
+        stored = json.loads(path.read_text())
+        first = stored["claims"][0]
+        assert {key: first[key] for key in ("environment", "full", "seconds")} == {
+            key: older[key] for key in ("environment", "full", "seconds")
+        }
+        assert (stored["environment"], stored["full"]) == (here, False)
+        assert not {"environment", "full"} & stored["claims"][last - 1].keys()
+    assert "seconds" in stored["claims"][1] and "full" not in stored["claims"][1], "of the second check, as the third"
+    monkeypatch.setattr(listing.resources, "files", lambda package: tmp_path)
+    assert main(["show", "lora"]) == 0
+    said = capsys.readouterr().out.partition("claims:")[2]
+    assert said.count("in 4321 s, on old silicon, with 99 threads, --full") == 1 and said.count("--full") == 1
+    assert f"measured {stored['date']} in {stored['seconds']:.0f} s on {here['cpu']}\n" in said
+    checks.check("lora", out=path.parent)
+    stored = json.loads(path.read_text())
+    assert not any(key in claim for claim in stored["claims"] for key in ("environment", "full", "seconds"))
+
+
+def test_an_interrupted_check_goes_on_only_with_the_same_libraries_base_and_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_base: Path, causal_base: Path
+) -> None:
+    folders: list[Path] = []
+
+    def stop(request: Request, folder: Path, **_: Any) -> None:
+        folders.append(folder)
+        raise RunFailed("interrupted")
+
+    def start() -> Path:
+        with pytest.raises(RunFailed, match="interrupted"):
+            checks.check("any", base="base", data="data", out=tmp_path / "results")
+        return folders[-1]
+
+    claim = Claim(text="t", inequality="a >= majority", arms={"a": "lora:r=2"}, data="embedded:stdlib-topics")
+    entry = registry.find("lora")
+    record = Record(name="lora", family="tune", title="t", claims=(claim,))
+    monkeypatch.setattr(checks, "compare", stop)
+    monkeypatch.setattr(
+        checks.registry, "find", lambda name, family=None: replace(entry, record=record) if name == "any" else entry
+    )
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data", text_data(48, 60))
+    (tmp_path / "base").symlink_to(text_base)
+    seen = [start()]
+    assert start() == seen[0]
+    write_data(tmp_path / "data", text_data(40, 60))
+    seen.append(start())
+    (tmp_path / "base").unlink()
+    (tmp_path / "base").symlink_to(causal_base)
+    seen.append(start())
+    monkeypatch.setattr(compare_run.measure, "environment", lambda: {"numpy": "99.0"})
+    seen.append(start())
+    assert len(set(seen)) == 4
 
 
 def test_an_option_that_changes_no_claim_is_refused_before_anything_is_measured(

@@ -9,23 +9,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import text_data, write_data
+from conftest import documents, text_data, write_data
+from safetensors.numpy import load_file
 
 import brickyard
 from brickyard.compare import plan as planning
+from brickyard.compare import run as running
 from brickyard.compare.ledger import Ledger
 from brickyard.compare.plan import Request
+from brickyard.compare.report import render
 from brickyard.compare.results import slug
 from brickyard.compare.run import rank
 from brickyard.core.arm import parse
 from brickyard.core.errors import BadData, Changed, Locked, UsageError
 from brickyard.core.files import Lock
+from brickyard.core.influence import MINIMUM_EXAMPLES
+from brickyard.core.jobs import Job, Outcome
 from brickyard.core.task import Task
 
 TRAINING = {"epochs": 4, "precision": "float32", "batch": 16}
@@ -272,7 +279,7 @@ PROBE = {
 
 def test_minutes_become_steps_or_a_refusal() -> None:
     probe = PROBE
-    full = planning.predict_seconds(probe, 1.0, 1, 3, 1, "random")
+    full = planning.predict_seconds({"a": probe}, {"a": 1.0}, 1, 3, 1, "random")
     assert full > 3 * 300 * 0.4
     long = planning.shorten(Request(minutes=full / 60 + 1), {"a": probe}, 1)
     short = planning.shorten(Request(minutes=full / 120), {"a": probe}, 1)
@@ -288,13 +295,147 @@ def test_a_slow_arm_does_not_shorten_the_fast_ones() -> None:
     probes = {"slow": slow, "slower": slow | {"mean_step_ms": 800}, "fast": slow | {"mean_step_ms": 4}}
     shares, _, sentence = planning.shorten(Request(minutes=10), probes, 1)
     assert shares["fast"] == 1.0 and 0.2 < shares["slower"] < shares["slow"] < 1.0
-    times = {name: planning.predict_seconds(probes[name], shares[name], 1, 3, 1, "random") for name in probes}
+    times = {name: planning.predict_seconds({name: probes[name]}, shares, 1, 3, 1, "random") for name in probes}
     assert 0.98 * 600 < sum(times.values()) <= 600 and abs(times["slow"] / times["slower"] - 1) < 0.05
     assert f"slow {100 * shares['slow']:.0f} %" in sentence and "fast" not in sentence
     reader = slow | {"mean_step_ms": 1, "states_ms_per_row": 10.0, "states_of": "mean"}
     one, both = planning.states_seconds({"a": reader}), planning.states_seconds({"a": reader, "b": reader})
     assert one == both == pytest.approx(38.4)
     assert planning.states_seconds({"a": reader, "b": reader | {"states_of": "None"}}) == pytest.approx(2 * 38.4)
+
+
+def test_more_workers_than_runs_save_nothing() -> None:
+    assert planning.makespan([10, 10, 10], 2) == 20 and planning.makespan([10, 10, 10], 16) == 10
+    assert planning.makespan([5, 1, 1, 1], 2) == 5 and planning.makespan([], 4) == 0
+    slow = PROBE | {"mean_step_ms": 10_000}
+    one = planning.trial_seconds(slow, 1.0, 16)
+    for workers in (3, 4, 16):
+        assert planning.predict_seconds({"a": slow}, {"a": 1.0}, workers, 3, 1, "random") == one > 3600
+    # A search is a stage of its own, and a rung of one setting none.
+    assert planning.predict_seconds({"a": slow}, {"a": 1.0}, 16, 3, 4, "random") == 2 * one
+    halving = planning.trial_seconds(slow, 1 / 6, 16) + one
+    assert planning.predict_seconds({"a": slow}, {"a": 1.0}, 16, 3, 3, "halving") == halving
+    both = {"a": slow, "b": slow | {"states_ms_per_row": 10.0}}
+    shares, _, sentence = planning.shorten(Request(minutes=15), both, 16)
+    assert 800 < planning.trial_seconds(slow, shares["a"], 16) < 900
+    told = planning.parts(Request(minutes=15), both, shares, 1, 16)
+    assert f"about {sum(told.values()) / 60:.1f} minutes" in sentence and told["a"] < told["b"]
+
+
+class Told:
+    """Stands in for the engine: probes and trials end as `ends` says of their jobs, and nothing is trained."""
+
+    def __init__(self, ends: Callable[[Job], str] = lambda job: "done", **probe: Any) -> None:
+        costs = dict.fromkeys(("trainable_parameters", "saved_for_backward_bytes", "peak_bytes", "forward_flops"), 1)
+        self.probe = {**PROBE, **costs, "step_ms": 1.0, "how": {}, **probe}
+        self.ends = ends
+        self.jobs: list[Job] = []
+
+    def __call__(self, *asked: Any) -> Told:
+        self.asked = asked
+        return self
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        for job in jobs:
+            self.jobs.append(job)
+            if (status := self.ends(job)) != "done":
+                yield Outcome(key=job.key, status=status, reason="as told")
+            else:
+                value = self.probe if "role" not in job.argument else self._trial(job.argument)
+                yield Outcome(key=job.key, status="done", value=value, seconds=1.0, peak=1)
+
+    def _trial(self, argument: dict[str, Any]) -> dict[str, Any]:
+        folder, seed = Path(argument["folder"]), argument["setting"]["seed"]
+        index = np.arange(40)
+        label = index % 2 + (argument["setting"]["task"] == "causal-lm")  # classes, or bytes
+        columns = {"index": index, "label": label, "prediction": index % (5 + seed) % 2, "loss": index}
+        pq.write_table(pa.table(columns), folder / "answers.parquet")
+        (folder / "brick").mkdir()
+        (folder / "brick" / "seed").write_text(str(seed))
+        empty = {"training": {}, "receipt": None, "retained": None, "encoding": {}, "history": []}
+        cost = {"train_seconds": 1.0, "brick_bytes": 1}
+        return {**empty, "cost": cost, "validation": 1 / (1 + seed), "score": {"metric": "accuracy", "mean": 0.5}}
+
+
+def told(monkeypatch: pytest.MonkeyPatch, engine: Told, out: Path, base: Path, data: Any, **asked: Any) -> Any:
+    """Compare with an engine that trains nothing; return the result's rows by arm."""
+    monkeypatch.setattr(running, "engine", engine)
+    known = {"methods": ("lora:r=4,lr=1e-2",), "device": "cpu", "training": dict(TRAINING), **asked}
+    result, _ = running.compare(Request(base=str(base), data=data, **known), out)
+    return {row["arm"]: row for row in result["methods"]}
+
+
+def test_a_run_may_take_many_times_what_is_predicted_for_it_alone(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Told(mean_step_ms=10_000, states_ms_per_row=10.0, states_of="mean")
+    rows = told(monkeypatch, engine, tmp_path / "run", text_base, text_data(40, 40), workers=16, threads=2)
+    assert rows["linear-probe"]["status"] == "done" and engine.asked == ("local", 16, 2)
+    alone = planning.trial_seconds(engine.probe, 1.0, 16) + planning.states_seconds({"a": engine.probe})
+    trials = [job for job in engine.jobs if "role" in job.argument]
+    assert len(trials) == 6 and {job.seconds for job in trials} == {running.LIMIT * alone}
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert sum(plan["predicted_seconds"].values()) == pytest.approx(alone)
+
+
+def test_an_arm_with_a_failed_seed_keeps_its_bricks_until_that_seed_is_done(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = lambda job: "failed" if job.argument["setting"]["arm"].startswith("lora") else "done"  # noqa: E731
+    ends = lambda job: fails(job) if job.argument["setting"]["seed"] == 2 else "done"  # noqa: E731
+    data, run = text_data(40, 40), tmp_path / "run"
+    rows = told(monkeypatch, Told(ends), run, text_base, data)
+    assert rows["lora:lr=0.01,r=4"]["status"] == "failed" and "brick" not in rows["lora:lr=0.01,r=4"]
+    assert rows["linear-probe"]["brick"] == "bricks/linear-probe"
+    assert len(list(run.glob("trials/*/brick"))) == 2  # none of the arm that is done
+    engine = Told()
+    rows = told(monkeypatch, engine, run, text_base, data)
+    assert [job.argument["setting"]["seed"] for job in engine.jobs] == [2]
+    assert (run / rows["lora:lr=0.01,r=4"]["brick"] / "seed").read_text() == "1"  # the best by validation
+    assert not list(run.glob("trials/*/brick"))
+    shutil.rmtree(run / "bricks" / "linear-probe")
+    assert "brick" not in told(monkeypatch, Told(), run, text_base, data)["linear-probe"]
+
+
+def test_too_few_pieces_of_test_documents_are_refused_before_anything_runs(
+    causal_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, data = Told(), documents(test=6)
+    asked = {"task": "causal-lm", "baselines": False}
+    with pytest.raises(BadData, match=rf"6 test documents, \d+ pieces.* at least {MINIMUM_EXAMPLES} .*--max-length"):
+        told(monkeypatch, engine, tmp_path / "run", causal_base, data, **asked)
+    assert not engine.jobs and not (tmp_path / "run").exists()
+    rows = told(monkeypatch, engine, tmp_path / "run", causal_base, data, max_length=8, **asked)
+    assert [row["status"] for row in rows.values()] == ["done"]
+
+
+def test_an_untouched_base_that_fails_says_why_and_gets_another_try(
+    causal_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = lambda job: "out-of-memory" if job.argument.get("role") == "untouched" else "done"  # noqa: E731
+    where = (tmp_path / "run", causal_base, documents())
+    row = told(monkeypatch, Told(ends), *where, task="causal-lm")["untouched base"]
+    assert (row["status"], row["reason"], row["trivial"], row["score"]) == ("out-of-memory", "as told", True, None)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "untouched base: out-of-memory: as told" in result["verdict"]["reasons"]
+    assert "untouched base" in render(result, tmp_path / "report.html").read_text()
+    row = told(monkeypatch, Told(), *where, task="causal-lm")["untouched base"]
+    assert row["status"] == "done" and row["score"]["metric"] == "bits_per_byte"
+    others = lambda job: "failed" if job.argument.get("role") == "final" else "done"  # noqa: E731
+    rows = told(monkeypatch, Told(others), tmp_path / "none", causal_base, documents(), task="causal-lm")
+    assert rows["lora:lr=0.01,r=4"]["status"] == "failed"  # and the comparison ends as any other
+
+
+def test_a_probe_that_ran_out_of_time_gets_another_try(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = lambda job: "timeout" if job.argument["setting"]["arm"] == "linear-probe" else "done"  # noqa: E731
+    where = (tmp_path / "run", text_base, text_data(40, 40))
+    assert told(monkeypatch, Told(late), *where)["linear-probe"]["status"] == "timeout"
+    rows = told(monkeypatch, Told(), *where)
+    assert rows["linear-probe"]["score"] is not None
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["predicted_seconds"].keys() == plan["probes"].keys() == {"lora:lr=0.01,r=4", "linear-probe"}
 
 
 def test_the_copies_of_an_a_a_comparison_have_their_own_seeds_and_places() -> None:
@@ -316,6 +457,17 @@ def test_ray_gives_the_numbers_of_the_local_engine(text_base: Path, tmp_path: Pa
     assert [row["status"] for row in spread["methods"]] == ["done", "done"]
     assert [row["score"] for row in spread["methods"]] == [row["score"] for row in here["methods"]]
     assert spread["pairs"] == here["pairs"]
+
+
+def test_costs_are_those_of_the_setting_that_was_chosen(text_base: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", text_data(96, 40))
+    arm = planning.Contestant("lora", "lora", ({"lora.r": 1, "lr": 1e-7}, {"lora.r": 4, "lr": 1e-2}), (1,))
+    asked = {**request(text_base, str(data), trials=2, seeds=1), "methods": ("lora",)}
+    result, folder = running.compare(Request(**asked), tmp_path / "run", arms=[arm])
+    row = next(row for row in result["methods"] if row["arm"] == "lora")
+    assert row["setting"] == {"lora.r": 4, "lr": 1e-2}
+    tensors = load_file(folder / row["brick"] / "adapter_model.safetensors")
+    assert row["cost"]["trainable_parameters"] == sum(t.size for t in tensors.values())
 
 
 def test_halving_spends_less_and_keeps_the_better(text_base: Path, tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,7 +176,109 @@ def test_ray_gives_the_same_answers() -> None:
     )
     try:
         ended = {o.key: o for o in engine("ray", 2).run([job("fine"), job("refuse"), job("die")])}
+        # More threads and memory than the machine has: such a job would never find a place.
+        large = {"threads": 64, "memory": 2**50}
+        limited = [*engine("ray", 2).run([job("hang", seconds=1, alone=True), job("fine", **large)])]
     finally:
         ray.shutdown()
     assert ended["fine"].value["twice"] == 42
     assert {k: o.status for k, o in ended.items()} == {"fine": "done", "refuse": "refused", "die": "failed"}
+    assert [(o.key, o.status) for o in limited] == [("hang", "timeout"), ("fine", "done")]
+
+
+class LostWorker(Exception):
+    """Stands in for `ray.exceptions.RayError`."""
+
+
+@dataclass(eq=False)
+class Task:
+    """A job given to `Ray`, and what was asked for it."""
+
+    function: Callable[[Job], Any]
+    job: Job
+    asked: dict[str, Any]
+
+
+class Ray:
+    """Stands in for the module `ray`: a task runs when its result is fetched, and what was asked is kept."""
+
+    exceptions = SimpleNamespace(RayError=LostWorker)
+
+    def __init__(self) -> None:
+        self.begun: dict[str, Any] = {}
+        self.tasks: list[Task] = []
+        self.beside: list[list[str]] = []
+        self.cancelled: list[tuple[str, bool]] = []
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **options: Any) -> None:
+        self.begun = options
+
+    def nodes(self) -> list[dict[str, Any]]:
+        here, gone = {"CPU": 4.0, "memory": 2.0**40}, {"CPU": 64.0, "memory": 2.0**50}
+        return [{"Alive": True, "Resources": here}, {"Alive": False, "Resources": gone}]
+
+    def remote(self, **options: Any) -> Any:
+        assert options["max_retries"] == 0
+
+        def submit(function: Callable[[Job], Any], asked: dict[str, Any], job: Job) -> Task:
+            self.tasks.append(Task(function, job, asked))
+            return self.tasks[-1]
+
+        return lambda function: SimpleNamespace(
+            options=lambda **asked: SimpleNamespace(remote=partial(submit, function, asked))
+        )
+
+    def wait(self, tasks: list[Task], num_returns: int) -> tuple[list[Task], list[Task]]:
+        self.beside.append([task.job.key for task in tasks])
+        return tasks[:num_returns], tasks[num_returns:]
+
+    def get(self, task: Task) -> Any:
+        if task.job.function == "lost":
+            raise LostWorker("the node died\nat length")
+        return task.function(task.job)
+
+    def cancel(self, task: Task, force: bool) -> None:
+        self.cancelled.append((task.job.key, force))
+
+
+@pytest.fixture
+def ray_told(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    monkeypatch.setitem(sys.modules, "ray", told := Ray())
+    return told
+
+
+def test_a_worker_of_ray_keeps_the_limits_of_a_job_and_its_log(ray_told: Ray, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    jobs = [job("hang", seconds=1), job("swallow", memory=2**30), job("die"), job("say", log=str(log)), job("crash")]
+    lost = Job(key="lost", function="lost", argument={})
+    ended = {o.key: o for o in engine("ray", 2).run([*jobs, lost])}
+    status = {"hang": "timeout", "swallow": "out-of-memory", "die": "failed", "say": "done", "crash": "failed"}
+    assert {k: o.status for k, o in ended.items()} == {**status, "lost": "failed"}
+    assert "1 s" in ended["hang"].reason and "1,024 MiB" in ended["swallow"].reason
+    assert "SIGKILL" in ended["die"].reason and "KeyError" in ended["crash"].reason
+    assert ended["lost"].reason == "its Ray worker died: the node died"
+    assert log.read_text() == "to the log\n" and ray_told.cancelled == []
+
+
+def test_on_ray_too_a_job_that_wants_to_be_alone_is(ray_told: Ray) -> None:
+    jobs = [Job(key=str(i), function="lost", argument={}, alone=i in (0, 3)) for i in range(6)]
+    assert len(list(engine("ray", 4).run(jobs))) == 6
+    assert ray_told.beside == [["0"], ["1", "2"], ["2"], ["3"], ["4", "5"], ["5"]]
+
+
+def test_ray_has_room_for_every_job_it_is_given(ray_told: Ray) -> None:
+    jobs = [Job(key=str(n), function="lost", argument={}, threads=n, memory=2**n) for n in (2, 48)]
+    list(engine("ray", 3, threads=2).run(jobs))
+    assert ray_told.begun["num_cpus"] == 6
+    # No more than the largest node has, else the job would never begin.
+    assert [t.asked for t in ray_told.tasks] == [{"num_cpus": 2, "memory": 4}, {"num_cpus": 4, "memory": 2**40}]
+
+
+def test_leaving_early_ends_the_jobs_on_ray(ray_told: Ray) -> None:
+    outcomes = engine("ray", 2).run([Job(key=key, function="lost", argument={}) for key in "abc"])
+    next(outcomes)
+    outcomes.close()
+    assert ray_told.cancelled == [("b", True), ("c", True)]

@@ -281,6 +281,22 @@ def test_identical_answers_differ_by_nothing(case: tuple[str, int, int, int]) ->
     assert examples_needed(labels, predictions, predictions, metric)["limited_by"] == "no difference"
 
 
+@pytest.mark.parametrize("metric", ["matthews", "spearman"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_other_answers_without_variance_are_not_taken_for_identical_ones(metric: str, seeds: int) -> None:
+    labels, one = np.arange(60) % 3, np.zeros((seeds, 60), int)
+    pair, needed = paired(labels, one, one + 1, metric), examples_needed(labels, one, one + 1, metric, difference=0.01)
+    assert (pair.difference, pair.low, pair.high, pair.p) == (0, -2, 2, 1) and "nothing is known" in pair.note
+    assert needed["limited_by"] == "no noise" and needed["examples"] is None and needed["sentence"] == pair.note
+
+
+def test_arms_that_err_differently_on_the_same_examples_may_differ_by_a_hit() -> None:
+    labels, wrong = np.zeros(200, int), np.arange(200) < 50
+    pair = paired(labels, 1 * wrong, 2 * wrong, "accuracy")
+    reach = scipy_stats.t.ppf(0.975, 199) * math.sqrt(2) / 200  # of one more hit of either (Bonett and Price)
+    assert (pair.low, pair.high, pair.p) == pytest.approx((-reach, reach, 1))
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_only_raises_p_and_keeps_their_order(raw: list[float]) -> None:

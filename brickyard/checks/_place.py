@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from brickyard.compare.plan import key_of
-from brickyard.compare.run import Listener
+from brickyard.compare.run import Listener, versions
 from brickyard.core.errors import RunFailed
 from brickyard.core.files import read_json, write_json
 from brickyard.core.jobs import Job, Local
@@ -39,12 +39,12 @@ def heard_by(listen: Listener) -> Iterator[None]:
 
 @contextmanager
 def place_of(name: str, *what: Any) -> Iterator[Path]:
-    """Yield the folder of a measurement of `name` that `what`, with the code, decides; it goes when the block is done.
+    """Yield the folder of a measurement of `name` that `what`, the code and the libraries decide; it goes at the end.
 
-    A block that is left by an error or an interruption leaves its folder, which the next block of the same name, `what`
-    and code finds again. Locked where another process is in it.
+    A block that is left by an error or an interruption leaves its folder, which the next block that all of these are
+    the same for finds again. Locked where another process is in it.
     """
-    folder = (RUNS / f"{name}-{key_of([*map(str, what), code_digest()])}").absolute()
+    folder = (RUNS / f"{name}-{key_of([*map(str, what), code_digest(), versions()])}").absolute()
     with Lock(folder):
         yield folder
         shutil.rmtree(folder)

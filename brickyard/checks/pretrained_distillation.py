@@ -22,6 +22,7 @@ from brickyard.checks._place import RUNS, finished
 from brickyard.checks._takes import takes
 from brickyard.checks.run import FINISHED, Answers, Inequality, judge
 from brickyard.compare.plan import key_of
+from brickyard.compare.run import versions
 from brickyard.core import brick, registry, trial
 from brickyard.core.answers import answer
 from brickyard.core.base import Base, open_base
@@ -283,7 +284,7 @@ def one(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _folder(claim: Claim, sizes: Any) -> Path:
     """Return the check's folder, emptied where the check had ended."""
-    folder = RUNS / f"{NAME}-{key_of([str(claim), sizes, code_digest()])}"
+    folder = RUNS / f"{NAME}-{key_of([str(claim), sizes, code_digest(), versions()])}"
     if (folder / FINISHED).exists():
         shutil.rmtree(folder)
     return folder

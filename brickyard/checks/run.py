@@ -21,9 +21,11 @@ from brickyard.checks._takes import left_alone, refuse, taken
 from brickyard.compare import shown
 from brickyard.compare.plan import Contestant, Request, default_point, key_of
 from brickyard.compare.results import UNTOUCHED
-from brickyard.compare.run import Listener, compare
+from brickyard.compare.run import Listener, compare, versions
 from brickyard.core import registry
 from brickyard.core.arm import parse
+from brickyard.core.base import open_base
+from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, RunFailed, UsageError
 from brickyard.core.files import read_json, write_json
 from brickyard.core.locks import Lock
@@ -46,6 +48,8 @@ SETUP = (
     "batch",
     "max_length",
 )  # of a claim
+# What a claim says of its own measurement where that is not the last one, of which the file says it for all its claims.
+OWN = ("environment", "full", "seconds", "date")
 FINISHED = "finished"  # a mark in the folder of a run whose check ended: the next one measures anew
 _INEQUALITY = re.compile(r"\s*([\w-]+)\s*(>=|>)\s*(?:(0\.\d+)\s+)?([\w-]+)\s*(?:([+-])\s*([\d.]+))?\s*\Z")
 BASE = "base"  # in an inequality: the base as it is, where it answers the task itself (a language model)
@@ -53,7 +57,7 @@ BASE = "base"  # in an inequality: the base as it is, where it answers the task 
 
 @dataclass(frozen=True)
 class Inequality:
-    """`left >= share right + margin`, margin in points (hundredths of the metric).
+    """`left >= share right + margin`, or with `strict` `left > ...`; margin in points (hundredths of the metric).
 
     With `share` 0.9 the left one has at least 90 % of the right one's gain over the untouched base; see `judge`.
     """
@@ -62,6 +66,7 @@ class Inequality:
     right: str
     margin: float
     share: float = 1.0
+    strict: bool = False
 
     @classmethod
     def read(cls, text: str) -> Inequality:
@@ -69,8 +74,9 @@ class Inequality:
         match = _INEQUALITY.match(text)
         if match is None:
             raise UsageError(f"{text!r} is no inequality of the form 'a >= b + 1.0' or 'a >= 0.9 b'.")
-        left, _, share, right, sign, margin = match.groups()
-        return cls(left, right, float(margin or 0) * (-1 if sign == "-" else 1), float(share or 1))
+        left, operator, share, right, sign, margin = match.groups()
+        points = float(margin or 0) * (-1 if sign == "-" else 1)
+        return cls(left, right, points, float(share or 1), strict=operator == ">")
 
 
 @dataclass(frozen=True)
@@ -92,29 +98,42 @@ def judge(
     """Measure an inequality: the difference in points with its 95 % interval, and whether it holds.
 
     True when the interval clears the margin, False when it misses it, else "undecided" with the examples needed.
-    together: seed s of both arms shares its labelled rows or its model; see `stats.paired`.
+    together: seed s of both arms shares its labelled rows or its model; see `stats.paired`. Seeds beyond those of the
+    other arm are left out, but against a single seed, whose noise the others show.
     base: of bits or nats per text, what the untouched base answers; the sides are then gains over it, of which more is
     better. Without it they are the metric's own values.
+    RunFailed names a side that answered nothing.
     """
+    for name in (inequality.left, inequality.right):
+        if name not in answers:
+            asked = f"{inequality.left} and {inequality.right}"
+            raise RunFailed(f"arm {name} has no answers, so {asked} cannot be compared: it failed, or was not run.")
     a, b = answers[inequality.left], answers[inequality.right]
     if base is not None:
-        # Sums over texts are linear, so a share of a gain is a mixture; what is less is better.
-        mixed = inequality.share * b.predictions + (1 - inequality.share) * base.predictions
+        # Sums over texts are linear, so a share of a gain is a mixture; what is less is better. The untouched base
+        # answers the same in every row, so as many of its rows are taken as the other one has.
+        untouched = base.predictions[: len(b.predictions)]
+        mixed = inequality.share * b.predictions + (1 - inequality.share) * untouched
         a, b = Answers(a.labels, mixed), a
     elif inequality.share != 1:
         raise UsageError(f"there is no gain over an untouched base in {metric} to take {inequality.share:g} of.")
+    least = min(len(a.predictions), len(b.predictions))
+    if together and least > 1:
+        a, b = (Answers(arm.labels, arm.predictions[:least]) for arm in (a, b))
+    together = together and len(a.predictions) == len(b.predictions)
     found = paired(a.labels, a.predictions, b.predictions, metric, together=together)
     points = {k: 100 * float(getattr(found, k)) for k in ("difference", "low", "high")}
-    # Identical answers leave no room for doubt: the interval is a point and counts as clearing its own value.
-    if points["low"] >= inequality.margin:
+    # Identical answers leave no room for doubt: the interval is a point, which reaches its own value and is not above.
+    margin, strict = inequality.margin, inequality.strict
+    if points["low"] > margin or (points["low"] == margin and not strict):
         holds: Any = True
-    elif points["high"] < inequality.margin:
+    elif points["high"] < margin or (points["high"] == margin and strict):
         holds = False
     else:
         holds = "undecided"
     out = {"measured": points["difference"], "low": points["low"], "high": points["high"], "holds": holds}
     if holds == "undecided":
-        shifted = abs(points["difference"] - inequality.margin) / 100
+        shifted = abs(points["difference"] - margin) / 100
         out["needed"] = examples_needed(
             a.labels, a.predictions, b.predictions, metric, difference=max(shifted, 1e-4), together=together
         )
@@ -134,12 +153,13 @@ def check(
     """Re-measure the claims of a method and write `NAME.json`; return what was written.
 
     `only` are the numbers of the claims that are measured, from 1 as `brickyard show` gives them (default: all); what
-    the file says of the others stays, each with its own date.
+    the file says of the others stays, with when, where and how each was measured.
 
     `base` stands in place of the claims' own, `data` in place of that of the claims whose kind of input it has; a claim
     that takes one of them not says so in its `detail`. An interrupted check goes on where it stopped, as long as the
-    code is the same; a finished one is measured anew. A claim whose own data are not here is skipped, and says why.
-    RunFailed names an arm that did not finish; UsageError an option that no claim of the method takes.
+    code, the libraries, the base and the data are the same; a finished one is measured anew. A claim whose own data are
+    not here is skipped, and says why. RunFailed names an arm that did not finish; UsageError an option that no claim of
+    the method takes.
     """
     entry, started = registry.find(name), time.monotonic()
     if not entry.record.claims and entry.record.part_of:
@@ -185,22 +205,26 @@ def check(
             groups.setdefault(setup_of(claim), []).append(i)
     folders = []
     for members in groups.values():
-        run = _Run.of(name, [claims[i] for i in members], listen)
+        run = _Run.of(name, [claims[i] for i in members], listen, material=_material(claims[members[0]]))
         folders.append(run.folder)
         for i in members:
             measured[i] = run.judge(claims[i])
     for found, names in zip(measured, used, strict=True):
         if found is not None and (left := given.keys() - names):
             found["detail"] = f"{found['detail']} ({left_alone(left)})"
-    date = datetime.now(UTC).date().isoformat()
-    now = {claim.text: {**found, "date": date} for claim, found in zip(stated, measured, strict=True) if found}
-    result = {
-        "method": name,
-        "claims": [{**kept, **now}[c.text] for c in entry.record.claims if c.text in kept or c.text in now],
+    last: dict[str, Any] = {
         "environment": environment(),
         "full": full,
         "seconds": time.monotonic() - started,
-        "date": date,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    now = {claim.text: {**found, "date": last["date"]} for claim, found in zip(stated, measured, strict=True) if found}
+    for text, claim in kept.items():
+        kept[text] = {k: v for k, v in claim.items() if k == "date" or k not in OWN or v != last[k]}
+    result = {
+        "method": name,
+        "claims": [{**kept, **now}[c.text] for c in entry.record.claims if c.text in kept or c.text in now],
+        **last,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
@@ -210,16 +234,23 @@ def check(
 
 
 def _before(path: Path, texts: list[str]) -> dict[str, dict[str, Any]]:
-    """Return what a file of results says of the claims with these texts, with the date of each."""
+    """Return what a file of results says of the claims with these texts, and of the measurement of each."""
     if not texts or not path.is_file():
         return {}
     found = read_json(path)
-    return {c["text"]: {"date": found["date"], **c} for c in found["claims"] if c["text"] in texts}
+    shared = {key: found[key] for key in OWN}
+    own = [c | {k: v for k, v in shared.items() if k not in c} for c in found["claims"]]
+    return {c["text"]: c for c in own if c["text"] in texts}
 
 
 def setup_of(claim: Claim) -> str:
     """Return what two claims must have in common to share their runs."""
     return str([getattr(claim, name) for name in SETUP])
+
+
+def _material(claim: Claim) -> tuple[str, str]:
+    """Return what identifies the rows and the base of a claim, however they are named."""
+    return read_data(claim.data).fingerprint, open_base(claim.base).fingerprint
 
 
 def _measure(module: str, name: str) -> Callable[[Claim], dict[str, Any]]:
@@ -237,8 +268,12 @@ class _Run:
     controls: dict[str, str]  # (arm, labels) of a control -> its name in the table
 
     @classmethod
-    def of(cls, name: str, claims: list[Claim], listen: Listener) -> _Run:
-        """Run every arm and control that the claims name, once each; RunFailed names one that did not finish."""
+    def of(cls, name: str, claims: list[Claim], listen: Listener, *, material: Sequence[str] = ()) -> _Run:
+        """Run every arm and control that the claims name, once each; RunFailed names one that did not finish.
+
+        An interrupted run is found again where all that decides its numbers is the same: `material` identifies the
+        data and the base (see `_material`), whose names may come to mean others.
+        """
         first = claims[0]
         seeds = tuple(range(1, first.seeds + 1))
         arms: dict[str, Contestant] = {}
@@ -269,8 +304,8 @@ class _Run:
             baselines=any(BASE in (named.left, named.right) or named.share != 1 for named in _inequalities(claims)),
             training={"epochs": first.epochs, "precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
         )
-        listed = sorted((a.name, a.arm, str(a.settings), str(a.changes)) for a in arms.values())
-        folder = RUNS / f"{name}-{key_of([listed, str(request), code_digest()])}"
+        listed = sorted((a.name, a.arm, str(a.settings), str(a.seeds), str(a.changes)) for a in arms.values())
+        folder = RUNS / f"{name}-{key_of([listed, str(request), code_digest(), versions(), *material])}"
         if (folder / FINISHED).exists():
             with Lock(folder / "run.lock"):  # nobody else measures there
                 shutil.rmtree(folder)
@@ -283,15 +318,18 @@ class _Run:
         some = next(iter(answers.values()))
         if UNTOUCHED in answers:
             answers[BASE] = Answers(some.labels, np.tile(answers[UNTOUCHED].predictions, (first.seeds, 1)))
+        elif result["task"]["metric"] in PER_TEXT:
+            raise RunFailed(f"check {name}: arm {BASE} (the untouched base) did not finish; see {folder / 'trials'}.")
         else:
-            most = np.bincount(some.labels.astype(int)).argmax()
-            answers["coin"] = Answers(some.labels, np.tile(np.arange(len(some.labels)) % 2, (len(some.predictions), 1)))
-            answers["majority"] = Answers(some.labels, np.full_like(some.predictions, most))
+            most = int(np.bincount(some.labels.astype(int)).argmax())
+            constant = {"coin": np.arange(len(some.labels)) % 2, "majority": np.full(len(some.labels), most)}
+            answers |= {k: Answers(some.labels, np.tile(row, (first.seeds, 1))) for k, row in constant.items()}
         return cls(folder, result, rows, answers, controls)
 
     def _compare(self, claim: Claim, inequality: str, answers: dict[str, Answers]) -> dict[str, Any]:
         together = bool(claim.shots)  # a seed draws its labelled rows, the same for every arm
-        metric, base = self.result["task"]["metric"], answers.get(BASE)
+        metric = self.result["task"]["metric"]
+        base = answers.get(BASE) if metric in PER_TEXT else None
         return judge(Inequality.read(inequality), answers, metric, together=together, base=base)
 
     def judge(self, claim: Claim) -> dict[str, Any]:

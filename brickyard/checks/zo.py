@@ -271,12 +271,13 @@ def _judged(
 
 def _read(text: str) -> Inequality:
     """Read an inequality whose names may hold commas and spaces."""
+    strict = ">=" not in text
     left, _, rest = text.replace(">=", ">").partition(" > ")
     for sign in (" - ", " + "):
         name, found, margin = rest.partition(sign)
         if found:
-            return Inequality(left, name, float(margin) * (-1 if sign == " - " else 1))
-    return Inequality(left, rest, 0.0)
+            return Inequality(left, name, float(margin) * (-1 if sign == " - " else 1), strict=strict)
+    return Inequality(left, rest, 0.0, strict=strict)
 
 
 def _trained(name: str, lr: float, seed: int, split: Split, steps: int) -> tuple[Tensor, int]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,12 @@ class Ledger:
             rows.append({"status": "unfinished", "arm": "", "value": None, "planned": _read(path)})
         return rows
 
-    def forget_bricks(self) -> None:
-        """Delete the bricks and checkpoints of all trials; their numbers and answers are kept."""
+    def forget_bricks(self, held: Collection[str] = ()) -> None:
+        """Delete the bricks and checkpoints of all trials but `held`; their numbers and answers are kept."""
         for name in ("brick", "checkpoints"):
             for folder in (self.folder / "trials").glob(f"*/{name}"):
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder.parent.name not in held:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

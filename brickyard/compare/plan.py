@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,10 +192,8 @@ def record_of(arm: str) -> Record:
     return registry.find(parse(arm).pieces[0].name).record
 
 
-def predict_seconds(
-    probe: Mapping[str, Any], share: float, workers: int, seeds: int, trials: int, search: str
-) -> float:
-    """Predict the seconds of all runs of one arm at `share` of its full training, divided over the workers.
+def trial_seconds(probe: Mapping[str, Any], share: float, workers: int) -> float:
+    """Predict the seconds of one run of an arm at `share` of its full training, with `workers` runs side by side.
 
     Building the states it may read is not counted: see `states_seconds`.
     """
@@ -207,11 +206,40 @@ def predict_seconds(
     times = max(1, math.ceil(share * steps / per_epoch))
     passed = times * probe["validation_rows"] + probe["test_rows"]
     evaluating = slow * passed / probe["batch"] * probe["mean_step_ms"] / 1000 / 3
-    searching = (
-        (trials if search == "random" else trials * RUNGS[0] + math.ceil(trials / KEEP) * RUNGS[1]) if trials > 1 else 0
-    )
     choosing = slow * probe.get("choosing_seconds", 0.0)
-    return (seeds + searching) * (START + choosing + once + evaluating) / workers
+    return START + choosing + once + evaluating
+
+
+def makespan(runs: Iterable[float], workers: int) -> float:
+    """Return when the last of `runs` (seconds each) ends, if each starts as soon as one of `workers` is free."""
+    free = [0.0] * workers
+    for seconds in runs:
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
+
+
+def predict_seconds(
+    probes: Mapping[str, Mapping[str, Any]],
+    shares: Mapping[str, float],
+    workers: int,
+    seeds: int,
+    trials: int,
+    search: str,
+) -> float:
+    """Predict the seconds until all runs of all arms have ended, each arm at its share of its full training.
+
+    The stages of the search and the final one follow one another, and none is shorter than its longest run: workers
+    beyond the number of runs save nothing. Building the states that arms may read is not counted: see
+    `states_seconds`.
+    """
+    stages = [(trials, 1.0)] if search == "random" else [(trials, RUNGS[0]), (math.ceil(trials / KEEP), RUNGS[1])]
+    total = 0.0
+    for settings, rung in stages:
+        if settings > 1:  # one alone needs no choosing
+            once = [trial_seconds(probe, rung * shares[name], workers) for name, probe in probes.items()]
+            total += makespan((seconds for seconds in once for _ in range(settings)), workers)
+    once = [trial_seconds(probe, shares[name], workers) for name, probe in probes.items()]
+    return total + makespan(seeds * once, workers)
 
 
 def states_seconds(probes: Mapping[str, Mapping[str, Any]]) -> float:
@@ -226,6 +254,16 @@ def states_seconds(probes: Mapping[str, Mapping[str, Any]]) -> float:
     return sum(built.values()) + sum(p.get("prepare_ms_per_row", 0.0) * p["rows"] / 1000 for p in probes.values())
 
 
+def parts(
+    request: Request, probes: Mapping[str, Mapping[str, Any]], shares: Mapping[str, float], trials: int, workers: int
+) -> dict[str, float]:
+    """Divide the predicted seconds of the whole comparison among the arms, by what one run of each takes."""
+    whole = states_seconds(probes)
+    whole += predict_seconds(probes, shares, workers, request.seeds, trials, request.search)
+    own = {n: states_seconds({n: p}) + trial_seconds(p, shares[n], workers) for n, p in probes.items()}
+    return {name: whole * seconds / sum(own.values()) for name, seconds in own.items()}
+
+
 def shorten(
     request: Request, probes: Mapping[str, Mapping[str, Any]], workers: int
 ) -> tuple[dict[str, float], int, str]:
@@ -235,17 +273,13 @@ def shorten(
     take the same time; what an arm does not need for its full training goes to the others, so that a slow arm does
     not shorten the fast ones.
     """
-
-    def seconds(name: str, share: float, trials: int) -> float:
-        return predict_seconds(probes[name], share, workers, request.seeds, trials, request.search)
-
     assert request.minutes is not None
     limit = 60 * request.minutes
     full = dict.fromkeys(probes, 1.0)
     states = states_seconds(probes)
 
     def total(shares: Mapping[str, float], trials: int) -> float:
-        return states + sum(seconds(name, share, trials) for name, share in shares.items())
+        return states + predict_seconds(probes, shares, workers, request.seeds, trials, request.search)
 
     trials = max((k for k in range(1, request.trials + 1) if total(full, k) <= limit), default=1)
     least = total(dict.fromkeys(probes, SHORTEST), trials)
@@ -255,10 +289,11 @@ def shorten(
             f"{request.seeds} seeds takes about {least / 60:.1f} minutes here. "
             "Give more minutes, fewer methods or fewer seeds."
         )
-    fixed = {name: seconds(name, 0.0, trials) for name in probes}
-    slope = {name: seconds(name, 1.0, trials) - fixed[name] for name in probes}
+    fixed = {name: trial_seconds(probe, 0.0, workers) for name, probe in probes.items()}
+    slope = {name: trial_seconds(probe, 1.0, workers) - fixed[name] for name, probe in probes.items()}
 
     def within(level: float) -> dict[str, float]:
+        # A run of each arm may take so many seconds; all arms have equally many runs.
         return {
             name: min(1.0, max(SHORTEST, math.floor(100 * (level - fixed[name]) / slope[name]) / 100))
             for name in probes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from brickyard.compare.plan import Contestant, Request
 from brickyard.compare.results import UNTOUCHED, assemble, slug
 from brickyard.core import measure
 from brickyard.core.arm import parse
-from brickyard.core.base import open_base
+from brickyard.core.base import Base, open_base
+from brickyard.core.batches import encode
 from brickyard.core.build import resolve
 from brickyard.core.checkpoint import same_or_refuse
-from brickyard.core.data import read_data
+from brickyard.core.data import Data, read_data
 from brickyard.core.errors import BadData, Refused
 from brickyard.core.files import Lock, write_json
 from brickyard.core.influence import MINIMUM_EXAMPLES
@@ -32,7 +33,7 @@ from brickyard.core.registry import code_digest
 from brickyard.core.split import assert_shots
 from brickyard.core.task import Task, task_of
 
-LIMIT = 15.0  # a trial may take this many times its predicted seconds
+LIMIT = 15.0  # a trial may take this many times the seconds predicted for it
 FLOOR = 900.0  # seconds; no trial's limit is below
 
 Listener = Callable[[dict[str, Any]], None]
@@ -71,6 +72,7 @@ def compare(
         labels = data.splits["train"]["label"] if task.labels else None
         assert_shots(labels, task.labels, request.shots, request.train_rows)
     base = open_base(request.base, trust_remote_code=request.trust_remote_code)
+    _refuse_few_pieces(data, task, base, request.max_length)
     folder = out or planning.default_folder(request, data.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "run.lock"):
@@ -79,7 +81,7 @@ def compare(
             "data": data.fingerprint,
             "base": base.fingerprint,
             "code": code_digest(),
-            "versions": _versions(),
+            "versions": versions(),
         }
         run = _Run(request, arms, folder, listen)
         run.refuse(task)
@@ -88,9 +90,10 @@ def compare(
         run.search(plan)
         run.final(plan)
         searched = run.ledger.seconds("search")
-        said = run.untouched(plan)
+        said, failed = run.untouched(plan)
         untouched = None if said is None else _answers(said)["prediction"]
-        result = assemble(run.rows(plan), plan, data, base, task, command, search_seconds=searched, untouched=untouched)
+        rows = [*run.rows(plan), *failed]
+        result = assemble(rows, plan, data, base, task, command, search_seconds=searched, untouched=untouched)
         if (spent := privacy.total(run.ledger.started())) is not None:
             result["privacy"] = spent
         run.keep_best(result, said)
@@ -99,7 +102,21 @@ def compare(
     return result, folder
 
 
-def _versions() -> dict[str, Any]:
+def _refuse_few_pieces(data: Data, task: Task, base: Base, max_length: int | None) -> None:
+    """Raise BadData where a language model's test documents are too few, cut into pieces too."""
+    if task.kind != "causal-lm" or len(data.splits["test"]) >= MINIMUM_EXAMPLES:
+        return
+    found = encode(data.splits["test"], base, task, max_length=max_length).report
+    if found["units"] < MINIMUM_EXAMPLES:
+        raise BadData(
+            f"{data.name} has {found['documents']} test documents, {found['units']} pieces of at most "
+            f"{found['longest']} tokens, too few to tell methods apart; expected at least {MINIMUM_EXAMPLES} documents "
+            "or pieces. Move text from train to test, or give a smaller --max-length."
+        )
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of what decides numbers beside this package."""
     return {k: v for k, v in measure.environment().items() if k in ("python", "torch", "transformers", "peft", "numpy")}
 
 
@@ -111,7 +128,7 @@ class _Run:
         self.ledger = Ledger(folder)
         self.refused: dict[str, str] = {}
         self.workers = planning.workers_of(request)
-        self.engine: Engine = engine(request.engine, self.workers)
+        self.engine: Engine = engine(request.engine, self.workers, request.threads)
 
     def _goodness(self, score: float | None) -> float:
         return -np.inf if score is None else self.task.goodness(score)
@@ -166,7 +183,7 @@ class _Run:
             "threads": self.request.threads,
             "workers": self.workers,
             "sentence": sentence,
-            "predicted_seconds": self._predicted(probes, shares, trials),
+            "predicted_seconds": planning.parts(self.request, probes, shares, trials, self.workers),
             "probes": probes,
             "failed": failed,
             "refused": self.refused,
@@ -206,24 +223,31 @@ class _Run:
 
     def _probe_again(self, plan: dict[str, Any], path: Path) -> dict[str, Any]:
         """Give arms whose probe crashed or ran out of time another try; what was planned for the others stays."""
-        again = [arm for arm in self.arms if plan["failed"].get(arm.name, {}).get("status") == "failed"]
+        ended = {name: failed["status"] for name, failed in plan["failed"].items()}
+        again = [arm for arm in self.arms if ended.get(arm.name) in ("failed", "timeout")]
         if again:
             probes, failed = self._probe(again)
             plan["probes"] |= probes
             plan["failed"] = {k: v for k, v in plan["failed"].items() if k not in probes} | failed
             # Its time was not reserved, so it is trained no longer than the arm that was shortened most.
             plan["shares"] |= dict.fromkeys(probes, min(plan["shares"].values(), default=1.0))
-            plan["predicted_seconds"] |= self._predicted(probes, plan["shares"], plan["trials"])
+            known = plan["probes"], plan["shares"], plan["trials"], plan["workers"]
+            plan["predicted_seconds"] = planning.parts(self.request, *known)
             write_json(path, plan)
         return plan
 
-    def _predicted(self, probes: dict[str, Any], shares: dict[str, float], trials: int) -> dict[str, float]:
-        request = self.request
-        return {
-            name: planning.states_seconds({name: p})
-            + planning.predict_seconds(p, shares[name], self.workers, request.seeds, trials, request.search)
-            for name, p in probes.items()
-        }
+    @staticmethod
+    def _limit(plan: dict[str, Any], name: str) -> float:
+        """Return the seconds that one run of an arm may take; it may have to build its states and its curriculum."""
+        # The untouched base has no probe: reading the test set takes no longer than a run that trains before it does.
+        probes = {name: plan["probes"][name]} if name in plan["probes"] else plan["probes"]
+        once = max(
+            planning.trial_seconds(probe, plan["shares"][arm], plan["workers"])
+            + planning.states_seconds({arm: probe})
+            + probe.get("curriculum_seconds", 0.0)
+            for arm, probe in probes.items()
+        )
+        return max(FLOOR, LIMIT * once)
 
     def _argument(
         self, plan: dict[str, Any], arm: dict[str, Any], point: dict[str, Any], seed: int, role: str, rung: float = 1.0
@@ -255,7 +279,6 @@ class _Run:
                 rows[key] = done
                 continue
             folder = self.ledger.begin(key)
-            predicted = plan["predicted_seconds"].get(arm["name"], 0.0)
             jobs.append(
                 Job(
                     key=key,
@@ -263,7 +286,7 @@ class _Run:
                     threads=plan["threads"],
                     memory=self.request.memory,
                     argument={**argument, "folder": str(folder), "code": plan["identity"]["code"]},
-                    seconds=max(FLOOR, LIMIT * predicted),
+                    seconds=self._limit(plan, arm["name"]),
                     log=str(folder / "log.txt"),
                 )
             )
@@ -329,7 +352,19 @@ class _Run:
             best = alive[arm["name"]][0]
             chosen[arm["name"]] = {"setting": arm["settings"][best], "tried": scores[arm["name"]]}
         if arms or not path.is_file():
+            self._measure(chosen)
             write_json(path, chosen)
+
+    def _measure(self, chosen: dict[str, Any]) -> None:
+        """Add the probe of each setting that costs other than the arm's own: of other options or rows a step."""
+        dear = {name: {k: v for k, v in c["setting"].items() if "." in k or k == "batch"} for name, c in chosen.items()}
+        again = [
+            replace(arm, arm=planning.with_setting(arm.arm, dear[arm.name]))
+            for arm in self.arms
+            if dear.get(arm.name) and "probe" not in chosen[arm.name]
+        ]
+        for name, probe in self._probe(again)[0].items() if again else ():
+            chosen[name]["probe"] = probe
 
     def choices(self) -> dict[str, Any]:
         """Return what the search chose."""
@@ -351,15 +386,22 @@ class _Run:
         """Retrain every arm's chosen setting with all its seeds."""
         self._go(plan, self._finals(plan))
 
-    def untouched(self, plan: dict[str, Any]) -> Path | None:
-        """Write what the base says without any training, where it can answer: language models. None elsewhere."""
+    def untouched(self, plan: dict[str, Any]) -> tuple[Path | None, list[dict[str, Any]]]:
+        """Write what the base says without any training, where it can answer: language models.
+
+        Returns the file, or None and, of a run that did not end well, one entry as `rows` gives them.
+        """
         able = self._able(plan)
         if not (self.task.generative and self.task.kind != "preference" and self.request.baselines and able):
-            return None
+            return None, []
         arm = {**able[0], "name": UNTOUCHED}
         argument = {"setting": self.request.setting(able[0]["arm"], 0), "role": "untouched"}
         [(key, row)] = self._go(plan, [(arm, argument)]).items()
-        return self.ledger.trial(key) / "answers.parquet" if row["status"] == "done" else None
+        if row["status"] == "done":
+            return self.ledger.trial(key) / "answers.parquet", []
+        # It is no arm of the command; its row says so by a name that no method has.
+        known = {"name": UNTOUCHED, "arm": UNTOUCHED.replace(" ", "-"), "trivial": True, "trials": []}
+        return None, [{**known, "status": row["status"], "reason": row["reason"], "trained_share": 1.0}]
 
     def rows(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
         """Return one entry per contestant: its status, its final trials in the order of the seeds, their answers."""
@@ -394,16 +436,21 @@ class _Run:
                     entry |= {"status": bad["status"], "reason": f"seed {bad['seed']}: {bad['reason']}"}
                 else:
                     entry["answers"] = [_answers(self.ledger.trial(key) / "answers.parquet") for key, _ in finals[name]]
-                entry["probe"] = plan["probes"][name]
+                entry["probe"] = chosen[name].get("probe", plan["probes"][name])
             out.append(entry)
         return out
 
     def keep_best(self, result: dict[str, Any], untouched: Path | None) -> None:
-        """Move the best seed's brick (by validation) of each arm to bricks/, drop all others, and keep all answers."""
+        """Move the best seed's brick (by validation) of each arm to bricks/, drop all others, and keep all answers.
+
+        An arm with a seed that the same command would try again keeps the bricks of all seeds until then.
+        """
         plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         kept = {row["arm"]: row for row in result["methods"]}
+        held: set[str] = set()
         for entry in self.rows(plan):
             if entry["status"] != "done":
+                held.update(entry.get("keys", ()) if entry["status"] != "refused" else ())
                 continue
             best = max(
                 range(len(entry["keys"])), key=lambda i, e=entry: self._goodness(e["trials"][i]["value"]["validation"])
@@ -414,16 +461,17 @@ class _Run:
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
                 source.replace(target)
-            kept[entry["name"]]["brick"] = str(target.relative_to(self.folder))
+            if target.is_dir():
+                kept[entry["name"]]["brick"] = str(target.relative_to(self.folder))
             answers = self.folder / "answers" / target.name
             answers.mkdir(parents=True, exist_ok=True)
             for key, row in zip(entry["keys"], entry["trials"], strict=True):
                 shutil.copyfile(self.ledger.trial(key) / "answers.parquet", answers / f"seed{row['seed']}.parquet")
-        if untouched is not None:
+        if untouched is not None and UNTOUCHED in kept:  # it has no row where no arm is done
             answers = self.folder / kept[UNTOUCHED]["answers"]
             answers.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(untouched, answers / "seed0.parquet")
-        self.ledger.forget_bricks()
+        self.ledger.forget_bricks(held)
 
 
 def rank(found: dict[str, Any], share: float, task: Task) -> tuple[float, float]:

@@ -159,6 +159,7 @@ class Metric:
 
 _METRICS = {
     "accuracy": Metric("Accuracy", 100, "%", 1),
+    "accuracy_norm": Metric("Accuracy by length", 100, "%", 1),
     "macro-f1": Metric("Macro F1", 100, "%", 1),
     "matthews": Metric("Matthews correlation"),
     "spearman": Metric("Spearman correlation"),

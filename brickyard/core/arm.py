@@ -8,10 +8,12 @@ training.
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from brickyard.core import registry
 from brickyard.core.errors import UsageError
 
 TRAINING = {"lr": float, "epochs": float, "batch": int, "wd": float}
@@ -20,6 +22,8 @@ _OPTION = re.compile(r"[a-z][a-z0-9_]*\Z")
 _BARE = re.compile(r"(?:[A-Za-z_]|~?/|\.{1,2}/)[\w.*|/-]*\Z")  # words and paths
 _WORDS = {"true": True, "false": False, "none": None}
 _SIZE = 2000  # characters; longer arms are a mistake or an attack
+_LONGEST = 200  # characters of a file name; file systems take 255, and a digest or a copy's number may follow
+_TAIL = re.compile(r"(?:\A|_)[^\W\d_][^_]*-(?:\d+|[0-9a-f]{8})\Z")  # as a copy's number or a digest would end a name
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,41 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """Return a file name for the arm: letters, digits, `.`, `_`, `-`."""
-        return re.sub(r"[^\w.-]+", "_", str(self)).strip("_")
+        """Return a file name for the arm: letters, digits, `.`, `_`, `-`; no two arms share one.
+
+        A name that does not tell all of the arm (`target=query*` from `target=query`) ends with a digest of its text.
+        """
+        text = str(self)
+        plain = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("_")
+        if len(plain) <= _LONGEST and not _TAIL.search(plain) and _reading(plain) == text:
+            return plain
+        return f"{plain[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _reading(plain: str) -> str:
+    """Return the one arm that a plain file name stands for: methods, then their options, and values of these.
+
+    Empty where it stands for none.
+    """
+    options = {e.record.name: {*e.options, "preset", *TRAINING} for e in registry.records()}
+    pieces: list[tuple[str, list[tuple[str, list[str]]]]] = []
+    words = plain.split("_")
+    while words:
+        known = options[pieces[-1][0]] if pieces else set()
+        spans = ("_".join(words[:n]) for n in range(len(words), 0, -1))  # names of options hold `_` too
+        word = words[0] if words[0] in options else next((span for span in spans if span in known), words[0])
+        del words[: word.count("_") + 1]
+        if word in options:
+            pieces.append((word, []))
+        elif word in known:
+            pieces[-1][1].append((word, []))
+        elif pieces and pieces[-1][1]:
+            pieces[-1][1][-1][1].append(word)
+        else:
+            return ""
+    shown = lambda values: values[0] if len(values) == 1 else f"[{','.join(values)}]"  # noqa: E731
+    given = [(name, ",".join(f"{key}={shown(values)}" for key, values in pairs)) for name, pairs in pieces]
+    return " + ".join(f"{name}:{text}" if text else name for name, text in given)
 
 
 def parse(text: str) -> Arm:

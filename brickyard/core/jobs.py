@@ -216,40 +216,67 @@ def _end(process: Any) -> None:
     process.join(10)
 
 
-class OnRay:
-    """Jobs over a Ray cluster (extra `ray`): the same numbers, more machines."""
+def _apart(job: Job) -> Outcome:
+    [outcome] = Local(1).run([job])
+    return outcome
 
-    def __init__(self, workers: int | None = None) -> None:
+
+class OnRay:
+    """Jobs over a Ray cluster (extra `ray`): the same numbers, more machines.
+
+    A worker of Ray starts each job as `Local` does, so limits, logs and the ways of ending are the same; the seconds of
+    a job's limit begin when it does, not while it waits for a free worker.
+    """
+
+    def __init__(self, workers: int | None = None, threads: int = 1) -> None:
         try:
             import ray
         except ImportError:
             raise UsageError("--engine ray needs the extra `ray`: pip install 'brickyard[ray]'.") from None
-        self.ray = ray
+        self.ray: Any = ray  # the stubs of ray lack `exceptions`
         if not ray.is_initialized():
             # By default Ray's workers yield to everything else (niceness 15), and their times would say so.
             os.environ.setdefault("RAY_worker_niceness", "0")
-            ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+            cpus = None if workers is None else workers * threads
+            ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Yield outcomes as jobs end; each worker process runs one job and is then replaced."""
-        ray: Any = self.ray  # the stubs of ray lack `exceptions`
-        remote = ray.remote(max_retries=0, max_calls=1)(execute)
-        pending = {remote.options(num_cpus=job.threads, memory=job.memory).remote(job): job for job in jobs}
-        while pending:
-            for done in ray.wait(list(pending), num_returns=1)[0]:
-                job = pending.pop(done)
-                try:
-                    yield ray.get(done)
-                except ray.exceptions.RayError as error:
-                    yield Outcome(
-                        key=job.key, status="failed", reason=f"its Ray worker died: {str(error).splitlines()[0]}"
-                    )
+        """Yield outcomes as jobs end. Ending the iteration early ends the running jobs."""
+        remote = self.ray.remote(max_retries=0)(_apart)
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        waiting, pending = deque(jobs), {}
+        try:
+            while waiting or pending:
+                while waiting and not any(waiting[0].alone or other.alone for other in pending.values()):
+                    job = waiting.popleft()
+                    asked = {
+                        "num_cpus": _at_most(job.threads, "CPU", nodes),
+                        "memory": None if job.memory is None else _at_most(job.memory, "memory", nodes),
+                    }
+                    pending[remote.options(**asked).remote(job)] = job
+                for done in self.ray.wait(list(pending), num_returns=1)[0]:
+                    yield self._collect(done, pending.pop(done))
+        finally:
+            for task in pending:
+                self.ray.cancel(task, force=True)
+
+    def _collect(self, done: Any, job: Job) -> Outcome:
+        try:
+            return self.ray.get(done)
+        except self.ray.exceptions.RayError as error:
+            reason = f"its Ray worker died: {str(error).splitlines()[0]}"
+            return Outcome(key=job.key, status="failed", reason=reason)
 
 
-def engine(name: str, workers: int) -> Engine:
-    """Return the engine called `local` or `ray`."""
+def _at_most(asked: int, what: str, nodes: list[dict[str, float]]) -> int:
+    """Return what to ask of Ray: no more than the largest node has, or the job would wait for ever."""
+    return min(asked, int(max((node.get(what, 0.0) for node in nodes), default=0.0)) or asked)
+
+
+def engine(name: str, workers: int, threads: int = 1) -> Engine:
+    """Return the engine called `local` or `ray`, for `workers` jobs of so many threads side by side."""
     if name == "local":
         return Local(workers)
     if name == "ray":
-        return OnRay(workers)
+        return OnRay(workers, threads)
     raise UnknownName.among("engine", name, ("local", "ray"))

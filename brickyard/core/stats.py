@@ -41,6 +41,8 @@ from brickyard.core.influence import LOWER_IS_BETTER, checked, influence
 FEW_SEEDS = 10  # more than these are not offered in place of more examples
 MOST = 10**9  # examples or seeds; a search for more than that is given up
 ONE_SEED = "one seed: this speaks of one trained model, not of the method"
+ROUNDING = 1e-24  # variances below are none: one answer among a million that differs leaves 1e-12
+NO_NOISE = "the answers differ, but the scores show no noise to judge by: nothing is known of their difference"
 TWO_SEEDS = "two seeds: where their noise dominates, the interval is too narrow (in simulations it holds in 86 to 95 %)"
 
 
@@ -208,7 +210,7 @@ def interval(
     v = _Variance.of(float((psi_N**2).sum() / (n * (n if bounded else n - 1))), [arm])
     mean = float(arm.score_S.mean())
     if bounded:
-        low, high = _wilson(mean, v, -1.0 if metric in ("matthews", "spearman") else 0.0, level)
+        low, high = _wilson(mean, v, _floor(metric), level)
     else:
         low, high = mean - v.reach(level), mean + v.reach(level)
     return Interval(mean, low, high, tuple(map(float, arm.score_S)), _note(arm.seeds))
@@ -216,6 +218,19 @@ def interval(
 
 def _note(seeds: int) -> str:
     return {1: ONE_SEED, 2: TWO_SEEDS}.get(seeds, "")
+
+
+def _floor(metric: str) -> float:
+    """Return the least value of a metric whose greatest is 1."""
+    return -1.0 if metric in ("matthews", "spearman") else 0.0
+
+
+def _blind(v: _Variance, metric: str) -> bool:
+    """Whether differing answers left no variance because the score does not respond to them.
+
+    A loss is not meant: one that differs by the same on every example is measured on each of them.
+    """
+    return v.total < ROUNDING and metric not in LOWER_IS_BETTER
 
 
 def _wilson(mean: float, v: _Variance, floor: float, level: float) -> tuple[float, float]:
@@ -244,8 +259,10 @@ def paired(
 
     The arms may have different numbers of seeds. An arm with one seed is taken to be as noisy as the other, so give one
     whose answers never change (a majority class) as one row per seed. Two arms with the same answers in every seed get
-    p = 1 and an interval of no width. With two seeds per arm, one arm noisy and the other not, a true null is rejected
-    in up to 11 % (with three in about 7 %). Arguments and errors as in `interval`.
+    p = 1 and an interval of no width. Other answers whose bounded score has no variance (two constants, to which a
+    correlation gives 0) say nothing: p = 1, and the interval is all that the difference can be. With two seeds per arm,
+    one arm noisy and the other not, a true null is rejected in up to 11 % (with three in about 7 %). Arguments and
+    errors as in `interval`.
 
     together: seed s of both arms shares its noise (the same few-shot examples, the same trained model), so that only
     differences within a seed count; both need the same number of seeds then, or UsageError.
@@ -255,6 +272,9 @@ def paired(
     if found is None:
         return Paired(0.0, 0.0, 0.0, 1.0, "identical answers")
     difference, v, seeds = found
+    if _blind(v, metric):
+        most = 1.0 - _floor(metric)
+        return Paired(difference, -most, most, 1.0, "none: the scores show no noise", 0.0, NO_NOISE)
     reach = v.reach(level)
     test, note = "t over examples and seeds (Satterthwaite)", _note(min(seeds))
     if together and min(seeds) > 1:
@@ -293,10 +313,12 @@ def _compare(
     variance = float((psi_N**2).sum() / (n * (n - 1)))
     if metric not in {"spearman", *LOWER_IS_BETTER}:
         # Few answers differ, so their number is uncertain: one more example on either side (Bonett and Price), of the
-        # size that the differing ones have (1 where each arm has one seed and the metric is accuracy).
+        # size that the differing ones have (1 where each arm has one seed and the metric is accuracy). Where only wrong
+        # answers differ there are none; a hit more or less is of size 1, and unknown of the other metrics.
         pseudo_N = psi_N + difference
         square = float((pseudo_N**2).sum())
-        variance += 2 * (float((pseudo_N**4).sum()) / square if square > 0 else 0.0) / n**2
+        unseen = float(metric in ("accuracy", "accuracy_norm"))
+        variance += 2 * (float((pseudo_N**4).sum()) / square if square > ROUNDING else unseen) / n**2
     if together:
         arms = [_Arm.made(arms[0].score_S - arms[1].score_S, arms[0].psi_SN - arms[1].psi_SN)]
     return difference, _Variance.of(variance, arms), seeds
@@ -321,13 +343,15 @@ def examples_needed(
     Returns:
         {"examples", "seeds": how many more test examples, or more seeds per arm, would do with the other left as it is
         (0: what is there would do; None: no number would), "limited_by": "nothing", "examples", "seeds" (their noise
-        dominates, more examples would never do), "both" (neither alone would do, the two numbers together would) or
-        "no difference", "sentence": the same in words}.
+        dominates, more examples would never do), "both" (neither alone would do, the two numbers together would),
+        "no difference" or "no noise" (nothing to extrapolate), "sentence": the same in words}.
     """
     _level(level)
     if not 0 < power < 1:
         raise UsageError(f"power {power}: a number between 0 and 1 was expected.")
     found = _compare(labels, a, b, metric, weights, together)
+    if found and _blind(found[1], metric):
+        return _needed(None, None, "no noise", NO_NOISE)
     size = abs(found[0] if found and difference is None else difference or 0.0)
     if found is None or size == 0:
         return _needed(None, None, "no difference", "there is no difference that more data could show")
