@@ -200,7 +200,7 @@ class _Runs:
         self.seconds: dict[str, float] = {}
         self.stage1: dict[str, Any] = {}
 
-    def teacher(self, steps: int, lr: float, **task: str) -> Path:
+    def teacher(self, steps: int, lr: float, **task: Any) -> Path:
         """Tune the base on the training rows; return its brick."""
         folder = self.folder / "teacher"
         if not (folder / "brick" / brick.MANIFEST).is_file():
