@@ -124,7 +124,9 @@ def show(args: argparse.Namespace, argv: Sequence[str]) -> int:
             write("    not measured yet: brickyard check " + record.name + "\n")
             continue
         interval = f"{_number(found['low'])} to {_number(found['high'])}"
-        unit = " hundredths of bits per byte" if found.get("metric") == "bits_per_byte" else ""
+        unit = f" {found['unit']}" if found.get("unit") else ""
+        if found.get("metric") == "bits_per_byte":
+            unit = " hundredths of bits per byte"
         judged = found["inequality"] or found["detail"]
         own = _own(found, result) if result else ""
         figures = f"measured {_number(found['measured'])}{unit} ({interval}), {found['kind']}{own}"

@@ -392,7 +392,8 @@ def test_the_checks_run_from_end_to_end(masked_base: Path, tmp_path: Path, monke
     arms = {"F", "PF", "D", "D+F", "PD", "PD+F", "control", "teacher", "majority", "PD-130", "PD-520"}
     assert set(found["arms"]) == arms and "PD-520 >= PD-130" in found["figures"]
     assert found["holds"] in (True, False, "undecided", "set-up invalid")
-    assert {"measured", "detail", "gate", "control"} <= found.keys() and len(found["arms"]["PD"]["per_seed"]) == 2
+    assert found["measured"] == next(iter(found["figures"].values()))["measured"]
+    assert {"low", "high", "detail", "gate", "control"} <= found.keys() and len(found["arms"]["PD"]["per_seed"]) == 2
 
 
 def test_the_language_models_checks_run_from_end_to_end(

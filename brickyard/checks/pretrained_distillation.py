@@ -314,7 +314,10 @@ def _control(what: str, inequality: str, found: dict[str, Any]) -> dict[str, Any
 def _verdict(
     figures: dict[str, dict[str, Any]], gate: dict[str, Any], text: str, unit: str = "points"
 ) -> dict[str, Any]:
-    """Join the inequalities: false if one misses, true if all clear, else undecided; the gate comes first."""
+    """Join the inequalities: false if one misses, true if all clear, else undecided; the gate comes first.
+
+    `measured` and its interval are the first inequality's, the headline; `figures` has them all.
+    """
     found = [f["holds"] for f in figures.values()]
     holds: Any = False if False in found else True if all(f is True for f in found) else "undecided"
     said = "; ".join(
@@ -323,8 +326,9 @@ def _verdict(
     return {
         "inequality": "; ".join(figures),
         "holds": holds if gate["holds"] is True else "set-up invalid",
-        "measured": {name: f["measured"] for name, f in figures.items()},
+        **{k: next(iter(figures.values()))[k] for k in ("measured", "low", "high")},
         "figures": figures,
         "gate": {"inequality": text, **{k: gate[k] for k in ("measured", "low", "high", "holds")}},
+        "unit": unit,
         "detail": f"in {unit}: {said}",
     }
