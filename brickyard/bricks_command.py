@@ -34,6 +34,9 @@ a group of neurons. The four operations on bricks:
            brickyard tune ARM --base M --data D --out DIR
              a new brick on the old ones, frozen as a part of its base
 
+Plain PEFT adapters whose tensors fit the base are listed and scored beside
+its bricks, whatever they were trained with.
+
 With --data each brick is scored on each data set against the bare base. It
 "improves" or "damages" where the paired difference is beyond chance (Holm over
 the table), else it is undecided. A group of neurons is cut out when it is
@@ -176,6 +179,9 @@ def _headline(row: dict[str, Any]) -> str:
         length = f" in {cost['epochs']:g} epochs"
     trained = f"{cost['trainable_parameters']:,} parameters trained{length}"
     said = f"{score['metric']} {score['mean']:.3f}" if score else "no test score"
+    if "made_for" in row:  # a plain adapter knows no data and no score
+        named = f"names {row['made_for']} as its base" if row["made_for"] else "names no base"
+        return f"{row['folder']}: {row['arm']}, {row['kind']}, {cost['bytes']:,} bytes, {trained}, fits, {named}"
     return (
         f"{row['folder']}: {row['arm']}, {row['kind']}, {cost['bytes']:,} bytes, {row['data'] or 'no data'}, "
         f"{trained if cost['trainable_parameters'] else 'nothing trained'}, {said}"

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from brickyard.bricks_adapters import PlainAdapter
+from brickyard.bricks_adapters import installed as plain_adapters
 from brickyard.compare.plan import key_of
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
@@ -82,19 +84,21 @@ class Course:
         """The head that is fitted on the base's own states."""
         return fit_head(self.base.backbone().to(self.device), self.train, self.task)
 
-    def at_home(self, brick: Brick) -> bool:
+    def at_home(self, brick: Brick | PlainAdapter) -> bool:
         """Whether a brick was tuned for the data's very labels, so that its own head is the right one."""
+        if isinstance(brick, PlainAdapter):  # it tells no labels
+            return False
         known = brick.task
         if self.task.generative or (known.kind, known.labels) != (self.task.kind, self.task.labels):
             return False
         return known.labels is not None or brick.manifest.get("data", {}).get("name") == self.data.name
 
-    def answers(self, brick: Brick | None) -> np.ndarray:
+    def answers(self, brick: Brick | PlainAdapter | None) -> np.ndarray:
         """Return what the base, or a brick on it, answers to the test rows: [N], remembered in the cache.
 
         Raises Refused where the two do not go together.
         """
-        made = "" if brick is None else [brick.manifest[key] for key in ("arm", "files", "seed", "task")]
+        made = "" if brick is None else brick.made
         alone = self.task.generative or (brick is not None and self.at_home(brick))
         head = "" if alone else self.train.digest
         key = key_of([self.base.fingerprint, made, self.test.digest, head, str(self.task), code_digest()])
@@ -108,7 +112,9 @@ class Course:
             write_json(kept, {"predictions": found.tolist()})
         return found
 
-    def _model(self, brick: Brick | None) -> nn.Module:
+    def _model(self, brick: Brick | PlainAdapter | None) -> nn.Module:
+        if isinstance(brick, PlainAdapter):
+            return brick.language_model(self.task) if self.task.generative else HeadedModel(brick.backbone(), self.head)
         if self.task.generative:
             if brick is None:
                 return self.base.model(self.task, seed=0)
@@ -141,7 +147,7 @@ def scored(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the rows of `brick.listed`, with `data` each with "on": one entry a data set.
+    """Return the rows of `brick.listed` and of plain PEFT adapters, with `data` each with "on": one entry a data set.
 
     An entry is {"data", "metric", "examples", "base", "brick", "difference", "low", "high", "p", "p_holm", "verdict",
     "head"}: the difference is oriented so that more is better, with its paired 95 % interval, and the verdict is
@@ -149,8 +155,9 @@ def scored(
     brick and data do not go together it is {"data", "verdict": "not scored", "why"}.
     """
     opened = open_base(base, trust_remote_code=trust_remote_code)
-    found = bricks.listed(folder, opened.fingerprint)
-    made = bricks.installed(folder, opened.fingerprint)
+    adapters = plain_adapters(folder, opened)
+    found = bricks.listed(folder, opened.fingerprint) + [adapter.about() for adapter in adapters]
+    made: list[Brick | PlainAdapter] = [*bricks.installed(folder, opened.fingerprint), *adapters]
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not data:
         return found
@@ -166,7 +173,7 @@ def scored(
     return found
 
 
-def _entry(course: Course, brick: Brick) -> dict[str, Any]:
+def _entry(course: Course, brick: Brick | PlainAdapter) -> dict[str, Any]:
     data, metric, labels = course.data.name, course.task.metric, course.test.labels.numpy()
     try:
         before_N, after_N = course.answers(None), course.answers(brick)

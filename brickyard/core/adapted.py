@@ -180,7 +180,7 @@ def _shaped(config: Any, width: int | None) -> Any:
     return config
 
 
-def _outline(auto: Any, config: Any, width: int | None) -> nn.Module | None:
+def outline(auto: Any, config: Any, width: int | None) -> nn.Module | None:
     """The model without its weights, or None where the class does not fit the architecture."""
     with quiet(), accelerate.init_empty_weights(include_buffers=True):
         try:
@@ -202,7 +202,7 @@ def model_class(base: Base, stored: Stored) -> Any:
     heads.sort(key=lambda kind: kind != "CAUSAL_LM" if base.generative else 0)
     order = [named] if named in _CLASSES else [*heads, "FEATURE_EXTRACTION"]
     keys = [key.removeprefix(PREFIX) for key in stored.tensors]
-    outlines = {kind: _outline(_CLASSES[kind], base.config, None) for kind in order}
+    outlines = {kind: outline(_CLASSES[kind], base.config, None) for kind in order}
     scores = {kind: _hits(keys, {n for n, _ in model.named_modules()}) for kind, model in outlines.items() if model}
     if not scores:
         raise Refused(
@@ -213,7 +213,7 @@ def model_class(base: Base, stored: Stored) -> Any:
 
 def head_width(auto: Any, base: Base, stored: Stored) -> int | None:
     """Labels of the stored head, found by the tensors whose shape follows their number; None without such a head."""
-    two = [_outline(auto, base.config, width) for width in (3, 5)]
+    two = [outline(auto, base.config, width) for width in (3, 5)]
     if two[0] is None or two[1] is None:
         return None
     other = dict(two[1].named_parameters())

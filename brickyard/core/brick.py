@@ -78,6 +78,11 @@ class Brick:
         return tuple(sorted({name for names in matched.values() for name in names}))
 
     @property
+    def made(self) -> list[Any]:
+        """What tells it from other bricks: what was trained how, and its bytes."""
+        return [self.manifest[key] for key in ("arm", "files", "seed", "task")]
+
+    @property
     def requires(self) -> str:
         """The fingerprint of the base that it was made for."""
         return str(self.manifest["base"]["fingerprint"])
