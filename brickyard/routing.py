@@ -383,7 +383,7 @@ def _router(config: Any, dense: Base, courses: Sequence[Course], device: str | N
     for course in courses:
         for split, found in states.items():
             texts = _some(texts_of(course.data.splits[split]), config.prompts)
-            v_ND, shortened = states_of(network, reader, texts, config.tokens)
+            v_ND, shortened = states_of(network, reader, texts, config.tokens, config.router)
             found.append(v_ND)
             cut += shortened
     router = fit_router(
@@ -394,10 +394,11 @@ def _router(config: Any, dense: Base, courses: Sequence[Course], device: str | N
         mass=config.mass,
         top_k=config.top_k,
         tokens=config.tokens,
+        reads=config.router,
     )
     router.report["prompts_cut"] = cut
-    read: dict[str, Any] = {"reads": config.router}
-    if config.router == "encoder":
+    read: dict[str, Any] = {"reads": router.reads}
+    if router.reads == "encoder":
         size = sum(info.end - info.start for _, info in reader.weights.values())
         read["encoder"] = {"spec": ENCODER, "fingerprint": reader.fingerprint, "bytes": size}
     return router, read

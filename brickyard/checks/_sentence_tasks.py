@@ -30,6 +30,7 @@ from brickyard.merge.ties import ties
 PUBLIC = ("trec", "sst2", "cola", "embedded:stdlib-topics", "cr")
 FALLBACK = "embedded:stdlib-topics"  # whose topics are dealt out where the public sets are not here
 TIES_DENSITY = 0.2
+RATE = 3e-4  # at full tuning's own rate experts of a few hundred sentences are hardly better than the base
 
 State = dict[str, Tensor]
 
@@ -108,7 +109,7 @@ class Experts:
         for course in (*courses, *unseen):
             course.head = fit_head(self.network, course.train, course.task)
         preferred = registry.find("full").record.training
-        length = {"epochs": claim.epochs, "batch": claim.batch or 16, "seed": seed}
+        length = {"epochs": claim.epochs, "batch": claim.batch or 16, "seed": seed, "lr": RATE}
         for course in self.seen:
             assert course.head is not None
             model = HeadedModel(base.backbone(), course.head)

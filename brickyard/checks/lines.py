@@ -279,7 +279,7 @@ def by_views(claim: Claim, *, base_epochs: int = 3, epochs: int = 6) -> dict[str
 
 
 @takes("base")
-def by_tasks(claim: Claim, *, held: int = 100, test: int = 300) -> dict[str, Any]:
+def by_tasks(claim: Claim, *, held: int = 100, test: int = 500) -> dict[str, Any]:
     """Measure the claim on merging; of each task `held` texts choose the scales and `test` texts are judged."""
     sets, base, errors = task_sets(TASKS), open_base(claim.base), Errors()
     for seed in range(1, claim.seeds + 1):

@@ -26,7 +26,7 @@ from brickyard.core.fitted_head import pooled_states
 from brickyard.core.method import Claim
 from brickyard.route._conflict import block_tensors, conflict
 from brickyard.route._routed_model import RoutedModel
-from brickyard.route._router import Router, fit_router
+from brickyard.route._router import Router, fit_router, pooled
 from brickyard.route.mediator import Config, choose, decompose
 
 SCALES = (0.25, 0.5, 1.0)  # of task arithmetic, tried on validation
@@ -58,7 +58,8 @@ class Routed(Experts):
 
     def learned(self, model: RoutedModel, course: Course, router: Router) -> np.ndarray:
         """Return a task's errors with experts chosen text by text."""
-        w_NT, wrong_N = router.routes(pooled_states(self.network, course.test)).w_NT, np.zeros(len(course.test))
+        w_NT = router.routes(pooled(self.network, course.test, router.reads)).w_NT
+        wrong_N = np.zeros(len(course.test))
         for which, index in model.groups(w_NT):
             with model.activate(which):
                 rows = course.test.take(index)
@@ -122,9 +123,9 @@ def by_tasks(
         model = world.routed(dense, chosen, config)
         rows.add("oracle", world.oracle(model))
         rows.add("another task's expert", world.oracle(model, shift=1))
-        router = _router(world, prompts, None)
+        router = _router(world, prompts, config.router, None)
         rows.add("learned", np.concatenate([world.learned(model, course, router) for course in world.seen]))
-        lost = _router(world, prompts, seed)
+        lost = _router(world, prompts, config.router, seed)
         rows.add("router of shuffled tasks", np.concatenate([world.learned(model, c, lost) for c in world.seen]))
         other.add("blended", world.learned(model, world.unseen, router))
         other.add("most probable", world.learned(model, world.unseen, replace(router, u0=1.0)))
@@ -137,7 +138,7 @@ def by_tasks(
         rows.add("low rank at equal bytes", np.concatenate(svd))
         counted.append(_counted(world, model, chosen, router))
         counted[-1] |= {"blocks": chosen, "conflict": list(scores.values())}
-        routes = router.routes(pooled_states(world.network, world.unseen.test))
+        routes = router.routes(pooled(world.network, world.unseen.test, router.reads))
         counted[-1]["blended"] = float(routes.blended_N.mean())
     return judged(rows, other, counted)
 
@@ -152,15 +153,15 @@ def _best(world: Routed) -> State:
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _router(world: Routed, prompts: int, shuffle: int | None) -> Router:
+def _router(world: Routed, prompts: int, reads: str, shuffle: int | None) -> Router:
     """Fit the router on texts of train under the dense model; `shuffle` deals the tasks out anew (a control)."""
-    parts = [pooled_states(world.network, c.train.take(np.arange(min(prompts, len(c.train))))) for c in world.seen]
-    held = [pooled_states(world.network, course.held) for course in world.seen]
+    parts = [pooled(world.network, c.train.take(np.arange(min(prompts, len(c.train)))), reads) for c in world.seen]
+    held = [pooled(world.network, course.held, reads) for course in world.seen]
     if shuffle is not None:
         draw = torch.Generator().manual_seed(shuffle)
         mixed = torch.cat(parts)
         parts = list(mixed[torch.randperm(len(mixed), generator=draw)].split([len(part) for part in parts]))
-    return fit_router(parts, held)
+    return fit_router(parts, held, reads=reads)
 
 
 def _counted(world: Routed, model: RoutedModel, chosen: Sequence[int], router: Router) -> dict[str, Any]:

@@ -52,8 +52,8 @@ RECORD = Record(
             text="Merging: task arithmetic with LiNeS is no more than 0.3 points below task arithmetic, each at its "
             "best scale of one grid, and better in most seeds.",
             measure="by_tasks",
-            epochs=2,
-            train_rows=320,
+            epochs=3,
+            train_rows=800,
             full={"seeds": 5, "train_rows": 1500},
         ),
     ),

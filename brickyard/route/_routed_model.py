@@ -104,7 +104,7 @@ class RoutedModel:
         router: may be None: then only `activate` works.
         language: the model over the vocabulary that holds `backbone`, None where the base has no such output.
         heads: for tasks that are no language.
-        encoder: the sentence encoder and its network, where the router does not read the dense model's own states.
+        encoder: the sentence encoder and its network, where the router reads its states and not the dense model.
     """
 
     def __init__(
@@ -193,14 +193,14 @@ class RoutedModel:
     def route(self, texts: Sequence[str]) -> Routes:
         """Return which experts act on each prompt; the router sees the text alone.
 
-        Raises UsageError where there is no router, or while an expert is active: states would be that expert's.
+        Raises UsageError where there is no router, or while an expert is active: its states are not the dense model's.
         """
         if self.router is None:
             raise UsageError("this model has no router; use activate(task).")
         if self._active is not None:
             raise UsageError(f"{', '.join(self._active)} is active; prompts are routed by the dense model alone.")
         base, network = self.encoder or (self.base, self.backbone)
-        return self.router.routes(*states_of(network, base, texts, self.router.tokens))
+        return self.router.routes(*states_of(network, base, texts, self.router.tokens, self.router.reads))
 
     def groups(self, w_NT: np.ndarray) -> Iterator[tuple[dict[str, float], np.ndarray]]:
         """Yield each distinct set of weights and the rows that have it, so that one switch serves them all."""
@@ -346,11 +346,10 @@ def load_routed(folder: str | Path) -> RoutedModel:
         asked = Task(**{**entry["task"], "labels": tuple(entry["task"]["labels"]) if entry["task"]["labels"] else None})
         heads[task] = make_head(base, backbone, asked, entry["about"], tensors)
     entry = known["router"]
-    router = read_router(
-        read_tensors(plain_file(folder, entry["file"]), entry["sha256"]), entry["about"], len(known["tasks"])
-    )
+    stored = read_tensors(plain_file(folder, entry["file"]), entry["sha256"])
+    router = read_router(stored, entry["about"], len(known["tasks"]), entry.get("reads", "dense"))
     encoder = None
-    if entry["reads"] == "encoder":
+    if router.reads == "encoder":
         opened = open_base(entry["encoder"]["spec"])
         if opened.fingerprint != entry["encoder"]["fingerprint"]:
             raise BadBrick(f"{folder}: the router was fitted on another {opened.spec} than the one that is installed.")

@@ -51,16 +51,16 @@ RECORD = Record(
             text="With an oracle router, half of the gap between the average and the experts is closed.",
             measure="by_tasks",
             part="half the gap",
-            train_rows=320,
-            epochs=2,
+            train_rows=800,
+            epochs=3,
             full={"train_rows": 1500},
         ),
         Claim(
             text="Blocks chosen by conflict are better than random ones, and by no more than 0.3 points worse.",
             measure="by_tasks",
             part="conflict",
-            train_rows=320,
-            epochs=2,
+            train_rows=800,
+            epochs=3,
             full={"train_rows": 1500},
         ),
         Claim(
@@ -68,24 +68,24 @@ RECORD = Record(
             measure="by_tasks",
             part="bytes",
             kind="counted",
-            train_rows=320,
-            epochs=2,
+            train_rows=800,
+            epochs=3,
             full={"train_rows": 1500},
         ),
         Claim(
             text="The learned router is within 1 point of the oracle.",
             measure="by_tasks",
             part="router",
-            train_rows=320,
-            epochs=2,
+            train_rows=800,
+            epochs=3,
             full={"train_rows": 1500},
         ),
         Claim(
             text="On an unseen task, blending experts is no more than 0.5 points below the most probable one.",
             measure="by_tasks",
             part="unseen",
-            train_rows=320,
-            epochs=2,
+            train_rows=800,
+            epochs=3,
             full={"train_rows": 1500},
         ),
     ),
@@ -114,8 +114,9 @@ class Config:
     """how kept values are stored"""
     rescale: bool = False
     """scale each kept residual to the norm of the whole"""
-    router: Literal["dense", "encoder"] = "dense"
-    """what the router reads: the dense model's own states (no second model), or the embedded sentence encoder's"""
+    router: Literal["embeddings", "dense", "encoder"] = "embeddings"
+    """what the router takes the mean of: the dense model's input embeddings (no layer is run), its last states (one
+    forward of the prompt), or the last states of the embedded sentence encoder (a second model)"""
     prompts: int = 400
     """prompts of each task, at most, that the router is fitted on, and again that are held out"""
     tokens: int = 128
