@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,32 @@ from brickyard.core.base import Base, open_base
 from brickyard.core.brick import Applied, load
 from brickyard.core.data import Data, read_data
 from brickyard.core.errors import BadData, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wants:
+    """What a method cannot do without, as far as it can be known before a model is opened.
+
+    kinds: what `brick` may be ("brick", "model"); needed: whether it must be there; splits: those that the data must
+    have; files: the method's options that name a file; packages: what a value of an option needs installed, of the
+    extra `audit`, by (option, value).
+    """
+
+    kinds: tuple[str, ...] = ("brick", "model")
+    needed: bool = False
+    splits: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    packages: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+
+_WANTS = {
+    "backdoor": Wants(splits=("test",)),
+    "membership": Wants(kinds=("brick",), needed=True, splits=("train", "test")),
+    "secure-code": Wants(files=("scenarios",), packages={("judge", "bandit"): "bandit"}),
+    "similarity": Wants(needed=True),
+    "zero-shot": Wants(kinds=("brick",), files=("tasks",)),
+}
+_WORDS = {"brick": "a brick", "model": "a model", "adapter": "a PEFT adapter"}
 
 
 def audit(
@@ -31,28 +60,72 @@ def audit(
     `brick` is a brick, or another checkpoint as `base` names them. Raises WrongBase for a brick of another base, unless
     `force`.
     """
-    pieces, training = (found := parse(method)).pieces, found.training
-    if len(pieces) != 1 or training:
-        raise UsageError(f"audit takes one method and no training settings; {method!r} was given.")
-    registry.find(pieces[0].name, "audit")
-    config = registry.config(pieces[0].name, pieces[0].options)
+    name, config = chosen(method)
     opened = open_base(base, trust_remote_code=trust_remote_code)
     changed: Base | Applied | None = None
     if brick is not None and (Path(brick) / bricks.MANIFEST).is_file():
         changed = load(brick).apply(opened, force=force)
     elif brick is not None:
         changed = open_base(str(brick), trust_remote_code=trust_remote_code)
-    method_file = registry.load(pieces[0].name)
+    method_file = registry.load(name)
     rows = _audited(data, method_file, changed)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return method_file.measure(opened, changed, config, rows, device=place)
 
 
+def chosen(method: str) -> tuple[str, Any]:
+    """Return the name and the Config of "similarity:sample=500"; UsageError for anything but one audit method."""
+    found = parse(method)
+    if len(found.pieces) != 1 or found.training:
+        raise UsageError(f"audit takes one method and no training settings; {method!r} was given.")
+    piece = found.pieces[0]
+    registry.find(piece.name, "audit")
+    return piece.name, registry.config(piece.name, piece.options)
+
+
+def wants(name: str) -> Wants:
+    """Return what the method of that name cannot do without."""
+    return _WANTS.get(name, Wants())
+
+
+def check_beside(name: str, kinds: Iterable[str]) -> None:
+    """Raise UsageError where the method does not take what stands in `brick`: "brick", "model", "adapter", or none."""
+    given, wanted = list(kinds), wants(name)
+    expected = " or ".join(_WORDS[kind] for kind in wanted.kinds)
+    if wanted.needed and not given:
+        raise UsageError(f"{name} looks at {expected} beside the base; name it under brick.")
+    odd = next((kind for kind in given if kind not in wanted.kinds), None)
+    if odd is not None:
+        raise UsageError(f"{_WORDS[odd]} was given; {name} takes {expected} beside the base.")
+
+
+def check_installed(method: str) -> None:
+    """Raise UsageError where the options of "secure-code:judge=bandit" need a package that is not there."""
+    name, config = chosen(method)
+    for (option, value), package in wants(name).packages.items():
+        if getattr(config, option) == value and importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{option}={value} needs the package {package}, which is not installed. Run "
+                "`pip install brickyard[audit]`."
+            )
+
+
+def check_rows(name: str, source: readers.Source) -> None:
+    """Raise BadData where the method cannot read the rows of `source`, as far as no model decides that."""
+    method_file = registry.load(name)
+    if getattr(method_file, "TASK_OF_BRICK", False):
+        missing = [split for split in wants(name).splits if split not in source.splits]
+        if missing:
+            raise BadData(f"{name} reads the rows of {' and '.join(missing)}; {source.name} has none.")
+    else:
+        _audited(source, method_file, None)
+
+
 def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Data:
     """Read the rows of an audit, with labels where the method wants them, and as the brick's task reads them."""
     labelled = getattr(method_file, "LABELLED", False)
+    source = data if isinstance(data, readers.Source) else readers.read(data)
     if not labelled or not getattr(method_file, "TASK_OF_BRICK", False):
-        source = readers.read(data)
         columns = sorted({name for names in source.found.values() for name in names})
         if labelled and "label" not in columns:
             name = method_file.RECORD.name
@@ -63,5 +136,5 @@ def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Dat
         return read_data(source, need=(), labelled=labelled)
     known = changed.brick.task if isinstance(changed, Applied) and changed.brick is not None else None
     # Where there is a train split, validation is cut from it as it was for training: by that a brick's rows are known.
-    need = ("train",) if "train" in readers.read(data).splits else ()
-    return read_data(data, need=need, task=known.kind if known else None, metric=known.metric if known else None)
+    need = ("train",) if "train" in source.splits else ()
+    return read_data(source, need=need, task=known.kind if known else None, metric=known.metric if known else None)

@@ -22,9 +22,11 @@ from typing import Any
 from brickyard.core.errors import BrickyardError, UnsafeFile
 from brickyard.core.files import Lock, read_json, write_bytes, write_json
 from brickyard.core.measure import environment
+from brickyard.recipe_checks import check
 from brickyard.recipe_contents import Hashes, digest_of
 from brickyard.recipe_steps import Recipe, Step, read
-from brickyard.recipe_verbs import Thing, Work, check, perform, place, settings
+from brickyard.recipe_verbs import perform, place, settings
+from brickyard.recipe_work import Thing, Work
 
 SCHEMA = 1
 FINISHED = "step.json"

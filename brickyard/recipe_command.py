@@ -12,7 +12,7 @@ from typing import Any
 
 def options(p: argparse.ArgumentParser) -> None:
     """Add the verb's own options to its parser."""
-    p.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or embedded:NAME (embedded:mediphi)")
+    p.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or embedded:NAME (mediphi, secure-code)")
     p.add_argument("--out", metavar="DIR", help="default: runs/recipe-NAME; a later run finds its finished steps there")
     p.add_argument("--dry-run", action="store_true", help="check everything, show the graph, and run nothing")
     p.add_argument("--prune", action="store_true", help="then delete the steps in DIR that this recipe does not use")

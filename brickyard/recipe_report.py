@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from brickyard import recipe_findings
 from brickyard.compare import details, shown
 from brickyard.compare.report import breakable
 from brickyard.compare.shown import duration, visible
@@ -102,9 +103,12 @@ def counts(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tables(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tables of scores that steps left: {"step", "about", "columns", "rows": [(label, cells)], "lower"}.
+    """Return the tables that steps left: {"step", "about", "corner", "heads": [(column, metric)], "rows", ...}.
 
-    A cell is {"mean", "low", "high"} with its metric, or None; of each column the best mean is marked.
+    A row is (label, cells); `corner` says what the labels are. A cell of scores is {"mean", "low", "high"}; one of an
+    audit is {"mean", "text", "interval"}, where `mean` may be None, or None where a model has no such figure. "best"
+    holds the best mean of each column of scores, and is empty for an audit, whose figures have no better side; "notes"
+    are lines below the table.
     """
     out = []
     for step in steps:
@@ -133,6 +137,8 @@ def tables(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if step["verb"] == "compare" and found:
             rows = [(m["arm"], [m["score"]], None) for m in found["methods"] if m.get("score")]
             out.append(_marked(step["name"], found["verdict"], ["test"], rows))
+        if step["verb"] == "audit" and found:
+            out.extend(recipe_findings.tables(step))
     return out
 
 
@@ -151,7 +157,7 @@ def _marked(
     for i, (_, metric) in enumerate(heads):
         means = [cells[i]["mean"] for _, cells in lines]
         best.append((min if metric in _LOWER else max)(means) if len(means) > 1 else None)
-    return {"step": step, "about": about, "heads": heads, "rows": lines, "best": best}
+    return {"step": step, "about": about, "corner": "Model", "heads": heads, "rows": lines, "best": best, "notes": []}
 
 
 def _number(value: float) -> str:
@@ -163,15 +169,32 @@ def _shown(table: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for label, cells in table["rows"]:
         line = []
-        for cell, best in zip(cells, table["best"], strict=True):
-            interval = f"{_number(cell['low'])} to {_number(cell['high'])}" if cell.get("low") is not None else ""
-            line.append((cell["mean"], _number(cell["mean"]), interval, cell["mean"] == best))
+        for i, cell in enumerate(cells):
+            text, interval = _texts(cell)
+            mean = cell["mean"] if cell else None
+            line.append(("" if mean is None else mean, text, interval, _is_best(table, i, cell)))
         rows.append((label, line))
     heads = [
         (name, metric.replace("_", " "), "ascending" if metric in _LOWER else "descending")
         for name, metric in table["heads"]
     ]
-    return {"step": table["step"], "about": table["about"], "heads": heads, "rows": rows}
+    best = "The best of each column is bold. " if table["best"] else ""
+    small = "Small figures are 95 % intervals. " if any(cell[2] for _, line in rows for cell in line) else ""
+    return {**table, "heads": heads, "rows": rows, "hint": f"{best}{small}Press a heading to sort."}
+
+
+def _texts(cell: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return a cell's figure and its interval in words."""
+    if cell is None:
+        return shown.MISSING, ""
+    if "text" in cell:
+        return cell["text"], cell["interval"]
+    interval = f"{_number(cell['low'])} to {_number(cell['high'])}" if cell.get("low") is not None else ""
+    return _number(cell["mean"]), interval
+
+
+def _is_best(table: Mapping[str, Any], column: int, cell: Mapping[str, Any] | None) -> bool:
+    return bool(table["best"]) and cell is not None and cell["mean"] == table["best"][column]
 
 
 def _step(step: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,12 +232,12 @@ def show(result: Mapping[str, Any], console: Console, *, dry: bool = False) -> N
         line.append(f"{taken.replace(chr(160), ' '):>10}")
         console.print(line, soft_wrap=True)
     for table in tables(steps):
-        metrics = list(dict.fromkeys(metric for _, metric in table["heads"]))
-        better = "lower" if all(metric in _LOWER for metric in metrics) else "higher"
         console.print()
-        said = f"  {visible(table['about'])} {', '.join(metrics)}; {better} is better, the best is bold."
+        said = f"  {visible(table['about'])}{_better(table)}"
         console.print(Text.assemble((table["step"], "bold"), said), soft_wrap=True)
         console.print(_terminal(table))
+        for note in table["notes"]:
+            console.print(Text(visible(note), "dim"), soft_wrap=True)
     lost = [s for s in steps if s["status"] == "failed"]
     for step in lost:
         console.print()
@@ -223,15 +246,26 @@ def show(result: Mapping[str, Any], console: Console, *, dry: bool = False) -> N
     console.print()
 
 
+def _better(table: Mapping[str, Any]) -> str:
+    """Return which way a table of scores is better; nothing for an audit."""
+    if not table["best"]:
+        return ""
+    metrics = list(dict.fromkeys(metric for _, metric in table["heads"]))
+    better = "lower" if all(metric in _LOWER for metric in metrics) else "higher"
+    return f" {', '.join(metrics)}; {better} is better, the best is bold."
+
+
 def _terminal(table: Mapping[str, Any]) -> Table:
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     made.add_column("", overflow="fold")
     for name, _ in table["heads"]:
         made.add_column(Text(visible(name).removeprefix("embedded:")), justify="right", overflow="fold")
     for label, cells in table["rows"]:
-        texts = [
-            Text(_number(cell["mean"]), "bold" if cell["mean"] == best else "")
-            for cell, best in zip(cells, table["best"], strict=True)
-        ]
+        texts = []
+        for i, cell in enumerate(cells):
+            text, interval = _texts(cell)
+            # The interval of a score stands in the HTML report, that of an audit's figures in the notes below them.
+            told = text if table["best"] or table["notes"] or not interval else f"{text} ({interval})"
+            texts.append(Text(visible(told), "bold" if _is_best(table, i, cell) else ""))
         made.add_row(Text(visible(label)), *texts)
     return made

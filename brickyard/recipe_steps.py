@@ -157,6 +157,18 @@ VERBS: dict[str, Verb] = {
         "scores",
         arm=False,
     ),
+    "audit": Verb(
+        _of(needed=True),
+        {
+            "base": _NEEDED_MODEL,
+            "brick": _of(many=True, takes=("brick", "model")),
+            "data": _of(takes=("data",), default="embedded:stdlib-topics"),
+            "force": _of(bool, default=False),
+            "device": _RUNNING["device"],
+        },
+        "scores",
+        family="audit",
+    ),
     "compare": Verb(
         _of(many=True, needed=True),
         {

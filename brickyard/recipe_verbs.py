@@ -1,25 +1,21 @@
-"""What each verb of a recipe does: it checks a step against models and data, and runs it in a folder of its own.
+"""What each verb of a recipe does: it runs a step in a folder of its own.
 
 The work itself is that of the Python interface; a step hands over what it has resolved and keeps what a report needs.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brickyard import api
-from brickyard.core import base_files, readers, registry
-from brickyard.core.arm import Arm, Piece, parse
-from brickyard.core.base_files import ADAPTER, CONFIG
+from brickyard import api, recipe_audit
+from brickyard.core import readers
+from brickyard.core.arm import parse
 from brickyard.core.brick import MANIFEST
-from brickyard.core.build import resolve
 from brickyard.core.data import read_data
-from brickyard.core.errors import BadBrick, BrickyardError, UsageError
+from brickyard.core.errors import UsageError
 from brickyard.core.export import export
 from brickyard.core.files import read_json, write_json
 from brickyard.core.generate import Decoding
@@ -28,153 +24,14 @@ from brickyard.core.task import LOWER_IS_BETTER
 from brickyard.growing import grow
 from brickyard.merge._from_data import OfData
 from brickyard.merge_command import straight_lines
-from brickyard.merging import merge
-from brickyard.merging import resolve as resolve_merge
-from brickyard.recipe_contents import Hashes, digest_of, digest_of_rows
-from brickyard.recipe_steps import Recipe, Step
+from brickyard.merging import merge, resolve
+from brickyard.recipe_checks import tries
+from brickyard.recipe_contents import digest_of, digest_of_rows
+from brickyard.recipe_steps import Step
+from brickyard.recipe_work import Thing, Work
 
 MAIN = {"tune": "brick", "predict": "answers.parquet"}  # what a step leaves; elsewhere a folder of the step's name
 _SCORE = ("metric", "mean", "low", "high", "nats_per_token")
-
-
-@dataclass(frozen=True)
-class Thing:
-    """Something that steps read: its kind, where it lies (or how it is called), the digest of its contents.
-
-    `base` is what a brick was trained on; `label` is what a report calls it.
-    """
-
-    kind: str
-    spec: str
-    digest: str
-    label: str
-    base: str | None = None
-
-
-@dataclass
-class Work:
-    """What running steps share: the recipe, the folder, hashes, what lies outside, and what finished steps left."""
-
-    recipe: Recipe
-    folder: Path
-    hashes: Hashes
-    trust_remote_code: bool = False
-    outside: dict[tuple[str, str], Thing] = field(default_factory=dict)
-    left: dict[str, Thing] = field(default_factory=dict)
-
-    def thing(self, step: Step, name: str, value: str) -> Thing:
-        """Return what a value of an option that takes a model, a brick or data stands for."""
-        return self.left[value[1:]] if value.startswith("$") else self.outside[_role(step, name), value]
-
-    def things(self, step: Step, name: str) -> list[Thing]:
-        """Return all that an option names, none where it is not given."""
-        value = step.options.get(name)
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        return [self.thing(step, name, item) for item in items]
-
-    def spec(self, step: Step, name: str) -> str | None:
-        """Return where the one thing that an option names lies; None where it is not given."""
-        return next((thing.spec for thing in self.things(step, name)), None)
-
-
-def _role(step: Step, name: str) -> str:
-    takes = step.option(name).takes
-    return "data" if "data" in takes else "model" if takes == ("model",) else "brick"
-
-
-def check(work: Work) -> None:
-    """Open everything that a recipe names outside of itself, and check every arm; UsageError with the line."""
-    sources: dict[str, readers.Source] = {}
-    for step in work.recipe.steps.values():
-        for name, value in step.inputs():
-            if value.startswith("$"):
-                continue
-            try:
-                if (role := _role(step, name)) == "data":
-                    _look_at_rows(work, step, name, value, sources)
-                elif (role, value) not in work.outside:
-                    work.outside[role, value] = _outside(work, role, value)
-            except (BrickyardError, OSError) as error:
-                raise work.recipe.fault(step, name, error) from None
-        try:
-            _check_arm(step)
-        except BrickyardError as error:
-            raise work.recipe.fault(step, step.verb, error) from None
-
-
-def _outside(work: Work, role: str, value: str) -> Thing:
-    spec = work.recipe.outside(value)
-    path = Path(spec)
-    if role == "brick" and ((path / MANIFEST).is_file() or (path / ADAPTER).is_file()):
-        kind = "brick" if (path / MANIFEST).is_file() else "adapter"
-        base = read_json(path / MANIFEST)["base"]["spec"] if kind == "brick" else None
-        return Thing(kind, spec, work.hashes.digest(path), value, base)
-    folder = base_files.locate(spec, trust_remote_code=work.trust_remote_code)
-    if not (folder / CONFIG).is_file():
-        raise BadBrick(f"{value} holds neither {CONFIG}, {MANIFEST} nor {ADAPTER}; give a model or a brick.")
-    return Thing("model", spec, work.hashes.digest(folder), value)
-
-
-def _look_at_rows(work: Work, step: Step, name: str, value: str, sources: dict[str, readers.Source]) -> None:
-    """Read the rows of data from outside as the step will, so that what is wrong with them is known first."""
-    spec = work.recipe.outside(value)
-    if step.verb == "data":
-        place = Path(spec)
-        if place.exists():
-            work.outside["data", value] = Thing("data", spec, work.hashes.digest(place), value)
-            return
-    if value not in sources:
-        sources[value] = readers.read(spec)
-    source = sources[value]
-    digest = digest_of_rows(source.splits, source.names)
-    work.outside["data", value] = Thing("data", spec, digest, value)
-    if step.verb == "data" or name == "text":
-        return
-    trains = step.verb in ("tune", "grow", "shrink", "compare")
-    need = ("train",) if trains or name == "validate" else ("test",)
-    labelled, task = step.verb not in ("predict", "verify"), step.options.get("task")
-    if name == "validate" and "validation" in source.splits:
-        need = ("validation",)
-    if labelled and (task is not None or trains):
-        read_data(
-            source,
-            task=task,
-            metric=step.options.get("metric"),
-            need=need,
-            allow_overlap=True,  # how much may overlap is the verb's own judgement
-        )
-    elif need[0] not in source.splits:
-        read_data(source, need=need, labelled=False)
-
-
-def _check_arm(step: Step) -> None:
-    head = step.options[step.verb]
-    if step.verb == "tune":
-        resolve(parse(head))
-    elif step.verb == "compare":
-        for text in head:
-            resolve(parse(text))
-    elif step.verb == "merge":
-        for arm in tries(step):
-            found = resolve_merge(arm)
-            for part in (found.rule, *found.edits):
-                part.check(len(step.options["bricks"]))
-    elif step.verb in ("grow", "shrink", "data"):
-        found = parse(head)
-        if len(found.pieces) != 1 or (found.training and step.verb != "grow"):
-            raise UsageError(f"{head!r}: {step.verb} takes one method and its own options.")
-        registry.config(found.pieces[0].name, found.pieces[0].options)
-
-
-def tries(step: Step) -> list[str]:
-    """Return the arms of a merge: its own, or one for each point of the grid that it searches."""
-    arm, search = step.options["merge"], step.options.get("search")
-    if not search:
-        return [arm]
-    parsed = parse(arm)
-    first, *rest = parsed.pieces
-    points = itertools.product(*([(key, value) for value in values] for key, values in search.items()))
-    return [str(Arm((Piece(first.name, {**first.options, **dict(p)}), *rest), parsed.training)) for p in points]
 
 
 def settings(work: Work, step: Step) -> dict[str, Any]:
@@ -183,6 +40,8 @@ def settings(work: Work, step: Step) -> dict[str, Any]:
     for name, value in step.options.items():
         found = [[thing.kind, thing.digest] for thing in work.things(step, name)] if step.option(name).takes else value
         said[name] = found
+    if step.verb == "audit":
+        said["files"] = recipe_audit.files(work, step)
     return {"verb": step.verb, "options": said, "code": code_digest()}
 
 
@@ -285,7 +144,7 @@ def _merge(work: Work, step: Step, folder: Path, listen: Callable[[dict[str, Any
     arm = arms[0]
     if len(arms) > 1:
         # A merge of data reads the inputs' train rows for every candidate too; others need none before the last.
-        needed = data if isinstance(resolve_merge(arm).rule, OfData) else []
+        needed = data if isinstance(resolve(arm).rule, OfData) else []
         for i, arm in enumerate(arms):
             tried = folder / f"candidate_{i + 1}"
             if not (tried / "merge.json").is_file():
@@ -494,4 +353,5 @@ _PERFORM = {
     "export": _export,
     "verify": _verify,
     "compare": _compare,
+    "audit": recipe_audit.perform,
 }
