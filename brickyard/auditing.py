@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from brickyard.audit._wants import Wants
 from brickyard.core import brick as bricks
 from brickyard.core import readers, registry
 from brickyard.core.arm import parse
@@ -18,30 +18,6 @@ from brickyard.core.brick import Applied, load
 from brickyard.core.data import Data, read_data
 from brickyard.core.errors import BadData, UsageError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Wants:
-    """What a method cannot do without, as far as it can be known before a model is opened.
-
-    kinds: what `brick` may be ("brick", "model"); needed: whether it must be there; splits: those that the data must
-    have; files: the method's options that name a file; packages: what a value of an option needs installed, of the
-    extra `audit`, by (option, value).
-    """
-
-    kinds: tuple[str, ...] = ("brick", "model")
-    needed: bool = False
-    splits: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    packages: Mapping[tuple[str, str], str] = field(default_factory=dict)
-
-
-_WANTS = {
-    "backdoor": Wants(splits=("test",)),
-    "membership": Wants(kinds=("brick",), needed=True, splits=("train", "test")),
-    "secure-code": Wants(files=("scenarios",), packages={("judge", "bandit"): "bandit"}),
-    "similarity": Wants(needed=True),
-    "zero-shot": Wants(kinds=("brick",), files=("tasks",)),
-}
 _WORDS = {"brick": "a brick", "model": "a model", "adapter": "a PEFT adapter"}
 
 
@@ -67,10 +43,9 @@ def audit(
         changed = load(brick).apply(opened, force=force)
     elif brick is not None:
         changed = open_base(str(brick), trust_remote_code=trust_remote_code)
-    method_file = registry.load(name)
-    rows = _audited(data, method_file, changed)
+    rows = _audited(data, name, changed)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return method_file.measure(opened, changed, config, rows, device=place)
+    return registry.load(name).measure(opened, changed, config, rows, device=place)
 
 
 def chosen(method: str) -> tuple[str, Any]:
@@ -85,7 +60,7 @@ def chosen(method: str) -> tuple[str, Any]:
 
 def wants(name: str) -> Wants:
     """Return what the method of that name cannot do without."""
-    return _WANTS.get(name, Wants())
+    return getattr(registry.load(name), "WANTS", Wants())
 
 
 def check_beside(name: str, kinds: Iterable[str]) -> None:
@@ -112,28 +87,26 @@ def check_installed(method: str) -> None:
 
 def check_rows(name: str, source: readers.Source) -> None:
     """Raise BadData where the method cannot read the rows of `source`, as far as no model decides that."""
-    method_file = registry.load(name)
-    if getattr(method_file, "TASK_OF_BRICK", False):
+    if wants(name).as_trained:
         missing = [split for split in wants(name).splits if split not in source.splits]
         if missing:
             raise BadData(f"{name} reads the rows of {' and '.join(missing)}; {source.name} has none.")
     else:
-        _audited(source, method_file, None)
+        _audited(source, name, None)
 
 
-def _audited(data: Any, method_file: Any, changed: Base | Applied | None) -> Data:
+def _audited(data: Any, name: str, changed: Base | Applied | None) -> Data:
     """Read the rows of an audit, with labels where the method wants them, and as the brick's task reads them."""
-    labelled = getattr(method_file, "LABELLED", False)
+    wanted = wants(name)
     source = data if isinstance(data, readers.Source) else readers.read(data)
-    if not labelled or not getattr(method_file, "TASK_OF_BRICK", False):
+    if not wanted.as_trained:
         columns = sorted({name for names in source.found.values() for name in names})
-        if labelled and "label" not in columns:
-            name = method_file.RECORD.name
+        if wanted.labelled and "label" not in columns:
             raise BadData(
                 f"{source.name} has no labels, and {name} compares rows by theirs; found the columns "
                 f"{', '.join(columns)}. Give rows that have a column label too."
             )
-        return read_data(source, need=(), labelled=labelled)
+        return read_data(source, need=(), labelled=wanted.labelled)
     known = changed.brick.task if isinstance(changed, Applied) and changed.brick is not None else None
     # Where there is a train split, validation is cut from it as it was for training: by that a brick's rows are known.
     need = ("train",) if "train" in source.splits else ()

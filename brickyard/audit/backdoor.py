@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
+from brickyard.audit._wants import Wants
 from brickyard.core.answers import answer
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
@@ -50,7 +51,7 @@ RECORD = Record(
     because="an attack's target is a class",
     part_of="dam",
 )
-LABELLED = TASK_OF_BRICK = True  # it needs the rows as the model reads them, labels too
+WANTS = Wants(labelled=True, as_trained=True, splits=("test",))
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
 

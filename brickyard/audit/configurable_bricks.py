@@ -39,6 +39,7 @@ from torch import Tensor
 from brickyard.audit import _neurons as neurons
 from brickyard.audit._localised import Found, judged
 from brickyard.audit._prompts import halves
+from brickyard.audit._wants import Wants
 from brickyard.core.base import Base
 from brickyard.core.brick import Applied
 from brickyard.core.errors import NotFinite, Refused, UsageError
@@ -71,7 +72,7 @@ RECORD = Record(
         ),
     ),
 )
-LABELLED = True  # the capability of each prompt
+WANTS = Wants(labelled=True)  # the capability of each prompt
 _NAME = "configurable-bricks"
 _CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # of a token's neurons, for the sparsity curve

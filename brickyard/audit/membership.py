@@ -33,6 +33,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom, rankdata
 
+from brickyard.audit._wants import Wants
 from brickyard.core.answers import answer
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
@@ -72,7 +73,7 @@ RECORD = Record(
         ),
     ),
 )
-LABELLED = TASK_OF_BRICK = True  # it needs the rows as the brick was trained on them, labels too
+WANTS = Wants(kinds=("brick",), needed=True, labelled=True, as_trained=True, splits=("train", "test"))
 _SHARES = (0.05, 0.1, 0.25, 0.5)  # of a balanced set's members that are called so
 _Z = 1.959963984540054
 _LARGEST = 30.0  # epsilon

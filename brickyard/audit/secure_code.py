@@ -28,6 +28,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from brickyard.audit import _judges
+from brickyard.audit._wants import Wants
 from brickyard.core.answers import answer
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
@@ -80,6 +81,7 @@ RECORD = Record(
         ),
     ),
 )
+WANTS = Wants(files=("scenarios",), packages={("judge", "bandit"): "bandit"})
 _CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")
 _RESAMPLES = 10_000
 _ROWS = 64  # of ordinary text

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from brickyard.audit._wants import Wants
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
 from brickyard.core.errors import Refused, UsageError
@@ -58,6 +59,7 @@ RECORD = Record(
         ),
     ),
 )
+WANTS = Wants(needed=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from brickyard.audit._wants import Wants
 from brickyard.core.answers import predict
 from brickyard.core.batches import encode
 from brickyard.core.brick import Applied
@@ -51,7 +52,7 @@ RECORD = Record(
     needs=("text-classification", "pair-classification"),
     part_of="meta-tuning",
 )
-LABELLED = True  # the audit reads the labels of its data
+WANTS = Wants(kinds=("brick",), labelled=True, files=("tasks",))
 ANSWER = "\nanswer:"
 _PLAIN = Task("regression", "spearman", None, 1, "text")
 _PAIR = Task("regression", "spearman", None, 1, "pair")
