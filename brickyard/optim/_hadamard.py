@@ -43,7 +43,9 @@ _BASES = {
     156: (3, 13, 1),
     172: (1, 43, 6),
 }
-_WIDEST = 6  # bits of a power-of-two factor: 64 x 64
+_WIDEST = 6  # bits of a power-of-two factor, 64 x 64, where each factor reads and writes memory
+_WIDEST_CACHED = 5  # where it does not, more and smaller factors mean less arithmetic
+_CACHED = 1 << 20  # bytes of rows that go through all factors together, so that what lies between stays in the cache
 # Golay pairs by length g: their autocorrelations add up to zero everywhere but at shift 0.
 _GOLAY: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {0: ((), ()), 1: ((1,), (1,)), 2: ((1, 1), (1, -1))}
 
@@ -140,24 +142,26 @@ def _sylvester(bits: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Tensor, ...], float]:
-    """Return the factors of H, the first one scaled by a power of two, and what is left of the scale.
+def _factors(size: int, dtype: torch.dtype, device: torch.device, widest: int) -> tuple[tuple[Tensor, ...], float]:
+    """Return the factors of H, the first one scaled, and what is left of the scale.
 
-    In half precision 1 / sqrt(k) would be rounded, the same way for every entry; a power of two is exact.
+    In half precision 1 / sqrt(k) would be rounded, the same way for every entry: there the first factor is scaled by a
+    power of two, which is exact. In more precision it takes the whole scale.
     """
     found = base_of(size)
     if found is None:
         below, above = nearest(size)
         raise Refused(f"there is no Hadamard matrix of size {size} here; the nearest are {below} and {above}.")
     bits, base = found
-    count = -(-bits // _WIDEST)
-    parts = [_sylvester(bits // count + (i < bits % count)) for i in range(count)]
+    count = -(-bits // widest)
+    parts = [_sylvester((bits + i) // count) for i in range(count)]  # the widest last, where memory is contiguous
     if base > 1 or not parts:  # last: along contiguous memory its product is one large one
         parts.append(base_matrix(base) if base > 1 else np.ones((1, 1)))
-    exact = 2.0 ** -math.floor(math.log2(size) / 2)
+    whole = dtype in (torch.float32, torch.float64)
+    scale = size**-0.5 if whole else 2.0 ** -math.floor(math.log2(size) / 2)
     tensors = [torch.as_tensor(part, dtype=dtype, device=device) for part in parts]
-    tensors[0] = tensors[0] * exact
-    return tuple(tensors), size**-0.5 / exact
+    tensors[0] = tensors[0] * scale
+    return tuple(tensors), 1.0 if whole else size**-0.5 / scale
 
 
 def transform(x: Tensor, dim: int = -1, *, transpose: bool = False) -> Tensor:
@@ -169,19 +173,40 @@ def transform(x: Tensor, dim: int = -1, *, transpose: bool = False) -> Tensor:
         Refused: no Hadamard matrix of that size; the nearest sizes are named.
     """
     dim = dim % x.ndim
-    factors, left = _factors(x.shape[dim], x.dtype, x.device)
-    before, rest = math.prod(x.shape[:dim]), math.prod(x.shape[dim:])
-    y = x
-    for factor in factors:
-        rest //= len(factor)
-        matrix = factor.t() if transpose else factor
-        if rest == 1:
-            y = y.reshape(before, len(factor)) @ matrix.t()
-        else:
-            y = torch.bmm(matrix.expand(before, -1, -1), y.reshape(before, len(factor), rest))
-        before *= len(factor)
-    y = y.reshape(x.shape)
+    tracked = x.requires_grad and torch.is_grad_enabled()
+    cached = dim == x.ndim - 1 and x.device.type == "cpu" and not tracked
+    factors, left = _factors(x.shape[dim], x.dtype, x.device, _WIDEST_CACHED if cached else _WIDEST)
+    factors = tuple(factor.t() for factor in factors) if transpose else factors
+    if cached:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        step = max(1, _CACHED // (rows.shape[-1] * rows.element_size()))
+        for i in range(0, len(rows), step):
+            _product(rows[i : i + step], factors, out=y[i : i + step])
+        y = y.view(x.shape)
+        return y if left == 1 else y.mul_(left)
+    y = _product(x.reshape(math.prod(x.shape[:dim]), -1), factors).reshape(x.shape)
     return y if left == 1 else y * left
+
+
+def _product(x_RN: Tensor, factors: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    """Multiply every row, seen as an array with a dimension for each factor and one for what is left, by the factors.
+
+    `out` [R, N] takes what the last one gives.
+    """
+    y, before, rest = x_RN, *x_RN.shape
+    for i, factor in enumerate(factors):
+        size = len(factor)
+        rest //= size
+        shape = (before, size, rest) if rest > 1 else (before, size)
+        place = out.view(shape) if out is not None and i == len(factors) - 1 else None
+        y = y.reshape(shape)
+        if rest > 1:
+            y = torch.bmm(factor.expand(before, -1, -1), y, out=place)
+        else:
+            y = torch.mm(y, factor.t(), out=place)
+        before *= size
+    return y
 
 
 def matrix(size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
