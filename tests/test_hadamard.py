@@ -11,7 +11,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from brickyard.core.errors import Refused
-from brickyard.optim._hadamard import base_of, matrix, nearest, next_size, transform, williamson
+from brickyard.optim._hadamard import _CACHED, base_of, matrix, nearest, next_size, transform, williamson
 
 BASES = (12, 20, 28, 36, 40, 44, 52, 60, 100, 108, 140, 156, 172)
 
@@ -40,6 +40,23 @@ def test_a_transform_is_the_product_with_the_matrix_along_its_dimension(k: int, 
     torch.testing.assert_close(transform(x, 1, transpose=back), expected)
     torch.testing.assert_close(transform(transform(x, 1), 1, transpose=True), x)
     torch.testing.assert_close(transform(x.transpose(1, 2), -1, transpose=back), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("size", [2, 40, 128, 1024, 2048, 4096])
+@pytest.mark.parametrize("back", [False, True])
+def test_rows_in_several_pieces_are_the_product_with_the_matrix(size: int, back: bool) -> None:
+    rows = 2 * _CACHED // (8 * size) + 3  # two pieces and a rest
+    x, h = gaussian(rows, size).double(), matrix(size, dtype=torch.float64)
+    expected = x @ (h if back else h.t())
+    torch.testing.assert_close(transform(x, transpose=back), expected)
+    columns = x.t().contiguous().t()  # rows that do not lie behind one another
+    torch.testing.assert_close(transform(columns, transpose=back), expected)
+    tracked = x[:5].clone().requires_grad_()
+    made = transform(tracked, transpose=back)
+    torch.testing.assert_close(made.detach(), expected[:5])
+    (gradient,) = torch.autograd.grad(made.sum(), tracked)
+    torch.testing.assert_close(gradient, torch.ones(5, size, dtype=torch.float64) @ (h.t() if back else h))
+    assert transform(x[:0]).shape == (0, size)
 
 
 def test_half_precision_keeps_the_length_of_a_vector() -> None:
