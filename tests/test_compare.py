@@ -286,8 +286,8 @@ def test_minutes_become_steps_or_a_refusal() -> None:
     assert long[0] == {"a": 1.0} and 0.05 <= short[0]["a"] < 0.6
     more = planning.shorten(Request(minutes=4 * full / 60, trials=3), {"a": probe}, 1)
     assert more[1] == 3 and planning.shorten(Request(minutes=full / 60 + 1, trials=3), {"a": probe}, 1)[1] == 1
-    with pytest.raises(UsageError, match="too short"):
-        planning.shorten(Request(minutes=0.1), {"a": probe}, 1)
+    with pytest.raises(UsageError, match=r"too short: .* minutes here, \d\.\d of them for slow\."):
+        planning.shorten(Request(minutes=0.1), {"a": probe, "slow": probe | {"mean_step_ms": 4000}}, 1)
 
 
 def test_a_slow_arm_does_not_shorten_the_fast_ones() -> None:

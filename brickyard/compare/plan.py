@@ -282,12 +282,15 @@ def shorten(
         return states + predict_seconds(probes, shares, workers, request.seeds, trials, request.search)
 
     trials = max((k for k in range(1, request.trials + 1) if total(full, k) <= limit), default=1)
-    least = total(dict.fromkeys(probes, SHORTEST), trials)
+    shortest = dict.fromkeys(probes, SHORTEST)
+    least = total(shortest, trials)
     if least > limit:
+        taken = parts(request, probes, shortest, trials, workers)
+        slowest = max(taken, key=taken.__getitem__)
         raise UsageError(
             f"--minutes {request.minutes:g} is too short: a twentieth of the training with one setting and "
-            f"{request.seeds} seeds takes about {least / 60:.1f} minutes here. "
-            "Give more minutes, fewer methods or fewer seeds."
+            f"{request.seeds} seeds takes about {least / 60:.1f} minutes here, {taken[slowest] / 60:.1f} of them for "
+            f"{slowest}. Give more minutes, fewer methods or fewer seeds."
         )
     fixed = {name: trial_seconds(probe, 0.0, workers) for name, probe in probes.items()}
     slope = {name: trial_seconds(probe, 1.0, workers) - fixed[name] for name, probe in probes.items()}
