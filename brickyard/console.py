@@ -101,9 +101,10 @@ class Live:
         if row["status"] != "done":
             self._say(f"  [red]{name} seed {seed} {row['status']}:[/] {escape(row['reason'])}")
         elif row["role"] == "search":
-            self._say(
-                f"  [dim]{escape(row['arm'])}: validation {row['value']['validation']:.3f} ({row['seconds']:.0f} s)[/]"
-            )
+            arm = escape(row["arm"])
+            # An arm of a check has a name of its own: "control" may be the very method with shuffled labels.
+            told = arm if arm.split(":")[0].split()[0] == name.split(":")[0].split()[0] else f"{name}, {arm}"
+            self._say(f"  [dim]{told}: validation {row['value']['validation']:.3f} ({row['seconds']:.0f} s)[/]")
         else:
             score = row["value"]["score"]
             self._say(f"  {name} seed {seed}: {score['metric']} {score['mean']:.3f} ({row['seconds']:.0f} s)")

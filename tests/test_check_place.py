@@ -108,3 +108,16 @@ def test_an_argument_that_cannot_be_told_apart_is_an_error(tmp_path: Path) -> No
     odd = Job(key="odd", function="test_check_place:counted", argument={"x": object()})
     with pytest.raises(TypeError, match="holds object"):
         finished([odd], 1, tmp_path)
+
+
+def test_the_search_of_a_control_is_told_from_that_of_its_method() -> None:
+    out = io.StringIO()
+    with Live(Console(file=out, width=100)) as live:
+        live.plan = {"predicted_seconds": {}, "seeds": 1, "workers": 1}
+        live({"event": "start", "jobs": 3, "finished": 0})
+        for name, arm in (("ia3", "ia3:lr=0.1"), ("control", "ia3:lr=0.1"), ("lora + dp", "lora:lr=0.1 + dp")):
+            row = {"name": name, "arm": arm, "seed": 0, "status": "done", "role": "search", "seconds": 1.0}
+            live({"event": "trial", "row": {**row, "value": {"validation": 0.5}}})
+    said = [line.strip() for line in out.getvalue().splitlines() if "validation" in line]
+    told = [line.partition(": validation")[0] for line in said]
+    assert told == ["ia3:lr=0.1", "control, ia3:lr=0.1", "lora:lr=0.1 + dp"]
