@@ -165,7 +165,8 @@ def test_a_users_whole_way(text_base: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(merged) == 0
     assert json.loads(capsys.readouterr().out)["score"]["mean"] == pytest.approx(found["score"]["mean"])
     assert main(["bricks", str(text_base), "--in", str(tmp_path), "--json"]) == 0
-    assert [row["arm"] for row in json.loads(capsys.readouterr().out)] == ["lora:lr=0.01,r=4,target=all-linear"]
+    rows = {Path(row["folder"]).name: row["arm"] for row in json.loads(capsys.readouterr().out)}
+    assert rows == {"brick": "lora:lr=0.01,r=4,target=all-linear", "peft": "LORA r=4"}
 
 
 def test_training_that_changes_nothing_ends_with_3_and_saves_nothing(
