@@ -28,7 +28,7 @@ from brickyard.core.adapted import (
 )
 from brickyard.core.base import Base
 from brickyard.core.brick import KEPT_ASIDE, MANIFEST
-from brickyard.core.errors import BadBrick, Refused, UnsafeFile
+from brickyard.core.errors import BrickyardError, Refused, UnsafeFile
 from brickyard.core.files import sha256
 from brickyard.core.measure import folder_bytes
 from brickyard.core.retention import inner
@@ -116,9 +116,9 @@ def installed(folder: str | Path, base: Base) -> list[PlainAdapter]:
                 continue
             auto = model_class(base, stored)
             empty = outline(auto, base.config, head_width(auto, base, stored))
-        except (BadBrick, UnsafeFile, Refused):
+            adapted = None if empty is None else _adapted(empty, stored, frozenset())
+        except BrickyardError:
             continue
-        adapted = None if empty is None else _adapted(empty, stored, frozenset())
         if adapted is not None:
             layers = sorted(name.removeprefix(PREFIX) for name in adapted.layers())
             out.append(PlainAdapter(place, base, stored, tuple(layers)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_a_damaged_adapter_is_none(folder: Path, causal_base: Path, tmp_path: Pa
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "cut" / name).write_bytes((folder / "lora" / name).read_bytes()[:-8])
     assert not api.bricks_in(tmp_path, str(causal_base))
+
+
+def test_one_unsafe_adapter_does_not_hide_the_others(folder: Path, causal_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "lora", tmp_path / "good")
+    shutil.copytree(folder / "lora", tmp_path / "a-bad")
+    config = tmp_path / "a-bad" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"megatron_config": {"x": 1}}))
+    assert set(named(api.bricks_in(tmp_path, str(causal_base)))) == {"good"}
 
 
 def test_an_exported_adapter_scores_as_its_brick(causal_base: Path, tmp_path: Path) -> None:
