@@ -150,9 +150,10 @@ def test_docstrings_are_found_in_every_definition() -> None:
                             """Deep inside a finally there is still a docstring."""
         x = "not a docstring, although it has a great many words"
     ''')
-    assert list(stdlib_topics._docstrings(source.encode())) == [
+    assert list(stdlib_topics.docstrings(source.encode())) == [
         "The module's own docstring has more than eight words.",
         "Class a holds one thing that nobody ever needs.",
+        "Short.",
         "Deep inside a finally there is still a docstring.",
     ]
 

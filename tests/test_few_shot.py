@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import documents, text_data
 
 import brickyard
@@ -46,6 +47,23 @@ def test_arms_of_one_seed_see_the_same_examples_and_seeds_others(text_base: Path
     assert found["lora", 1] == found["linear-probe", 1] != found["lora", 2] == found["linear-probe", 2]
     whole = prepare(asked(text_base, shots=0))
     assert len(whole.encoded["test"]) == len(prepare(asked(text_base)).encoded["test"])
+
+
+def test_only_rows_that_train_are_encoded_and_counted(text_base: Path) -> None:
+    data = text_data(40, 20)
+    data["train"]["text"][0] *= 60  # longer than any row may be
+    by_rows = {n: prepare(asked(text_base, data=data, shots=0, train_rows=n, max_length=32)) for n in (0, 12)}
+    assert by_rows[0].encoded["train"].report["truncated"] == 1
+    for n, ready in by_rows.items():
+        rows, index = ready.encoded["train"], ready.train_index
+        assert len(rows) == rows.report["rows"] == len(index) == (n or len(data["train"]["text"]))
+        whole = by_rows[0].encoded["train"]
+        assert all(
+            torch.equal(rows.collate([i])["input_ids"], whole.collate([p])["input_ids"]) for i, p in enumerate(index)
+        )
+    assert by_rows[12].encoded["train"].report["truncated"] == (0 in by_rows[12].train_index)
+    few = prepare(asked(text_base, data=data, shots=2, max_length=32))
+    assert few.encoded["train"].report["rows"] == len(few.train_index) < len(data["train"]["text"])
 
 
 def test_a_comparison_draws_anew_for_every_seed(text_base: Path, tmp_path: Path) -> None:

@@ -185,15 +185,20 @@ def test_what_does_not_fit_is_refused(image_base: Path, text_base: Path) -> None
     assert open_base(str(text_base)).input == "text"
 
 
-@pytest.mark.parametrize("name", ["generated:textures", "a folder"])
-def test_the_check_measures_every_part_on_textures_or_on_images_at_hand(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_check_measures_every_part_on_the_first_rows_of_images_or_of_textures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_place, "Local", Here)
-    if name != check.TEXTURES:
-        sizes = {"train": 60, "validation": 30, "test": 60}
-        drawn = {split: check.textured(count, seed) for seed, (split, count) in enumerate(sizes.items())}
-        name = str(write_data(tmp_path / "images", drawn))
+    sizes = {"train": 60, "validation": 30, "test": 60}
+    drawn = {split: check.textured(count, seed) for seed, (split, count) in enumerate(sizes.items())}
+    name = str(write_data(tmp_path / "images", drawn))
+    for source in (name, check.TEXTURES):
+        rows = check.images_of(source, 40, 50)
+        assert [(len(rows[split]["image"]), len(rows[split]["label"])) for split in ("train", "test")] == [
+            (40, 40),
+            (50, 50),
+        ]
+        assert len(set(rows["train"]["label"])) > 1
     claim = replace(hst.RECORD.claims[0], data=name, seeds=2)
     found = check.beside_the_pyramid(claim, rows=40, test_rows=50, epochs=1)
     assert set(found) == {"ladder", "norms", "lora"}

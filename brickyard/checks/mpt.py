@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ from brickyard.core.trial import Prepared, Setting, prepare
 from brickyard.tune import mpt
 from brickyard.tune.mpt import Config, Prompted, PseudoLabels
 
-# One word of a usual English vocabulary for each topic of embedded:stdlib-topics, in the order of their names.
-WORDS = ("network", "development", "file", "graphics", "internet", "language", "text")
+# One word of a usual English vocabulary for each class, in the order of their names; a set without has its classes'.
+WORDS = {
+    "embedded:stdlib-topics": ("network", "development", "file", "graphics", "internet", "language", "text"),
+    "trec": ("description", "entity", "abbreviation", "person", "location", "number"),
+}
 LR = 1e-4  # of every classifier here
 LABELLED = -1  # in place of the guess at a row whose label a seed was given
 
@@ -34,8 +38,8 @@ LABELLED = -1  # in place of the guess at a row whose label a seed was given
 def few_labels(
     claim: Claim,
     *,
-    pool: int = 600,
-    epochs: float = 2,
+    pool: int = 1200,
+    epochs: float = 4,
     few_epochs: float = 8,
     head_steps: int = 100,
     options: str = "",
@@ -47,7 +51,7 @@ def few_labels(
     pool's true labels as ceiling. Control: the pseudo-labels dealt out anew. Gate: the ceiling gains 3 points.
     """
     data = _first_rows(claim.data, pool)
-    words = WORDS if claim.data == "embedded:stdlib-topics" else ()
+    words = WORDS.get(Path(claim.data).name, ()) if isinstance(claim.data, str) else ()
     given = f"words=[{','.join(words)}]," if words else ""
     arm = f"full + mpt:{given}head_steps={head_steps}{',' + options if options else ''}"
     found: dict[str, list[np.ndarray]] = {}

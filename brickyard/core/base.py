@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from brickyard import embedded
 from brickyard.core import base_files
 from brickyard.core.base_config import (
     architecture,
@@ -85,6 +86,14 @@ class Base:
     def masked(self) -> bool:
         """Whether the checkpoint is a masked language model with its output layer."""
         return next(iter(self.config.architectures or []), "").endswith("ForMaskedLM")
+
+    @cached_property
+    def lent_head(self) -> Path | None:
+        """The masked-language head that Brickyard has for this base, which came without one; None where it has none.
+
+        A file of tensors by their names in the masked language model; those of top blocks replace the base's there.
+        """
+        return None if self.masked else embedded.masked_head(self.fingerprint)
 
     @cached_property
     def own_task(self) -> Task:
@@ -254,15 +263,19 @@ class Base:
                 "with its output layer."
             )
 
-    def masked_model(self, attention: str = "sdpa", *, new_head: int | None = None) -> nn.Module:
+    def masked_model(self, attention: str = "sdpa", *, new_head: int | None = None, lent: bool = False) -> nn.Module:
         """Return the base as a masked language model with its own output layer; BadBase where it has none.
 
-        With `new_head`, a seed, what the checkpoint lacks of that layer is drawn from it.
+        With `new_head`, a seed, what the checkpoint lacks of that layer is drawn from it. `lent`: a base without one
+        gets `lent_head`, and the top blocks that belong to it, where Brickyard has one for it.
         """
         if type(self.config) not in MODEL_FOR_MASKED_LM_MAPPING:
             raise Refused(f"transformers has no masked language model for {self.config.model_type}; give an encoder.")
         known, fresh = copy.deepcopy(self.config), new_head is not None
-        return self._load(AutoModelForMaskedLM, known, new_head or 0, attention, stored_head=True, new_head=fresh)
+        over = read_tensors(self.lent_head) if lent and self.lent_head else {}
+        return self._load(
+            AutoModelForMaskedLM, known, new_head or 0, attention, stored_head=True, new_head=fresh, over=over
+        )
 
     def backbone(self, attention: str = "sdpa") -> nn.Module:
         """Return the base without any head, in float32 and evaluation mode."""
@@ -309,6 +322,7 @@ class Base:
         attention: str,
         stored_head: bool = False,
         new_head: bool = False,
+        over: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
         if "/" in attention or ":" in attention:
             raise UsageError(
@@ -321,7 +335,7 @@ class Base:
             skeleton = self._skeleton(auto, config)
             if attention == "sdpa" and not getattr(skeleton, "_supports_sdpa", False):
                 attention = "eager"
-            state = self._stored()
+            state = self._stored() | dict(over or {})
             for name in _output_layer(skeleton):
                 if not stored_head:
                     state.pop(name, None)

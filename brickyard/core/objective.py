@@ -5,7 +5,8 @@ Its file defines `loss(config, hidden, head, batch, reference)`, and where it wo
 few, `loss_of_logits(config, logits, batch)`. Both return a scalar, or the scalar and what to log beside it. A file may
 also define `prepare(config, ready: trial.Prepared) -> Columns`: tensors for each row of train, made once before
 training, which the loss finds in the batch under `PREPARED`. Where that cannot be made of a few rows, or does not cost
-by the row, `stand_in` of the same form gives a probe columns that hold anything, and `costliest` says the steps.
+by the row, `stand_in` of the same form gives a probe columns that hold anything, and
+`costliest(config, ready)` says the steps.
 
 An objective whose Config has an option `unlabelled` also gets rows without labels, behind the labelled ones (see
 `chosen.with_unlabelled`): their label is -100 everywhere.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,45 @@ def assert_shots(
     if train_rows:
         raise UsageError("--shots and --train-rows both say how many rows train; give one.")
     support(labels, names, shots, 0)
+
+
+def places(
+    rows: int,
+    labels: Sequence[int] | None,
+    names: Sequence[str] | None,
+    *,
+    train_rows: int,
+    shots: int,
+    seed: int,
+) -> np.ndarray:
+    """Return which of train's rows train, rising: `train_rows` at random, the same for all seeds, or `shots` a class.
+
+    0: all of them. Raises as `assert_shots`.
+    """
+    if shots:
+        assert_shots(labels, names, shots, train_rows)
+        return support(labels or (), names or (), shots, seed)
+    if not 0 < train_rows < rows:
+        return np.arange(rows)
+    return np.sort(np.random.Generator(np.random.PCG64(0)).permutation(rows)[:train_rows])
+
+
+def drawn(
+    splits: Mapping[str, Split], names: Sequence[str] | None, *, train_rows: int, shots: int, seed: int
+) -> tuple[dict[str, Split], np.ndarray]:
+    """Return the splits with the rows of train that train, and their places; see `places`.
+
+    With `shots` validation keeps at most so many rows of each class too: who has few labels has few for choosing.
+    """
+    kept, index = dict(splits), np.empty(0, dtype=np.int64)
+    if "train" in kept:
+        train = kept["train"]
+        index = places(len(train), train.columns.get("label"), names, train_rows=train_rows, shots=shots, seed=seed)
+        kept["train"] = train if len(index) == len(train) else train.take(index)
+    if shots and "validation" in kept:
+        few = support(kept["validation"]["label"], names or (), shots, seed, all_of_few=True)
+        kept["validation"] = kept["validation"].take(few)
+    return kept, index
 
 
 def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[int] | None) -> dict[str, Any]:

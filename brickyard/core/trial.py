@@ -45,7 +45,7 @@ from brickyard.core.objective import check_head, model_inputs
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.retention import watched
 from brickyard.core.spent import announced
-from brickyard.core.split import assert_shots, support
+from brickyard.core.split import drawn, places
 from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
 
@@ -116,36 +116,20 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
     training = training_of(plan, given, Training())
     base = open_base(setting.base, trust_remote_code=setting.trust_remote_code)
     options = {"max_length": setting.max_length, "template": plan.template}
-    encoded = {name: encode(data.splits[name], base, task, **options) for name in splits}
-    index = np.arange(len(encoded["train"]) if "train" in encoded else 0)
-    if setting.train_rows and setting.train_rows < len(index):
-        index = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(index))[: setting.train_rows])
-        encoded["train"] = encoded["train"].take(index)
-    if setting.shots:
-        index = _few_shot(setting, task, encoded)
-    if task.kind == "causal-lm" and "train" in encoded:
+    rows, index = {name: data.splits[name] for name in splits}, np.empty(0, dtype=np.int64)
+    asked = {"train_rows": setting.train_rows, "shots": setting.shots}
+    packed = task.kind == "causal-lm"  # documents become blocks, of which training takes some
+    if not packed:  # nobody reads the others, so that only these are tokenised, decoded and counted
+        rows, index = drawn(rows, task.labels, seed=setting.seed, **asked)
+    encoded = {name: encode(split, base, task, **options) for name, split in rows.items()}
+    if packed and "train" in encoded:
+        index = places(len(encoded["train"]), None, None, seed=setting.seed, **asked)
+        if len(index) < len(encoded["train"]):
+            encoded["train"] = encoded["train"].take(index)
         training = training_of(plan, given, for_blocks(int(encoded["train"].lengths.max())))
     if setting.shuffle_labels:
         encoded["train"].shuffle(setting.seed)
     return with_unlabelled(Prepared(setting, base, data, task, plan, training, encoded, index), **options)
-
-
-def _few_shot(setting: Setting, task: Task, encoded: dict[str, Encoded]) -> np.ndarray:
-    """Leave `shots` rows of each class in train, and at most so many in validation; another draw for every seed.
-
-    Returns the places of train's rows.
-    """
-    if "train" in encoded:
-        labels = None if task.labels is None else encoded["train"].labels.numpy()
-        assert_shots(labels, task.labels, setting.shots, setting.train_rows)
-    index = np.empty(0, dtype=np.int64)
-    for name in ("train", "validation"):
-        if name in encoded:
-            labels, few = encoded[name].labels.numpy(), name != "train"
-            rows = support(labels, task.labels or (), setting.shots, setting.seed, all_of_few=few)
-            encoded[name] = encoded[name].take(rows)
-            index = rows if name == "train" else index
-    return index
 
 
 def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:
@@ -404,7 +388,7 @@ def probe(argument: dict[str, Any]) -> dict[str, Any]:
     setting = Setting(**argument["setting"])
     ordered = resolve(parse(setting.arm)).data is not None
     ready = prepare(setting, ("train", "validation") if ordered else ("train",))
-    dear, choosing_steps = chosen_by(ready, "costliest")
+    dear, choosing_steps = chosen_by(ready, "costliest", ready)
     ready = with_options(ready, dear)
     curriculum = curriculum_of(ready, ready.encoded)
     attached = build(ready.plan, ready.base, ready.task, seed=setting.seed, attention=setting.attention)

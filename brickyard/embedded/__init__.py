@@ -22,6 +22,9 @@ _BASES = {
     "tiny-vit": "tiny_vit",
 }
 
+# Masked-language heads of bases that come without one, by the fingerprint of the base.
+_MASKED_HEADS = {"4ac757222e9cd80a6efd94de2f1f326cdcb76d190dcabcde6db90dd4ebc5c4ee": "minilm_masked_head"}
+
 DATA = tuple(
     sorted(file.stem.replace("_", "-") for file in _HERE.glob("*.py") if "\ndef splits(" in file.read_text("utf-8"))
 )
@@ -46,6 +49,16 @@ def questions(name: str) -> Path:
     if name not in QUESTIONS:
         raise UnknownName.among("embedded task file", name, QUESTIONS)
     return _HERE / "questions" / f"{name.replace('-', '_')}.yaml"
+
+
+def masked_head(fingerprint: str) -> Path | None:
+    """Return the file with the masked-language head that was trained for a base, None where there is none.
+
+    Its tensors are named as in the base's masked language model, of which it holds all that the base does not, and the
+    top blocks trained with them.
+    """
+    folder = _MASKED_HEADS.get(fingerprint)
+    return _HERE / folder / "model.safetensors" if folder else None
 
 
 def base_folder(name: str) -> Path:

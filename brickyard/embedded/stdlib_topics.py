@@ -148,19 +148,19 @@ def _files(library: Path) -> Iterator[tuple[Path, str]]:
 def _documented(library: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (file, topic, text) for every docstring, in the order of files and lines."""
     for path, topic in _files(library):
-        for text in _docstrings(path.read_bytes()):
-            yield path.relative_to(library).as_posix(), topic, text
+        for docstring in docstrings(path.read_bytes()):
+            if text := opening(docstring):
+                yield path.relative_to(library).as_posix(), topic, text
 
 
-def _docstrings(source: bytes) -> Iterator[str]:
-    """Yield the opening of each docstring of a module, its classes and its functions."""
+def docstrings(source: bytes) -> Iterator[str]:
+    """Yield the docstrings of a module, its classes and its functions."""
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = opening(ast.get_docstring(node) or "")
-            if text:
-                yield text
+        defines = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if defines and (text := ast.get_docstring(node)):
+            yield text
         # Only statements can hold definitions; expressions, most of the tree, need no visit.
         pending.extend(child for child in reversed(list(ast.iter_child_nodes(node))) if _may_hold(child))
 

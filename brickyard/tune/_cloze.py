@@ -155,6 +155,43 @@ class PromptModel(nn.Module):
         return {} if self.vectors is None else {_VECTORS: self.vectors}
 
 
+@dataclass(frozen=True)
+class WarmStart:
+    """Where a cloze head may begin: rows [V, d] and bias [V] of the vocabulary, and the layer and norm before them."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    transform: tuple[nn.Linear, nn.LayerNorm] | None = None
+
+
+def warm_start(base: Base) -> WarmStart:
+    """Return the base's own masked-language head, its word embeddings alone where it has none.
+
+    The layer and norm before the vocabulary are of use only to a head that computes as theirs does: one of each, of the
+    base's width, with GELU between. Raises Refused where the vocabulary's rows have another width than the states.
+    """
+    if base.masked:
+        model: Any = base.masked_model()
+        rows = model.get_output_embeddings()
+        head = [m for n, m in model.named_modules() if not f"{n}.".startswith(f"{model.base_model_prefix}.")]
+        dense = [m for m in head if isinstance(m, nn.Linear) and m is not rows]
+        norms = [m for m in head if isinstance(m, nn.LayerNorm)]
+        config = base.config
+        gelu = getattr(config, "hidden_act", getattr(config, "activation", None)) == "gelu"
+        square = len(dense) == len(norms) == 1 and dense[0].weight.shape == (base.width, base.width)
+        bias = None if rows.bias is None else rows.bias.detach()
+        start = WarmStart(rows.weight.detach(), bias, (dense[0], norms[0]) if gelu and square else None)
+    else:
+        outer: Any = base.backbone()
+        start = WarmStart(outer.get_input_embeddings().weight.detach())
+    if start.weight.shape[1] != base.width:
+        raise Refused(
+            f"a warm cloze head needs rows of the states' width {base.width}; the vocabulary of {base.spec} has rows "
+            f"of {start.weight.shape[1]}. Leave out warm=true."
+        )
+    return start
+
+
 def masked_model(
     base: Base,
     rows: Encoded,
@@ -163,14 +200,16 @@ def masked_model(
     *,
     top: int,
     seed: int,
+    new: bool = False,
     attention: str = "sdpa",
     device: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the base as a masked language model, and how it came by its output layer.
 
-    A base that has none gets a new one (of its architecture, tied to the word embeddings), trained together with the
-    `top` blocks by masked language modelling on `rows`, whose labels are not read; the blocks below stay frozen.
-    Raises Refused where the architecture is no encoder, or the tokenizer has no mask.
+    A base without one is lent Brickyard's own where there is one for it. Else, or with `new`, it gets a new one (of its
+    architecture, tied to the word embeddings), trained together with the `top` blocks by masked language modelling on
+    `rows`, whose labels are not read; the blocks below stay frozen. Raises Refused where the architecture is no
+    encoder, or the tokenizer has no mask.
     """
     if base.tokenizer.mask_token is None:
         raise Refused(
@@ -179,6 +218,8 @@ def masked_model(
         )
     if base.masked:
         return base.masked_model(attention).requires_grad_(False), {"head": "the base's own"}
+    if base.lent_head and not new:
+        return base.masked_model(attention, lent=True).requires_grad_(False), {"head": "lent by Brickyard"}
     model = base.masked_model(attention, new_head=seed)
     known = blocks(model)
     if not 0 <= top <= len(known):

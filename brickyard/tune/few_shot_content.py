@@ -5,12 +5,12 @@
     o_j      = E u_j + c                                        E has one row for each token of a label word, no more
     score(y) = sum_j o_j[ token j of y's word ]                 loss: cross entropy over the classes
 
-The head is new, as in the released runs; `warm` begins E at the base's own embeddings of those tokens. It stands beside
-any tuner: `lora:r=8,alpha=16 + few-shot-content`. Label words are the classes' names unless `words` gives others.
+The head is new, as in the released runs. `warm` begins it at the base's own masked-language head, and where it has none
+(a sentence encoder) E at the base's embeddings of those tokens. It stands beside any tuner: `lora:r=8,alpha=16 +
+few-shot-content`. Label words are the classes' names unless `words` gives others.
 
 Source: "Few-shot learning for automated content analysis", arXiv 2312.16975, and PETapter, arXiv 2412.04975. Headline
-claim: with 100 and 250 texts far above the same module with an ordinary head, and on par with full PET. Left out: a
-masked-language head of the base's own, which sentence encoders do not have.
+claim: with 100 and 250 texts far above the same module with an ordinary head, and on par with full PET.
 Legend: B rows, T tokens, d width, J gaps.
 """
 
@@ -27,7 +27,7 @@ from brickyard.core.errors import UsageError
 from brickyard.core.method import Claim, Record
 from brickyard.core.task import Task
 from brickyard.core.template import Template, label_tokens
-from brickyard.tune._cloze import at_gaps, word_scores
+from brickyard.tune._cloze import WarmStart, at_gaps, warm_start, word_scores
 
 RECORD = Record(
     name="few-shot-content",
@@ -64,7 +64,7 @@ class Config:
     words: tuple[str, ...] = ()
     """label words in the order of the classes; empty: the classes' names"""
     warm: bool = False
-    """begin the rows of E at the base's embeddings of the words' tokens"""
+    """begin at the base's masked-language head, or where it has none at its embeddings of the words' tokens"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "words", tuple(str(word) for word in self.words))
@@ -74,13 +74,14 @@ class Config:
 class ClozeHead(nn.Module):
     """Logits [B, classes] from states [B, T, d], a mask and the tokens [B, T]; BadData for a row without its gaps.
 
-    tokens: for each class the token of its word at every gap; mask_id: the gap's token.
+    tokens: for each class the token of its word at every gap; mask_id: the gap's token; start: what E, c and the
+    transform begin at, of the whole vocabulary.
     """
 
     frozen_pool = None
     reads_ids = True
 
-    def __init__(self, width: int, tokens: list[list[int]], mask_id: int, embedding: Tensor | None = None) -> None:
+    def __init__(self, width: int, tokens: list[list[int]], mask_id: int, start: WarmStart | None = None) -> None:
         super().__init__()
         self.mask_id, self.gaps = mask_id, len(tokens[0])
         known = sorted({token for row in tokens for token in row})
@@ -89,11 +90,15 @@ class ClozeHead(nn.Module):
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.rows = nn.Linear(width, len(known))
         nn.init.zeros_(self.rows.bias)
-        if embedding is None:
+        if start is None:
             nn.init.normal_(self.rows.weight, std=0.02)
-        else:
-            with torch.no_grad():
-                self.rows.weight.copy_(embedding[known])
+            return
+        with torch.no_grad():
+            self.rows.weight.copy_(start.weight[known])
+            if start.bias is not None:
+                self.rows.bias.copy_(start.bias[known])
+        for mine, theirs in zip((self.transform[0], self.transform[2]), start.transform or (), strict=False):
+            mine.load_state_dict(theirs.state_dict())
 
     def forward(self, x_BTd: Tensor, mask_BT: Tensor, ids_BT: Tensor) -> Tensor:
         h_BJd = at_gaps(x_BTd, ids_BT, mask_BT, self.mask_id, self.gaps)
@@ -106,8 +111,7 @@ def head(config: Config, task: Task, width: int, *, base: Base) -> ClozeHead:
     if len(words) != task.width:
         raise UsageError(f"few-shot-content: {len(words)} label words for {task.width} classes; give one for each.")
     tokens = label_tokens(words, base.tokenizer, Template(config.template).masks)
-    embedding = base.backbone().get_input_embeddings().weight.detach() if config.warm else None  # type: ignore[operator]
-    return ClozeHead(width, tokens, base.tokenizer.mask_token_id, embedding)
+    return ClozeHead(width, tokens, base.tokenizer.mask_token_id, warm_start(base) if config.warm else None)
 
 
 def krippendorff(codes_RN: np.ndarray) -> float:

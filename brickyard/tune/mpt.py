@@ -13,9 +13,11 @@ words' embeddings or at N(0, 0.02). Step 4 is the arm's own model: `full + mpt`,
 the only thing that a brick holds. U is what --shots or --train-rows leaves of train, or `unlabelled=DATA`; the labels
 of U are gone before this file sees a row.
 
-The masked LM is the base's own. A base without an output layer (a sentence encoder) gets a new one, tied to its word
-embeddings, and learns it by masked language modelling on all texts of train, without labels, with the lower blocks
-frozen: `head_steps` steps, charged to the arm. Prompt models are LoRA changes of that one masked LM, one after another.
+The masked LM is the base's own. A base without an output layer (a sentence encoder) is lent the one that Brickyard has
+for it (`embedded:minilm`: its card is in brickyard/embedded/minilm_masked_head). Where there is none, and with
+`head=new`, it gets a new one, tied to its word embeddings, and learns it by masked language modelling on all texts of
+train, without labels, with the lower blocks frozen: `head_steps` steps, charged to the arm. Prompt models are LoRA
+changes of that one masked LM, one after another.
 
 Source: "Low-Resource Multi-Granularity Academic Function Recognition Based on Multiple Prompt Knowledge", arXiv
 2305.03287; steps 2 to 4 are PET's, arXiv 2001.07676, whose T and weights are the defaults. Headline claim: +5 macro-F1
@@ -61,6 +63,7 @@ RECORD = Record(
             text="With 16 labels a class MPT beats fine-tuning by 3 points of macro-F1 and self-training by 1.",
             measure="few_labels",
             part="gain",
+            data="trec|embedded:stdlib-topics",
             seeds=3,
             shots=16,
             full={"seeds": 5},
@@ -70,6 +73,7 @@ RECORD = Record(
             "from it is at most 2 points below its labels.",
             measure="few_labels",
             part="mixture",
+            data="trec|embedded:stdlib-topics",
             seeds=3,
             shots=16,
             full={"seeds": 5},
@@ -104,8 +108,10 @@ class Config:
     """learning rate of the vectors, in terms of lr"""
     rank: int = 8
     """rank of the LoRA change that a prompt model is"""
+    head: Literal["known", "new"] = "known"
+    """where a base without a masked-language layer gets one: Brickyard's for that base if there is one, or a new one"""
     head_steps: int = 200
-    """steps of masked language modelling where the base has no output layer for it"""
+    """steps of masked language modelling that teach a new layer"""
     head_blocks: int = 2
     """top blocks that train in these steps"""
     head_lr: float = 5e-4
@@ -247,6 +253,7 @@ def ask(config: Config, ready: Prepared) -> Prompted:
             Training(lr=config.head_lr, steps=config.head_steps, batch=32, **common),
             top=config.head_blocks,
             seed=init,
+            new=config.head == "new",
             attention=setting.attention,
             device=setting.device,
         )
@@ -340,9 +347,10 @@ def stand_in(config: Config, ready: Prepared) -> PseudoLabels:
     return PseudoLabels(torch.full((rows, classes), 1 / classes), torch.ones(rows), torch.ones(rows), {})
 
 
-def costliest(config: Config) -> tuple[dict[str, Any], int]:
+def costliest(config: Config, ready: Prepared) -> tuple[dict[str, Any], int]:
     """Return how many steps training the prompts takes, and that of masked language modelling where it is needed."""
-    return {}, config.head_steps + config.steps * len(config.prompts)
+    known = ready.base.masked or (config.head == "known" and ready.base.lent_head is not None)
+    return {}, (0 if known else config.head_steps) + config.steps * len(config.prompts)
 
 
 def loss_of_logits(config: Config, logits: Tensor, batch: dict[str, Any]) -> Found:

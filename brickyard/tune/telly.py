@@ -264,7 +264,7 @@ def choose(config: Config, ready: Prepared) -> tuple[dict[str, Any], dict[str, A
     return {"k": report["k"]}, report
 
 
-def costliest(config: Config) -> tuple[dict[str, Any], int] | None:
+def costliest(config: Config, ready: Prepared) -> tuple[dict[str, Any], int] | None:
     """What a probe takes for a k that is yet to be chosen: no frozen layer; and the steps that choosing takes."""
     return ({"k": 0}, config.auto_steps) if config.k == AUTO else None
 
