@@ -14,7 +14,7 @@ from conftest import documents, text_data
 import brickyard
 from brickyard.core.errors import BadData, UsageError
 from brickyard.core.split import support
-from brickyard.core.trial import Setting, prepare
+from brickyard.core.trial import FEW_STEPS, Setting, prepare
 
 
 def asked(base: Path, **more: Any) -> Setting:
@@ -47,6 +47,15 @@ def test_arms_of_one_seed_see_the_same_examples_and_seeds_others(text_base: Path
     assert found["lora", 1] == found["linear-probe", 1] != found["lora", 2] == found["linear-probe", 2]
     whole = prepare(asked(text_base, shots=0))
     assert len(whole.encoded["test"]) == len(prepare(asked(text_base)).encoded["test"])
+
+
+def test_few_rows_train_for_enough_steps_unless_the_command_says_how_long(text_base: Path) -> None:
+    def steps(**more: Any) -> int:
+        ready = prepare(asked(text_base, **more))
+        return ready.training.total_steps(len(ready.encoded["train"]))
+
+    assert steps() == FEW_STEPS and steps(training={"steps": 7}) == 7 and steps(arm="lora:epochs=2") == 2
+    assert steps(training={"epochs": 5}) == 5 and steps(shots=0, train_rows=12) == 3
 
 
 def test_only_rows_that_train_are_encoded_and_counted(text_base: Path) -> None:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,7 @@ from brickyard.core.split import drawn, places
 from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
 
+FEW_STEPS = 100  # with --shots: three epochs of a few rows are a handful of steps, after which nothing is learned
 _PROBE_ROWS = 16
 _SLOW = 0.3  # seconds of a step
 _CHARGED = ("states_seconds", "prepare_seconds", "curriculum_seconds", "structure_seconds")
@@ -129,7 +130,12 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
         training = training_of(plan, given, for_blocks(int(encoded["train"].lengths.max())))
     if setting.shuffle_labels:
         encoded["train"].shuffle(setting.seed)
-    return with_unlabelled(Prepared(setting, base, data, task, plan, training, encoded, index), **options)
+    ready = with_unlabelled(Prepared(setting, base, data, task, plan, training, encoded, index), **options)
+    said = {**given, **plan.arm.training}
+    if setting.shots and "train" in encoded and not (said.get("epochs") or said.get("steps")):
+        steps = max(FEW_STEPS, training.total_steps(len(ready.encoded["train"])))
+        ready = replace(ready, training=replace(training, steps=steps))
+    return ready
 
 
 def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:

@@ -97,8 +97,11 @@ class ClozeHead(nn.Module):
             self.rows.weight.copy_(start.weight[known])
             if start.bias is not None:
                 self.rows.bias.copy_(start.bias[known])
-        for mine, theirs in zip((self.transform[0], self.transform[2]), start.transform or (), strict=False):
-            mine.load_state_dict(theirs.state_dict())
+        if start.transform is not None:
+            dense, norm = start.transform
+            self.transform[0].load_state_dict(dense.state_dict())
+            self.transform[2].load_state_dict(norm.state_dict())
+            self.transform[2].eps = norm.eps
 
     def forward(self, x_BTd: Tensor, mask_BT: Tensor, ids_BT: Tensor) -> Tensor:
         h_BJd = at_gaps(x_BTd, ids_BT, mask_BT, self.mask_id, self.gaps)
