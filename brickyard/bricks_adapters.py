@@ -103,8 +103,11 @@ class PlainAdapter:
         return adapted.model
 
 
-def installed(folder: str | Path, base: Base) -> list[PlainAdapter]:
-    """Return the plain adapters under `folder` that fit the base, by their paths; what is no whole adapter is none."""
+def installed(folder: str | Path, base: Base, left_out: dict[str, str] | None = None) -> list[PlainAdapter]:
+    """Return the plain adapters under `folder` that fit the base, by their paths.
+
+    What is no whole and safe adapter is none; why it is not is written to `left_out`, by its folder.
+    """
     out = []
     for path in sorted(Path(folder).rglob(CONFIG)):
         place = path.parent
@@ -112,17 +115,28 @@ def installed(folder: str | Path, base: Base) -> list[PlainAdapter]:
             continue
         try:
             stored = read_adapter(place)
+        except BrickyardError as error:
+            _note(left_out, place, error)
+            continue
+        try:
             if (stored.config or {}).get("task_type") == "CAUSAL_LM" and not base.generative:
                 continue
             auto = model_class(base, stored)
             empty = outline(auto, base.config, head_width(auto, base, stored))
             adapted = None if empty is None else _adapted(empty, stored, frozenset())
-        except BrickyardError:
+        except BrickyardError as error:
+            if isinstance(error, UnsafeFile):  # the others say that it was made for another base
+                _note(left_out, place, error)
             continue
         if adapted is not None:
             layers = sorted(name.removeprefix(PREFIX) for name in adapted.layers())
             out.append(PlainAdapter(place, base, stored, tuple(layers)))
     return out
+
+
+def _note(left_out: dict[str, str] | None, place: Path, error: BrickyardError) -> None:
+    if left_out is not None:
+        left_out[str(place)] = str(error)
 
 
 def _adapted(model: nn.Module, stored: Stored, fresh: frozenset[str]) -> Adapted | None:

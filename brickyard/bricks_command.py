@@ -135,6 +135,7 @@ def _table(args: argparse.Namespace) -> int:
 
     if args.folder != RUNS and not Path(args.folder).is_dir():
         raise UsageError(f"--in {args.folder}: there is no such folder; give one that holds bricks.")
+    left_out: dict[str, str] = {}
     rows = api.bricks_in(
         args.folder,
         args.base,
@@ -143,7 +144,10 @@ def _table(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         device=args.device,
         trust_remote_code=args.trust_remote_code,
+        left_out=left_out,
     )
+    for folder, why in left_out.items():
+        sys.stderr.write(f"left out {folder}: {why}\n")
     if args.json:
         return _print_json(rows)
     if not rows:

@@ -146,18 +146,20 @@ def scored(
     max_length: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    left_out: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of `brick.listed` and of plain PEFT adapters, with `data` each with "on": one entry a data set.
 
     An entry is {"data", "metric", "examples", "base", "brick", "difference", "low", "high", "p", "p_holm", "verdict",
     "head"}: the difference is oriented so that more is better, with its paired 95 % interval, and the verdict is
     "improves" or "damages" where Holm's p over the whole table is below 5 %, else "undecided" or "unchanged". Where a
-    brick and data do not go together it is {"data", "verdict": "not scored", "why"}.
+    brick and data do not go together it is {"data", "verdict": "not scored", "why"}. What is damaged or unsafe is no row;
+    why is written to `left_out`, by its folder.
     """
     opened = open_base(base, trust_remote_code=trust_remote_code)
-    adapters = plain_adapters(folder, opened)
+    adapters = plain_adapters(folder, opened, left_out)
     found = bricks.listed(folder, opened.fingerprint) + [adapter.about() for adapter in adapters]
-    made: list[Brick | PlainAdapter] = [*bricks.installed(folder, opened.fingerprint), *adapters]
+    made: list[Brick | PlainAdapter] = [*bricks.installed(folder, opened.fingerprint, left_out), *adapters]
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not data:
         return found

@@ -78,15 +78,22 @@ def test_a_damaged_adapter_is_none(folder: Path, causal_base: Path, tmp_path: Pa
     (tmp_path / "cut").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "cut" / name).write_bytes((folder / "lora" / name).read_bytes()[:-8])
-    assert not api.bricks_in(tmp_path, str(causal_base))
+    left_out: dict[str, str] = {}
+    assert not api.bricks_in(tmp_path, str(causal_base), left_out=left_out)
+    assert list(left_out) == [str(tmp_path / "cut")] and left_out[str(tmp_path / "cut")]
 
 
-def test_one_unsafe_adapter_does_not_hide_the_others(folder: Path, causal_base: Path, tmp_path: Path) -> None:
+def test_one_unsafe_adapter_does_not_hide_the_others(
+    folder: Path, causal_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(folder / "lora", tmp_path / "good")
     shutil.copytree(folder / "lora", tmp_path / "a-bad")
     config = tmp_path / "a-bad" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"megatron_config": {"x": 1}}))
     assert set(named(api.bricks_in(tmp_path, str(causal_base)))) == {"good"}
+    assert main(["bricks", str(causal_base), "--in", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert f"left out {tmp_path / 'a-bad'}: " in said.err and "megatron_config" in said.err and "good" in said.out
 
 
 def test_an_exported_adapter_scores_as_its_brick(causal_base: Path, tmp_path: Path) -> None:

@@ -247,15 +247,20 @@ def load(folder: str | Path) -> Brick:
     return Brick(folder, manifest)
 
 
-def installed(folder: str | Path, fingerprint: str) -> list[Brick]:
-    """Return the bricks under `folder` that were made for a base, by their paths; what is no whole brick is none."""
+def installed(folder: str | Path, fingerprint: str, left_out: dict[str, str] | None = None) -> list[Brick]:
+    """Return the bricks under `folder` that were made for a base, by their paths.
+
+    What is no whole brick is none; why it is not is written to `left_out`, by its folder.
+    """
     out = []
     for path in sorted(Path(folder).rglob(MANIFEST)):
         if KEPT_ASIDE in path.relative_to(folder).parts:
             continue
         try:
             found = load(path.parent)
-        except BadBrick:
+        except BadBrick as error:
+            if left_out is not None:
+                left_out[str(path.parent)] = str(error)
             continue
         if found.requires == fingerprint:
             out.append(found)
