@@ -153,8 +153,8 @@ def scored(
     An entry is {"data", "metric", "examples", "base", "brick", "difference", "low", "high", "p", "p_holm", "verdict",
     "head"}: the difference is oriented so that more is better, with its paired 95 % interval, and the verdict is
     "improves" or "damages" where Holm's p over the whole table is below 5 %, else "undecided" or "unchanged". Where a
-    brick and data do not go together it is {"data", "verdict": "not scored", "why"}. What is damaged or unsafe is no row;
-    why is written to `left_out`, by its folder.
+    brick and data do not go together it is {"data", "verdict": "not scored", "why"}. What is damaged or unsafe is no
+    row; why is written to `left_out`, by its folder.
     """
     opened = open_base(base, trust_remote_code=trust_remote_code)
     adapters = plain_adapters(folder, opened, left_out)
