@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 
 from brickyard.core.errors import NoEffect, Refused
 from brickyard.core.jobs import Job, Local, engine
+
+LOCKS: list[Any] = []
 
 
 def fine(argument: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +54,10 @@ def swallow(argument: dict[str, Any]) -> int:
     import torch
 
     return sum(torch.ones(2**26).numel() for _ in range(4)) + torch.ones(2**29).numel()
+
+
+def lock(argument: dict[str, Any]) -> None:
+    LOCKS.append(multiprocessing.get_context("spawn").RLock())
 
 
 def say(argument: dict[str, Any]) -> None:
@@ -160,6 +167,14 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
     root = os.path.dirname(os.path.abspath(__file__))
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True)
     assert (tmp_path / "count").read_text() == "x"
+
+
+def test_a_lock_that_a_job_made_is_not_told_as_leaked() -> None:
+    code = "from test_jobs import Local, job; assert [o.status for o in Local(1).run([job('lock')])] == ['done']"
+    root = os.path.dirname(os.path.abspath(__file__))
+    env = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ray_gives_the_same_answers() -> None:

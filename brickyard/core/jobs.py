@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -114,6 +115,8 @@ def _child(job: Job, pipe: Connection) -> None:
         pipe.send(Outcome(key=job.key, status="out-of-memory", reason="out of memory while reporting"))
     sys.stdout.flush()
     sys.stderr.flush()
+    # Locks that libraries made (tqdm makes one) are given back, or the owner's end would be told of leaked semaphores.
+    multiprocessing.util._run_finalizers(0)
     os._exit(0)  # a model's destructors and atexit hooks have nothing to say here, and take time
 
 
