@@ -329,6 +329,14 @@ def test_options_out_of_range(option: dict[str, Any], match: str) -> None:
         Config(**option)
 
 
+def test_the_check_knows_the_truth_of_classes_that_are_numbers(masked_base: Path) -> None:
+    data = pool_data()
+    numbers = {name: i for i, name in enumerate(sorted({*data["train"]["label"]}))}
+    numbered = {split: {**part, "label": [numbers[v] for v in part["label"]]} for split, part in data.items()}
+    found = [check._truth(given, trial.prepare(asked(masked_base, data=given))) for given in (data, numbered)]
+    assert np.array_equal(*found) and 0 < found[0].mean() < 1
+
+
 def test_the_check_runs_from_end_to_end(masked_base: Path) -> None:
     claim = replace(
         mpt.RECORD.claims[0],

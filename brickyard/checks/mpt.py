@@ -123,7 +123,7 @@ def _truth(data: dict[str, dict[str, list]], ready: Prepared) -> np.ndarray:
     """Return the true classes of train's rows, which `ready` does not hold, by their texts."""
     label = dict(zip(data["train"]["text"], data["train"]["label"], strict=True))
     names = list(ready.task.labels or ())
-    return np.array([names.index(label[text]) for text in ready.data.splits["train"]["text"]])
+    return np.array([names.index(str(label[text])) for text in ready.data.splits["train"]["text"]])
 
 
 def _only(config: Config, prompted: Prompted, places: list[int]) -> tuple[Config, Prompted]:
