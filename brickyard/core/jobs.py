@@ -116,7 +116,7 @@ def _child(job: Job, pipe: Connection) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # Locks that libraries made (tqdm makes one) are given back, or the owner's end would be told of leaked semaphores.
-    multiprocessing.util._run_finalizers(0)
+    multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # what the interpreter itself calls at exit
     os._exit(0)  # a model's destructors and atexit hooks have nothing to say here, and take time
 
 

@@ -99,9 +99,10 @@ class ClozeHead(nn.Module):
                 self.rows.bias.copy_(start.bias[known])
         if start.transform is not None:
             dense, norm = start.transform
-            self.transform[0].load_state_dict(dense.state_dict())
-            self.transform[2].load_state_dict(norm.state_dict())
-            self.transform[2].eps = norm.eps
+            own_dense, _, own_norm = self.transform
+            own_dense.load_state_dict(dense.state_dict())
+            own_norm.load_state_dict(norm.state_dict())
+            own_norm.eps = norm.eps  # type: ignore[assignment]
 
     def forward(self, x_BTd: Tensor, mask_BT: Tensor, ids_BT: Tensor) -> Tensor:
         h_BJd = at_gaps(x_BTd, ids_BT, mask_BT, self.mask_id, self.gaps)
