@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTModel
 
 import brickyard
-from brickyard.checks import _place
+from brickyard.checks import _masks, _place
 from brickyard.checks import hst as check
 from brickyard.checks.hst import textured
 from brickyard.core.arm import parse
@@ -27,6 +27,7 @@ from brickyard.core.prefix import ENTERING
 from brickyard.core.roles import blocks
 from brickyard.core.side import SIDE, backbone_of
 from brickyard.core.task import Task
+from brickyard.embedded.digits import splits as embedded_digits
 from brickyard.tune import hst
 
 TASK = Task("image-classification", "accuracy", ("a", "b", "c"), 3, "image")
@@ -73,6 +74,21 @@ def test_scales_halve_from_stage_to_stage(image_base: Path) -> None:
         states = list(reader(pixel_values=x).last_hidden_state.chunk(len(reader.layers), -1))  # type: ignore[misc, union-attr]
         sizes = [tuple(f.shape[-2:]) for f in side.features(states, x)]
         assert sizes[0] == (x.shape[-1] // stem,) * 2 and sizes[1] == (-(-sizes[0][0] // 2),) * 2
+
+
+def test_maps_for_dense_tasks_have_all_scales_and_reach_what_trains(image_base: Path) -> None:
+    x = pixels(image_base)
+    for options in (",stem=1", ",stem=1,detach=true"):
+        attached = made(options, image_base)
+        train_mode(attached.model)
+        found = hst.maps(attached.model, x)
+        side = x.shape[-1]
+        assert [tuple(f.shape) for f in found] == [(4, 8, side, side), (4, 12, side // 2, side // 2)]
+        torch.stack([f.square().sum() for f in found]).sum().backward()
+        still = {n for n, p in attached.model.named_parameters() if p.requires_grad and p.grad is None}
+        # Nothing reads the head here, and without tokens nothing reads their norms.
+        assert all(n.startswith("head.") or (".norm_token." in n and "detach" in options) for n in still), still
+        assert all(not stage._forward_hooks for stage in attached.model.get_submodule(SIDE).stages)  # type: ignore[union-attr]
 
 
 def test_maps_are_resized_after_the_bridge_as_well_as_before() -> None:
@@ -206,3 +222,45 @@ def test_the_check_measures_every_part_on_the_first_rows_of_images_or_of_texture
         assert set(part["figures"]["means"]) == {*check.ARMS, "shuffled", "norms", "majority"}
         assert set(part["arms"]) == set(check.ARMS) and part["inequality"].startswith("hst >= ")
         assert part["holds"] in (True, False, "undecided", "set-up invalid")
+
+
+def test_noisy_digits_know_which_pixels_are_drawn() -> None:
+    files = embedded_digits()["train"]["image"][:20]
+    seen, masks = _masks.noisy(files, 1)
+    assert seen.shape == (20, 3, 32, 32) and masks.shape == (20, 32, 32)
+    assert bool((seen.abs() <= 1).all()) and not torch.equal(seen, _masks.noisy(files, 2)[0])
+    drawn, around = seen[:, 0][masks].mean(), seen[:, 0][~masks].mean()
+    assert drawn > around + 0.5 and 0.05 < float(masks.float().mean()) < 0.5
+    assert torch.equal(masks, _masks.noisy(files, 2)[1])
+
+
+def test_overlap_is_the_intersection_over_the_union_of_each_image() -> None:
+    mask = torch.tensor([[[1, 1], [0, 0]], [[1, 1], [0, 0]], [[0, 0], [0, 0]]]).bool()
+    found = torch.tensor([[[1, 0], [1, 0]], [[1, 1], [0, 0]], [[0, 0], [0, 0]]]).bool()
+    assert _masks.overlap(found, mask).tolist() == pytest.approx([1 / 3, 1.0, 1.0])
+
+
+def test_a_linear_decoder_puts_every_patch_in_its_place() -> None:
+    states = torch.arange(4.0)[None, :, None]  # one image of 2 x 2 patches
+    layer = torch.nn.Linear(1, _masks.SIZE**2 // 4)
+    with torch.no_grad():
+        layer.weight.fill_(1.0), layer.bias.zero_()
+    found, half = _masks.decoded_patches(states, layer)[0], _masks.SIZE // 2
+    for patch, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        block = found[row * half : (row + 1) * half, column * half : (column + 1) * half]
+        assert bool((block == patch).all())
+
+
+def test_the_dense_check_tells_a_decoder_that_learned_from_one_that_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_place, "Local", Here)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_masks, "ARMS", {"hst": "hst:stem=2,lr=3e-3", "pyramid": "hst:stem=2,ladder=false"})
+    claim = replace(hst.RECORD.claims[-1], data="embedded:digits", seeds=2)
+    found = _masks.digit_masks(claim, rows=96, test_rows=40, epochs=2)
+    means = found["figures"]["means"]
+    assert set(means) == {"hst", "pyramid", "decoder", "shuffled", "guess"}
+    assert means["hst"] > means["shuffled"] and means["decoder"] > means["guess"]
+    assert found["inequality"] == "hst > decoder" and found["control"]["destroyed"] in (True, False)
+    assert found["holds"] in (True, False, "undecided", "set-up invalid")

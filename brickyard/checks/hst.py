@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from brickyard.checks._masks import digit_masks
 from brickyard.checks._place import place_of
 from brickyard.checks._runs import answers, arm_row, majority, trained
 from brickyard.checks._takes import takes
@@ -22,6 +23,8 @@ from brickyard.core.method import Claim
 from brickyard.core.roles import roles
 from brickyard.core.trial import Prepared, Setting, prepare
 from brickyard.embedded.images import FACTORS, draw
+
+__all__ = ["beside_the_pyramid", "digit_masks"]  # named by the claims of the record
 
 TEXTURES = "generated:textures"
 FACTOR = "texture"  # the factor that the heads of tiny-vit know least about
