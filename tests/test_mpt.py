@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import text_rows, write_data
+from conftest import Here, text_rows, write_data
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from brickyard.checks import _place
 from brickyard.checks import mpt as check
 from brickyard.checks.run import Answers
 from brickyard.core import brick as bricks
@@ -337,7 +338,9 @@ def test_the_check_knows_the_truth_of_classes_that_are_numbers(masked_base: Path
     assert np.array_equal(*found) and 0 < found[0].mean() < 1
 
 
-def test_the_check_runs_from_end_to_end(masked_base: Path) -> None:
+def test_the_check_runs_from_end_to_end(masked_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_place, "Local", Here)
     claim = replace(
         mpt.RECORD.claims[0],
         base=str(masked_base),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
+from brickyard.checks._place import finished, place_of
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import readers
@@ -17,6 +18,7 @@ from brickyard.core.answers import Examples, answer, predict
 from brickyard.core.arm import parse
 from brickyard.core.build import build, resolve
 from brickyard.core.encoded import IGNORED
+from brickyard.core.jobs import Job
 from brickyard.core.loop import Training, train
 from brickyard.core.measure import cpu_bfloat16_is_fast
 from brickyard.core.method import Claim
@@ -43,6 +45,7 @@ def few_labels(
     few_epochs: float = 8,
     head_steps: int = 100,
     options: str = "",
+    workers: int = 2,
 ) -> dict[str, Any]:
     """Train prompts on few labels, and the arm's model on what they say of a pool; hold the other ways side by side.
 
@@ -50,64 +53,91 @@ def few_labels(
     mixed. Beside them: fine-tuning on the labelled rows; self-training, in which that model labels the pool; and the
     pool's true labels as ceiling. Control: the pseudo-labels dealt out anew. Gate: the ceiling gains 3 points.
     """
-    data = _first_rows(claim.data, pool)
     words = WORDS.get(Path(claim.data).name, ()) if isinstance(claim.data, str) else ()
     given = f"words=[{','.join(words)}]," if words else ""
-    arm = f"full + mpt:{given}head_steps={head_steps}{',' + options if options else ''}"
-    found: dict[str, list[np.ndarray]] = {}
-    pooled: dict[str, list[np.ndarray]] = {}
+    shared = {
+        "arm": f"full + mpt:{given}head_steps={head_steps}{',' + options if options else ''}",
+        "base": claim.base,
+        "data": _first_rows(claim.data, pool),
+        "shots": claim.shots,
+        "max_length": claim.max_length or None,
+        "epochs": epochs,
+        "few_epochs": few_epochs,
+    }
+    with place_of("mpt", claim, shared["arm"], pool, epochs, few_epochs) as folder:
+        jobs = [
+            Job(key=f"seed {s}", function="brickyard.checks.mpt:one_seed", argument={**shared, "seed": s})
+            for s in range(1, claim.seeds + 1)
+        ]
+        ran = list(finished(jobs, workers, folder).values())
+
+    def gathered(what: str, labels: list[int]) -> dict[str, Answers]:
+        return {name: Answers(np.array(labels), np.array([one[what][name] for one in ran])) for name in ran[0][what]}
+
+    # A text has the same class for every seed that saw it, and LABELLED, the least number, for the others.
+    truth_U = np.max([one["truth"] for one in ran], axis=0)
+    return judged(gathered("found", ran[0]["labels"]), gathered("pooled", truth_U), [one["report"] for one in ran])
+
+
+def one_seed(argument: dict[str, Any]) -> dict[str, Any]:
+    """Train every arm of a seed; return their answers to test, what they say of the pool's texts, and a report.
+
+    found and labels: arm -> classes [N] of the test rows, and the true ones. pooled and truth: arm -> the guess at
+    every distinct text of train, and the true class; LABELLED where the seed gave the label, or the text is no row.
+    """
+    data, arm, seed = argument["data"], argument["arm"], argument["seed"]
     unique = {text: i for i, text in enumerate(dict.fromkeys(data["train"]["text"]))}
     truth_U = np.full(len(unique), LABELLED)
-    details: list[dict[str, Any]] = []
-    test_labels = np.empty(0)
-    for seed in range(1, claim.seeds + 1):
-        setting = Setting(
-            arm=arm,
-            base=claim.base,
-            data=data,
-            seed=seed,
-            shots=claim.shots,
-            max_length=claim.max_length or None,
-            training={"precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
-        )
-        ready, config = prepare(setting), resolve(parse(arm)).configs["mpt"]
-        test_labels = ready.encoded["test"].labels.numpy()
-        labels = ready.encoded["train"].labels
-        truth = torch.from_numpy(_truth(data, ready))
-        given_N = labels.numpy() != IGNORED
-        place_N = np.array([unique[text] for text in ready.data.splits["train"]["text"]])
-        truth_U[place_N] = truth.numpy()
-        prompted = mpt.ask(config, ready)
-        few = ready.encoded["train"].take(np.flatnonzero(given_N))
-        tuned, own = _trained(ready, few, few_epochs)
-        alone = replace(config, manual=config.manual[:1], continuous=())  # who labels without templates
-        said = {"self-training": (alone, Prompted(own[None], np.ones(1), np.ones(1), {}))}
-        said |= {f"prompt {p}": _only(config, prompted, [p]) for p in range(len(config.prompts))}
-        words_only = list(range(len(config.manual)))
-        said["words"] = _only(config, prompted, words_only)
-        said["vectors"] = _only(config, prompted, list(range(len(words_only), len(config.prompts))))
-        said["mpt"] = (config, prompted)
-        for name, (using, answers) in said.items():
-            weight_P = answers.before_P if using.weights == "accuracy" else np.ones(len(answers.before_P))
-            guess_U = np.full(len(unique), LABELLED)
-            guess_U[place_N[~given_N]] = mpt.ensemble(answers.scores_PNC, weight_P).argmax(1)[~given_N]
-            pooled.setdefault(name, []).append(guess_U)
-        found.setdefault("fine-tuning", []).append(tuned)
-        said["ceiling"] = (replace(alone, soft=False), _true(truth, ready.task.width))
-        names = ready.task.labels or ()
-        # Who gives no row to some class is judged as it is.
-        targets = {
-            name: mpt.decide(*said[name], labels, names, every_class=False)
-            for name in ("self-training", "mpt", "ceiling")
-        }
-        details.append(targets["mpt"].report)
-        targets["control"] = _dealt_out(targets["mpt"], given_N, seed)
-        for name, columns in targets.items():
-            learned, _ = _trained(ready, WithColumns(ready.encoded["train"], columns), epochs, config)
-            found.setdefault(name, []).append(learned)
-    arms = {name: Answers(test_labels, np.stack(rows)) for name, rows in found.items()}
-    labelling = {name: Answers(truth_U, np.stack(guesses)) for name, guesses in pooled.items()}
-    return judged(arms, labelling, details)
+    setting = Setting(
+        arm=arm,
+        base=argument["base"],
+        data=data,
+        seed=seed,
+        shots=argument["shots"],
+        max_length=argument["max_length"],
+        training={"precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
+    )
+    ready, config = prepare(setting), resolve(parse(arm)).configs["mpt"]
+    labels = ready.encoded["train"].labels
+    truth = torch.from_numpy(_truth(data, ready))
+    given_N = labels.numpy() != IGNORED
+    place_N = np.array([unique[text] for text in ready.data.splits["train"]["text"]])
+    truth_U[place_N] = truth.numpy()
+    prompted = mpt.ask(config, ready)
+    few = ready.encoded["train"].take(np.flatnonzero(given_N))
+    tuned, own = _trained(ready, few, argument["few_epochs"])
+    alone = replace(config, manual=config.manual[:1], continuous=())  # who labels without templates
+    said = {"self-training": (alone, Prompted(own[None], np.ones(1), np.ones(1), {}))}
+    said |= {f"prompt {p}": _only(config, prompted, [p]) for p in range(len(config.prompts))}
+    words_only = list(range(len(config.manual)))
+    said["words"] = _only(config, prompted, words_only)
+    said["vectors"] = _only(config, prompted, list(range(len(words_only), len(config.prompts))))
+    said["mpt"] = (config, prompted)
+    pooled = {}
+    for name, (using, answers) in said.items():
+        weight_P = answers.before_P if using.weights == "accuracy" else np.ones(len(answers.before_P))
+        guess_U = np.full(len(unique), LABELLED)
+        guess_U[place_N[~given_N]] = mpt.ensemble(answers.scores_PNC, weight_P).argmax(1)[~given_N]
+        pooled[name] = guess_U
+    said["ceiling"] = (replace(alone, soft=False), _true(truth, ready.task.width))
+    names = ready.task.labels or ()
+    # Who gives no row to some class is judged as it is.
+    targets = {
+        name: mpt.decide(*said[name], labels, names, every_class=False) for name in ("self-training", "mpt", "ceiling")
+    }
+    report = targets["mpt"].report
+    targets["control"] = _dealt_out(targets["mpt"], given_N, seed)
+    found = {"fine-tuning": tuned}
+    for name, columns in targets.items():
+        learned, _ = _trained(ready, WithColumns(ready.encoded["train"], columns), argument["epochs"], config)
+        found[name] = learned
+    return {
+        "labels": ready.encoded["test"].labels.tolist(),
+        "truth": truth_U.tolist(),
+        "found": {name: learned.tolist() for name, learned in found.items()},
+        "pooled": {name: guess.tolist() for name, guess in pooled.items()},
+        "report": report,
+    }
 
 
 def _first_rows(name: str, pool: int) -> dict[str, dict[str, list]]:
