@@ -41,7 +41,7 @@ def few_labels(
     claim: Claim,
     *,
     pool: int = 1200,
-    epochs: float = 4,
+    epochs: float = 6,
     few_epochs: float = 8,
     head_steps: int = 100,
     options: str = "",

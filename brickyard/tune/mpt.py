@@ -98,7 +98,7 @@ class Config:
     """templates whose words are the start of trained vectors"""
     start: Literal["words", "normal"] = "words"
     """where the vectors begin: at the embeddings of their words, or at N(0, 0.02)"""
-    steps: int = 60
+    steps: int = 250
     """optimiser steps of each prompt model on the labelled rows"""
     batch: int = 8
     """rows of such a step"""
