@@ -257,10 +257,45 @@ def test_the_dense_check_tells_a_decoder_that_learned_from_one_that_could_not(
     monkeypatch.setattr(_place, "Local", Here)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_masks, "ARMS", {"hst": "hst:stem=2,lr=3e-3", "pyramid": "hst:stem=2,ladder=false"})
-    claim = replace(hst.RECORD.claims[-1], data="embedded:digits", seeds=2)
+    claim = replace(hst.RECORD.claims[3], data="embedded:digits", seeds=2)
     found = _masks.digit_masks(claim, rows=96, test_rows=40, epochs=2)
     means = found["figures"]["means"]
     assert set(means) == {"hst", "pyramid", "decoder", "shuffled", "guess"}
     assert means["hst"] > means["shuffled"] and means["decoder"] > means["guess"]
     assert found["inequality"] == "hst > decoder" and found["control"]["destroyed"] in (True, False)
     assert found["holds"] in (True, False, "undecided", "set-up invalid")
+
+
+def test_classes_are_dealt_out_in_two_halves_without_a_common_one() -> None:
+    splits = {"train": {"image": list("abcdef"), "label": [3, 1, 2, 0, 1, 4]}, "test": {"image": ["g"], "label": [2]}}
+    first, second = (check._with_classes(splits, part) for part in (0, 1))
+    assert first["train"] == {"image": list("cdf"), "label": [2, 0, 4]} and first["test"]["label"] == [2]
+    assert second["train"] == {"image": list("abe"), "label": [3, 1, 1]} and second["test"] == {
+        "image": [],
+        "label": [],
+    }
+
+
+def test_the_check_on_other_classes_begins_with_the_base_that_learned_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_place, "Local", Here)
+    monkeypatch.chdir(tmp_path)
+    opened: list[Path] = []
+
+    def spied(claim: Any, base: str, *rest: Any) -> Any:
+        opened.append(Path(base))
+        assert not torch.equal(*(next(open_base(b).backbone().parameters()) for b in (base, claim.base)))
+        assert sorted(set(map(str, rest[0]["train"]["label"]))) == ["1", "3", "5", "7", "9"]
+        return made_of(claim, base, *rest)
+
+    made_of = check._Arms.of
+    monkeypatch.setattr(check._Arms, "of", spied)
+    arms = {name: check.ARMS[name] for name in ("hst", "pyramid", "lora", "probe")}
+    monkeypatch.setattr(check, "ARMS", arms)
+    claim = replace(hst.RECORD.claims[4], data="embedded:digits", seeds=2)
+    found = check.to_other_classes(claim, rows=60, test_rows=60, pretraining_epochs=1, epochs=1)
+    assert len(opened) == 1 and found["figures"]["pretraining"] > 0.2
+    assert [one["inequality"] for one in found["comparisons"]] == found["inequality"].split(" and ")
+    assert set(found["figures"]["means"]) == {*arms, "moments", "shuffled", "norms", "majority"}
+    assert found["gate"]["inequality"] == "probe > majority + 10.0"

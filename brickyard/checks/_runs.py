@@ -147,3 +147,20 @@ def arm_row(text: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "trainable_parameters": runs[0]["cost"]["trainable_parameters"],
         "train_seconds": float(np.median([run["cost"]["train_seconds"] for run in runs])),
     }
+
+
+def all_hold(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one verdict on several inequalities, true if all hold, false if one does not; the first's interval."""
+    said = [row["holds"] for row in rows]
+    holds: Any = False if False in said else True if all(h is True for h in said) else "undecided"
+    return {
+        "inequality": " and ".join(row["inequality"] for row in rows),
+        "holds": holds,
+        "comparisons": list(rows),
+        **{k: rows[0][k] for k in ("measured", "low", "high")},
+    }
+
+
+def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return inequalities and what was measured of them, in points, as one line."""
+    return "; ".join(f"{r['inequality']}: {r['measured']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})" for r in rows)

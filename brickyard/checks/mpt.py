@@ -11,6 +11,7 @@ import torch
 from scipy.stats import t as student
 
 from brickyard.checks._place import finished, place_of
+from brickyard.checks._runs import all_hold, in_words
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Answers, Inequality, judge
 from brickyard.core import readers
@@ -240,9 +241,9 @@ def judged(
         "mixture": "accuracy on the pool: " + ", ".join(f"{name} {mean:.1f}" for name, mean in pool.items()),
     }
     return {
-        name: {**_all(rows), **shared, "detail": f"{_figures(rows)}; {said[name]}{unsure}"}
+        name: {**all_hold(rows), **shared, "detail": f"{in_words(rows)}; {said[name]}{unsure}"}
         if gate["holds"] is True
-        else {**_all(rows), **shared, "holds": "set-up invalid", "detail": f"{_figures([gate])}; {said[name]}"}
+        else {**all_hold(rows), **shared, "holds": "set-up invalid", "detail": f"{in_words([gate])}; {said[name]}"}
         for name, rows in (("gain", gain), ("mixture", mixture))
     }
 
@@ -271,20 +272,3 @@ def _by_seed(text: str, margin: float, gain_S: np.ndarray, samples: list[np.ndar
     low, high = mean - half, mean + half
     holds: Any = True if low >= margin else False if high < margin else "undecided"
     return {"inequality": text, "measured": mean, "low": low, "high": high, "holds": holds}
-
-
-def _all(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one verdict on several inequalities: true if all hold, false if one does not."""
-    said = [row["holds"] for row in rows]
-    holds: Any = False if False in said else True if all(h is True for h in said) else "undecided"
-    first = rows[0]
-    return {
-        "inequality": " and ".join(row["inequality"] for row in rows),
-        "holds": holds,
-        "comparisons": rows,
-        **{k: first[k] for k in ("measured", "low", "high")},
-    }
-
-
-def _figures(rows: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{r['inequality']}: {r['measured']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})" for r in rows)

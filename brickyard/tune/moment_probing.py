@@ -116,6 +116,24 @@ RECORD = Record(
             batch=8,
             full={"train_rows": 2000, "batch": 0, "max_length": 0, "epochs": 10, "seeds": 5},
         ),
+        Claim(
+            text="On frozen tokens of handwritten digits, which its base saw, MP beats a linear probe by 1 point.",
+            inequality="mp >= probe + 1.0",
+            arms={"mp": "moment-probing:p=128,h=4", "probe": "linear-probe"},
+            control={
+                "what": "training labels shuffled: there is nothing left to learn",
+                "arm": "moment-probing:p=128,h=4",
+                "labels": "shuffled",
+                "inequality": "mp > control + 10.0",
+            },
+            gate="probe > majority + 10.0",
+            data="mnist|embedded:digits",
+            base="embedded:tiny-vit",
+            epochs=10,
+            train_rows=3000,
+            lrs=(2e-3, 5e-3, 1e-2, 3e-2),
+            full={"train_rows": 0, "seeds": 5, "lrs": (1e-3, 2e-3, 5e-3, 1e-2, 3e-2)},
+        ),
     ),
 )
 
