@@ -79,9 +79,7 @@ def _training(p: Parser) -> None:
     g.add_argument("--epochs", type=positive(float))
     g.add_argument("--steps", type=positive(int), help="optimiser steps, in place of --epochs")
     g.add_argument("--train-rows", type=positive(int), help="train on a fixed random subset of this many rows")
-    g.add_argument(
-        "--shots", type=positive(int), help="so many rows of each class, others for every seed; >= 100 steps"
-    )
+    g.add_argument("--shots", type=positive(int), help="rows of each class, others for every seed; >= 100 steps")
     g.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume with these settings changed")
 
 

@@ -234,6 +234,25 @@ def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def masked_base(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder whose tokenizer has a mask, and whose checkpoint holds an output layer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("masked")
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.add_tokens([":", ".", ","])
+    config = BertConfig.from_pretrained(text_base)
+    config.vocab_size, config.initializer_range = len(tokenizer), 0.2  # so large that tokens see one another
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def decoder_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_base(tmp_path_factory.mktemp("decoder-base"), decoder=True)
 

@@ -45,6 +45,7 @@ METHODS = {
     "s2a": "lora:r=4 + s2a:group=16",
     "emoe": "full + emoe:experts=8,topk=4",
     "s2a-modules": "s2a-modules:kind=side,r=4",
+    "bottleneck-adapter": "bottleneck-adapter:reduction=8",
     "linear-probe": "linear-probe",
     "moment-probing": "moment-probing:p=64,h=4",
 }

@@ -137,20 +137,23 @@ def test_the_claim_is_judged_by_macro_f1_and_a_rival_that_never_left_the_majorit
         right = rng.random((5, 400)) < np.where(labels, rare, often)
         return Answers(labels, np.where(right, labels, (labels + 1) % 3))
 
-    found = {"cloze": made(0.9, 0.95), "ordinary": made(0.5, 0.95), "mean": made(0.5, 0.9), "control": made(0.1, 0.6)}
-    out = check.judged(found)
+    found = {"lora-cloze": made(0.9, 0.95), "lora-ordinary": made(0.5, 0.95), "full-cloze": made(0.5, 0.9)}
+    found["lora-control"] = made(0.1, 0.6)
+    out = check.judged(found, "lora")
     assert out["holds"] is True and out["metric"] == "macro-f1" and out["control"]["destroyed"] is True
     # Its gain in accuracy is small: the classes that gain are rare.
     accuracy = {name: (of.predictions == labels).mean() for name, of in found.items()}
-    assert out["measured"] > 5 > 100 * (accuracy["cloze"] - accuracy["ordinary"])
-    assert out["figures"]["alpha"]["cloze"] == krippendorff(found["cloze"].predictions)
-    assert "alpha between seeds: cloze" in out["detail"]
-    stuck = {**found, "ordinary": Answers(labels, np.zeros((5, 400), dtype=int))}
-    assert check.judged(stuck)["holds"] == "set-up invalid"
+    assert out["measured"] > 5 > 100 * (accuracy["lora-cloze"] - accuracy["lora-ordinary"])
+    assert out["figures"]["alpha"]["lora-cloze"] == krippendorff(found["lora-cloze"].predictions)
+    assert "over seeds: lora-cloze" in out["detail"] and "alpha between them: lora-cloze" in out["detail"]
+    assert f"full-cloze {out['figures']['spread']['full-cloze']:.1f}" in out["detail"]
+    stuck = {**found, "lora-ordinary": Answers(labels, np.zeros((5, 400), dtype=int))}
+    assert check.judged(stuck, "lora")["holds"] == "set-up invalid"
 
 
-@MINILM
-def test_the_check_runs_and_searches_all_heads_by_macro_f1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_runs_and_searches_all_heads_by_macro_f1(
+    masked_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: list[dict[str, Any]] = []
 
     def here(jobs: Any, workers: int, folder: Path) -> dict[str, Any]:
@@ -159,13 +162,17 @@ def test_the_check_runs_and_searches_all_heads_by_macro_f1(tmp_path: Path, monke
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_runs, "finished", here)
+    monkeypatch.setattr(check, "FULL_LRS", (1e-4, 3e-4))
     claim = few_shot_content.RECORD.claims[0]
-    few: Any = replace(claim, data=text_data(), seeds=1, epochs=2, shots=4, max_length=16)
+    few: Any = replace(claim, base=str(masked_base), data=text_data(), seeds=1, epochs=2, shots=4, lrs=(1e-3, 3e-3))
     found = check.heads(few)
-    assert found["arms"].keys() == {"cloze", "ordinary", "mean", "probe", "control"} and found["low"] <= found["high"]
+    for module, one in found.items():
+        assert one["inequality"] == f"{module}-cloze >= {module}-ordinary + 2.0" and one["low"] <= one["high"]
+        assert one["arms"].keys() == {*check.ARMS, *check.FULL, "probe", "lora-control", "adapter-control"}
+    assert found.keys() == {"lora", "adapter"}
     assert {one["metric"] for one in settings} == {"macro-f1"}
     searched = [one["arm"] for one in settings if one["seed"] == 0]
-    assert len(searched) == 3 * len(claim.lrs)
+    assert len(searched) == 2 * (len(check.ARMS) + len(check.FULL))
 
 
 def test_what_has_no_gap_is_refused(text_base: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoTokenizer, BertForMaskedLM
 
 from brickyard.checks import _place
 from brickyard.checks import mpt as check
@@ -37,22 +37,6 @@ TASK = Task("text-classification", "accuracy", ("bad", "good"), 2, "text")
 PATTERN = "it was very [MASK] : {text}"
 SHORT = "lora:r=2 + mpt:steps=30,batch=4,rank=2,lr=3e-2,head_steps=2,head_blocks=1"
 SCORES = hnp.arrays(np.float64, (3, 7, 4), elements=st.floats(-20, 20))
-
-
-@pytest.fixture(scope="module")
-def masked_base(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small encoder whose tokenizer has a mask, and whose checkpoint holds an output layer."""
-    folder = tmp_path_factory.mktemp("masked")
-    tokenizer = AutoTokenizer.from_pretrained(text_base)
-    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    tokenizer.add_tokens([":", ".", ","])
-    config = BertConfig.from_pretrained(text_base)
-    config.vocab_size, config.initializer_range = len(tokenizer), 0.2  # so large that tokens see one another
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

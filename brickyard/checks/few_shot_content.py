@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from brickyard.checks._place import place_of
@@ -13,18 +14,20 @@ from brickyard.core.method import Claim
 from brickyard.tune.few_shot_content import krippendorff
 
 METRIC = "macro-f1"
-MODULE = "lora:r=8,alpha=16"
-ARMS = {
-    "cloze": f"{MODULE} + few-shot-content",
-    "ordinary": f"{MODULE} + linear-probe:pool=cls",
-    "mean": f"{MODULE} + linear-probe",
-    "probe": "linear-probe:lr=1e-2",
+MODULES = {"lora": "lora:r=8,alpha=16", "adapter": "bottleneck-adapter"}
+HEADS = {"cloze": "few-shot-content", "ordinary": "linear-probe:pool=cls"}
+ARMS = {f"{module}-{head}": f"{MODULES[module]} + {HEADS[head]}" for module in MODULES for head in HEADS} | {
+    "lora-mean": f"{MODULES['lora']} + linear-probe",
+    "lora-warm": f"{MODULES['lora']} + {HEADS['cloze']}:warm=true",
 }
+FULL = {"full-cloze": f"full + {HEADS['cloze']}"}
+FULL_LRS = (3e-5, 1e-4, 3e-4)  # all weights want lower ones than the modules
+PROBE = "linear-probe:lr=1e-2"
 
 
 @takes("base", "data")
 def heads(claim: Claim, *, workers: int = 2) -> dict[str, Any]:
-    """Train the same module under a cloze head and under ordinary ones on a few texts of each class.
+    """Train each module under a cloze head and under an ordinary one on a few texts of each class.
 
     Every seed draws other texts, the same for all arms; the learning rate of each is searched, that of the bare probe
     is given. Control: training labels shuffled. Gate: the ordinary head is 10 points above the majority class, for one
@@ -32,26 +35,31 @@ def heads(claim: Claim, *, workers: int = 2) -> dict[str, Any]:
     """
     asked = {**asked_by(claim), "metric": METRIC}
     with place_of("few-shot-content", claim) as folder:
-        arms = tuned(claim, {name: text for name, text in ARMS.items() if name != "probe"}, asked, folder, workers)
-        arms |= {"probe": ARMS["probe"], "control": arms["cloze"]}
-        runs = trained(arms, asked, claim.seeds, folder, workers, but={"control": {"shuffle_labels": True}})
+        arms = tuned(claim, ARMS, asked, folder, workers)
+        arms |= tuned(replace(claim, lrs=FULL_LRS), FULL, asked, folder, workers) | {"probe": PROBE}
+        controls = {f"{module}-control": arms[f"{module}-cloze"] for module in MODULES}
+        arms |= controls
+        runs = trained(
+            arms, asked, claim.seeds, folder, workers, but={name: {"shuffle_labels": True} for name in controls}
+        )
         found = {name: answers(folder, name, claim.seeds) for name in arms}
     rows = {name: arm_row(text, runs[name]) for name, text in arms.items()}
-    return {**judged(found), "arms": rows}
+    return {module: {**judged(found, module), "arms": rows} for module in MODULES}
 
 
-def judged(found: dict[str, Answers]) -> dict[str, Any]:
-    """Return the claim's outcome from the answers [S, N] of every arm."""
-    found = {**found, "majority": majority(found["ordinary"])}
+def judged(found: dict[str, Answers], module: str) -> dict[str, Any]:
+    """Return the outcome of one module's claim from the answers [S, N] of every arm."""
+    cloze, ordinary = f"{module}-cloze", f"{module}-ordinary"
+    found = {**found, "majority": majority(found[ordinary])}
 
     def compare(text: str) -> dict[str, Any]:
         # A seed draws its labelled rows, the same for every arm.
         return {"inequality": text, **judge(Inequality.read(text), found, METRIC, together=True)}
 
-    outcome, gate = compare("cloze >= ordinary + 2.0"), compare("ordinary > majority + 10.0")
-    gone = compare("cloze > control + 5.0")
+    outcome, gate = compare(f"{cloze} >= {ordinary} + 2.0"), compare(f"{ordinary} > majority + 10.0")
+    gone = compare(f"{cloze} > {module}-control + 5.0")
     scores = {name: 100 * influence(of.labels, of.predictions, METRIC)[0] for name, of in found.items()}
-    several = len(scores["cloze"]) > 1
+    several = len(scores[cloze]) > 1
     figures = {
         "means": {name: float(score_S.mean()) for name, score_S in scores.items()},
         "spread": {name: float(score_S.std(ddof=1)) for name, score_S in scores.items()} if several else {},
@@ -61,7 +69,8 @@ def judged(found: dict[str, Answers]) -> dict[str, Any]:
     low, high = outcome["low"], outcome["high"]
     needed = f"; {outcome['needed']['sentence']}" if outcome.get("needed") else ""
     said = ", ".join(f"{name} {mean:.1f}" for name, mean in figures["means"].items())
-    alpha = ", ".join(f"{name} {figures['alpha'][name]:.2f}" for name in ("cloze", "ordinary") if several)
+    alpha = ", ".join(f"{name} {figures['alpha'][name]:.2f}" for name in (cloze, ordinary) if several)
+    spread = ", ".join(f"{name} {figures['spread'][name]:.1f}" for name in (cloze, ordinary, "full-cloze") if several)
     return {
         **outcome,
         "holds": outcome["holds"] if gate["holds"] is True else "set-up invalid",
@@ -74,5 +83,6 @@ def judged(found: dict[str, Answers]) -> dict[str, Any]:
         },
         "figures": figures,
         "detail": f"measured {outcome['measured']:+.2f} points ({low:+.2f} to {high:+.2f}){needed}"
-        f"; macro-F1: {said}" + (f"; Krippendorff's alpha between seeds: {alpha}" if alpha else ""),
+        f"; macro-F1: {said}"
+        + (f"; standard deviation over seeds: {spread}; Krippendorff's alpha between them: {alpha}" if several else ""),
     }

@@ -133,8 +133,8 @@ def pretrained(argument: dict[str, Any]) -> dict[str, Any]:
     rows = ready.encoded
     train(attached, rows["train"], rows["validation"], ready.task, ready.training, device=ready.setting.device)
     found = answer(attached.model, rows["test"], ready.task).predictions
-    out = Path(argument["out"])
-    backbone_of(attached.model).save_pretrained(out)
+    out, backbone = Path(argument["out"]), backbone_of(attached.model)
+    backbone.save_pretrained(out)  # type: ignore[operator]
     ready.base.processor.save_pretrained(out)
     return {"base": str(out), "accuracy": float((found == rows["test"].labels.numpy()).mean())}
 

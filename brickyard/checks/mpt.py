@@ -32,6 +32,14 @@ from brickyard.tune.mpt import Config, Prompted, PseudoLabels
 WORDS = {
     "embedded:stdlib-topics": ("network", "development", "file", "graphics", "internet", "language", "text"),
     "trec": ("description", "entity", "abbreviation", "person", "location", "number"),
+    "sst2": ("bad", "good"),
+}
+# Templates of a sentiment, as PET's for reviews; those of mpt itself name a topic.
+TEMPLATES = {
+    "sst2": {
+        "manual": ("It was [MASK] . {text}", "{text} All in all , it was [MASK] ."),
+        "continuous": ("Just [MASK] ! {text}", "{text} In summary , it is [MASK] ."),
+    }
 }
 LR = 1e-4  # of every classifier here
 LABELLED = -1  # in place of the guess at a row whose label a seed was given
@@ -54,11 +62,13 @@ def few_labels(
     mixed. Beside them: fine-tuning on the labelled rows; self-training, in which that model labels the pool; and the
     pool's true labels as ceiling. Control: the pseudo-labels dealt out anew. Gate: the ceiling gains 3 points.
     """
-    words = WORDS.get(Path(claim.data).name, ()) if isinstance(claim.data, str) else ()
+    name = Path(claim.data).name if isinstance(claim.data, str) else ""
+    words = WORDS.get(name, ())
     given = f"words=[{','.join(words)}]," if words else ""
     shared = {
         "arm": f"full + mpt:{given}head_steps={head_steps}{',' + options if options else ''}",
         "base": claim.base,
+        "templates": TEMPLATES.get(name, {}),
         "data": _first_rows(claim.data, pool),
         "shots": claim.shots,
         "max_length": claim.max_length or None,
@@ -98,7 +108,7 @@ def one_seed(argument: dict[str, Any]) -> dict[str, Any]:
         max_length=argument["max_length"],
         training={"precision": "bfloat16" if cpu_bfloat16_is_fast() else "float32"},
     )
-    ready, config = prepare(setting), resolve(parse(arm)).configs["mpt"]
+    ready, config = prepare(setting), replace(resolve(parse(arm)).configs["mpt"], **argument["templates"])
     labels = ready.encoded["train"].labels
     truth = torch.from_numpy(_truth(data, ready))
     given_N = labels.numpy() != IGNORED

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from brickyard.core.errors import Unmatched
+from brickyard.core.errors import Refused, Unmatched
 
 Role = Literal["query", "key", "value", "out", "gate", "up", "down", "norm", "embedding", "head", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -92,6 +92,16 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     model = _unwrapped(model)
     return list(_walk(model, "", _heads(model)))
+
+
+def entering_width(block: nn.Module) -> int:
+    """Return the width of the states that enter a block: its first linear layer reads them. Refused without one."""
+    layer: Any = next((m for m in block.modules() if isinstance(m, LINEAR)), None)
+    if layer is None:
+        raise Refused(
+            f"{type(block).__name__} has no linear layer; methods beside a block need a transformer's blocks."
+        )
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
 
 
 def roles(model: nn.Module) -> dict[str, str]:

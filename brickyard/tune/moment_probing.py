@@ -456,9 +456,8 @@ class MomentProbeClassifier:
             c = self.config
             self.module_ = MomentProbe(width, len(self.classes_), c.p, c.h, c.pairs, c.pooled, center=c.center)
         skip = set(_undecayed(self.module_))
-        named = dict(self.module_.named_parameters())
-        groups = [{"params": [q for n, q in named.items() if n not in skip]}]
-        groups.append({"params": [named[n] for n in skip], "weight_decay": 0.0})  # type: ignore[dict-item]
+        parts = {free: [q for n, q in self.module_.named_parameters() if (n in skip) == free] for free in (False, True)}
+        groups = [{"params": parts[False]}, {"params": parts[True], "weight_decay": 0.0}]
         optimiser = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.wd)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
         order = np.random.Generator(np.random.PCG64(self.seed))

@@ -28,12 +28,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from brickyard.core.attached import Attached, attach_in_place
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.method import Claim, Record
-from brickyard.core.roles import blocks, own_head
+from brickyard.core.roles import blocks, entering_width, own_head
 from brickyard.core.side import backbone_of, stack
 from brickyard.core.task import Task
 from brickyard.tune._coded import Once, Trained
@@ -227,7 +226,7 @@ def _add_sides(model: nn.Module, config: Config, undo: ExitStack) -> list[str]:
     names = []
     for name, block in found:
         weight = next(p for p in block.parameters() if p.is_floating_point())
-        side = Side(_width(block), config.r, config.bits).to(weight.device)
+        side = Side(entering_width(block), config.r, config.bits).to(weight.device)
         block.add_module(_SIDE, side)
         handle = block.register_forward_hook(_beside, with_kwargs=True)
         undo.callback(handle.remove)
@@ -243,14 +242,6 @@ def _add_prompts(model: nn.Module, config: Config, undo: ExitStack) -> list[str]
     model.add_module(_PROMPT, made.to(next(model.parameters()).device))
     undo.callback(delattr, model, _PROMPT)
     return [f"{_PROMPT}.weight"]
-
-
-def _width(block: nn.Module) -> int:
-    """Width of the states that enter a block: its first linear layer reads them."""
-    layer = next((m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)), None)
-    if layer is None:
-        raise Refused("s2a-modules: the blocks of this base have no linear layer; kind=bias needs none.")
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
 
 
 def _beside(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
