@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import text_data
 from torch.nn.functional import relu
 
+from brickyard.core import export as exports
+from brickyard.core import trial
 from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
-from brickyard.core.errors import Refused, UsageError
+from brickyard.core.errors import ParityBroken, Refused, UsageError
 from brickyard.core.loop import train_mode
 from brickyard.core.roles import blocks
 from brickyard.core.task import Task
+from brickyard.core.trial import Setting
 from brickyard.tune.bottleneck_adapter import NAME, Bottleneck, Config
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
@@ -76,3 +81,37 @@ def test_what_does_not_fit_is_refused(text_base: Path) -> None:
         Config(reduction=0)
     with pytest.raises(Refused, match="reduction=4000 leaves nothing of the width"):
         made(text_base, ":reduction=4000")
+
+
+def test_a_model_of_transformers_cannot_hold_it_and_nothing_is_left_of_the_attempt(
+    text_base: Path, tmp_path: Path
+) -> None:
+    asked = Setting(
+        arm="bottleneck-adapter:reduction=8", base=str(text_base), data=text_data(), device="cpu", cache=False
+    )
+    trial.run({"setting": asdict(asked), "folder": str(tmp_path)})
+    for to, why in (
+        ("merged", "adds modules .Bottleneck. that no transformers class has"),
+        ("peft", "PEFT has no form"),
+    ):
+        with pytest.raises(Refused, match=why):
+            exports.export(tmp_path / "brick", to, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["merged", "peft"])
+def test_an_export_that_answers_otherwise_is_not_left_behind(
+    to: str, text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Setting(arm="lora:r=2", base=str(text_base), data=text_data(), device="cpu", cache=False)
+    trial.run({"setting": asdict(asked), "folder": str(tmp_path)})
+    monkeypatch.setattr(exports, "parity", lambda *_: {"max_gap": 1.0, "scale": 1.0, "tolerance": 1e-4, "layers": []})
+
+    def broken(*_: Any) -> None:
+        assert (tmp_path / "out").is_dir()
+        raise ParityBroken("the logits differ")
+
+    monkeypatch.setattr(exports, "assert_parity", broken)
+    with pytest.raises(ParityBroken):
+        exports.export(tmp_path / "brick", to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -291,11 +291,9 @@ def test_the_check_on_other_classes_begins_with_the_base_that_learned_the_first(
 
     made_of = check._Arms.of
     monkeypatch.setattr(check._Arms, "of", spied)
-    arms = {name: check.ARMS[name] for name in ("hst", "pyramid", "lora", "probe")}
-    monkeypatch.setattr(check, "ARMS", arms)
     claim = replace(hst.RECORD.claims[4], data="embedded:digits", seeds=2)
     found = check.to_other_classes(claim, rows=60, test_rows=60, pretraining_epochs=1, epochs=1)
     assert len(opened) == 1 and found["figures"]["pretraining"] > 0.2
     assert [one["inequality"] for one in found["comparisons"]] == found["inequality"].split(" and ")
-    assert set(found["figures"]["means"]) == {*arms, "moments", "shuffled", "norms", "majority"}
+    assert set(found["figures"]["means"]) == {*check.ON_OTHERS, "shuffled", "majority"}
     assert found["gate"]["inequality"] == "probe > majority + 10.0"

@@ -41,7 +41,8 @@ ARMS = {
     "prompts": "iapt:constant=true,tokens=1,lr=3e-3",  # one trained prompt a layer, for VPT-deep's
     "probe": "linear-probe:lr=1e-2",
 }
-OTHER_HEADS = {"moments": "moment-probing:p=128,h=4,lr=1e-2"}
+ON_OTHERS = {name: ARMS[name] for name in ("hst", "pyramid", "lora", "probe")}
+ON_OTHERS["moments"] = "moment-probing:p=128,h=4,lr=1e-2"
 USEFUL = "probe > majority + 10.0"
 
 
@@ -76,7 +77,7 @@ def beside_the_pyramid(
     """
     data = images_of(claim.data, rows, test_rows)
     with place_of("hst", claim, rows, test_rows, epochs) as folder:
-        measured = _Arms.of(claim, claim.base, data, ARMS, folder, workers, epochs)
+        measured = _Arms.of(claim, claim.base, data, ARMS, folder, workers, epochs, norms=True)
     return {
         "ladder": measured.held("hst >= pyramid + 1.0", USEFUL),
         "norms": measured.held("hst >= norms + 2.0", USEFUL),
@@ -110,7 +111,7 @@ def to_other_classes(
             argument={"base": claim.base, "data": known, "epochs": pretraining_epochs, "out": str(folder / "base")},
         )
         learned = finished([job], 1, folder)["pretraining"]
-        measured = _Arms.of(claim, learned["base"], few, ARMS | OTHER_HEADS, folder, workers, epochs)
+        measured = _Arms.of(claim, learned["base"], few, ON_OTHERS, folder, workers, epochs)
     texts = ("hst >= pyramid + 1.0", "hst >= lora - 1.0", "moments >= probe + 1.0")
     parts = [measured.judged(text) for text in texts]
     last, joint = measured.held(texts[0], USEFUL), all_hold(parts)
@@ -160,16 +161,27 @@ class _Arms:
 
     @classmethod
     def of(
-        cls, claim: Claim, base: str, data: Any, arms: dict[str, str], folder: Path, workers: int, epochs: int
+        cls,
+        claim: Claim,
+        base: str,
+        data: Any,
+        arms: dict[str, str],
+        folder: Path,
+        workers: int,
+        epochs: int,
+        *,
+        norms: bool = False,
     ) -> _Arms:
+        """Run the arms, `hst` with shuffled labels, and with `norms` the tuning of norms alone, with every seed."""
         asked = {"base": base, "data": data, "training": {"epochs": epochs, "batch": BATCH}}
         every, shuffled = {**arms, "shuffled": arms["hst"]}, {"shuffled": {"shuffle_labels": True}}
         runs = trained(every, asked, claim.seeds, folder, workers, but=shuffled)
         found = {name: answers(folder, name, claim.seeds) for name in (*arms, "shuffled")}
         found["majority"] = majority(found["probe"])
         ready = prepare(Setting(arm="linear-probe:lr=3e-3", **asked))
-        tuned = [norms_tuned(ready, s) for s in range(1, claim.seeds + 1)]
-        found["norms"] = Answers(found["hst"].labels, np.stack(tuned))
+        if norms:
+            tuned = [norms_tuned(ready, s) for s in range(1, claim.seeds + 1)]
+            found["norms"] = Answers(found["hst"].labels, np.stack(tuned))
         return cls(arms, found, runs, ready.task.metric)
 
     def held(self, text: str, gate: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import copy
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from brickyard.core import brick as bricks
 from brickyard.core.base import Base, HeadedModel, open_base
 from brickyard.core.brick import Brick
-from brickyard.core.errors import Refused, UsageError
+from brickyard.core.errors import ParityBroken, Refused, UsageError
 from brickyard.core.files import complete_folder, write_json, write_tensors
 from brickyard.core.inject_export import to_lora
 from brickyard.core.inject_layer import BrickyardLinear
@@ -44,7 +46,8 @@ def export(
 
     `to` is "peft" or "merged"; of a run that kept its log, "log" (what rebuilds its weights) or "brick" (rebuilt).
 
-    Raises Refused where a brick has no such form, and ParityBroken where the written artefact answers differently.
+    Raises Refused where a brick has no such form, and ParityBroken where the written artefact answers differently; of
+    either nothing is left in `out`.
     """
     made = bricks.load(folder)
     opened = open_base(base or made.manifest["base"]["spec"])
@@ -56,14 +59,26 @@ def export(
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; give a new folder.")
     if to == "peft":
-        return _peft(made, opened, out, rank, max_rank)
+        with _gone_unless_proven(out):
+            return _peft(made, opened, out, rank, max_rank)
     if to in ("log", "brick"):
         if rank or max_rank:
             raise UsageError(f"--rank and --max-rank belong to adapters and models; --to {to} keeps what the run made.")
         return write_log(made, out) if to == "log" else write_weights(made, opened, out)
     if max_rank is not None:
         raise UsageError("--max-rank belongs to --to peft; a merged model holds the whole change.")
-    return _merged(made, opened, out, rank)
+    with _gone_unless_proven(out):
+        return _merged(made, opened, out, rank)
+
+
+@contextmanager
+def _gone_unless_proven(out: Path) -> Iterator[None]:
+    """Remove what was written to `out`, new or empty before, where it turns out not to answer as the brick does."""
+    try:
+        yield
+    except ParityBroken:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def at_rank(model: nn.Module, rank: int | None) -> None:
@@ -82,7 +97,7 @@ def _peft(made: Brick, base: Base, out: Path, rank: int | None, max_rank: int | 
     if not isinstance(model, PeftModel):
         raise Refused(
             f"{made.manifest['arm']} is no adapter on layers, so PEFT has no form for it; load the brick with "
-            "Brickyard, or try --to merged, which holds it where its head is one of transformers'."
+            "Brickyard, or try --to merged where it changes weights of the base and its head is one of transformers'."
         )
     error = 0.0
     if any(isinstance(m, BrickyardLinear) for m in model.modules()):
@@ -175,6 +190,11 @@ def _merged(made: Brick, base: Base, out: Path, rank: int | None) -> dict[str, A
         raise Refused(
             f"the head of {made.manifest['arm']} is Brickyard's own, which no transformers class can hold; "
             "load the brick instead."
+        )
+    if own := sorted({type(m).__name__ for m in plain.modules() if type(m).__module__.startswith("brickyard.")}):
+        raise Refused(
+            f"{made.manifest['arm']} is no change of the base's weights: it adds modules ({', '.join(own)}) that no "
+            "transformers class has; load the brick."
         )
     if made.task.labels is not None:
         plain.config.id2label = dict(enumerate(made.task.labels))
