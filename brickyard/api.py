@@ -276,7 +276,7 @@ def evaluate(
 
     answers, score = scored()
     if predictions is not None:
-        trial.write_answers(Path(predictions), answers, labels)
+        trial.write_answers(Path(predictions), answers, labels, wanted.labels)
     score |= score_of(wanted, encoded, answers)
     out: dict[str, Any] = {
         "score": score,

@@ -200,7 +200,7 @@ def _evaluate(p: Parser) -> None:
     p.add_argument("--brick", metavar="DIR", help="a brick folder; without it, the base's own head")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="rows to score on (test)")
     p.add_argument("--scale", metavar="LOW:HIGH:STEP", help="sweep the strength of the brick's change")
-    p.add_argument("--predictions", metavar="FILE.parquet", help="write one row per test example")
+    p.add_argument("--predictions", metavar="FILE.parquet", help="one row per scored example, classes by name too")
     p.add_argument("--force", action="store_true", help="use a brick on another base than its own")
     p.add_argument("--json", action="store_true")
     _common(p)

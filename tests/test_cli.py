@@ -138,13 +138,12 @@ def test_a_users_whole_way(text_base: Path, tmp_path: Path, capsys: pytest.Captu
         found["score"]["mean"] == pytest.approx(tuned["score"]["mean"])
         and found["score"]["low"] < found["score"]["high"]
     )
-    assert found["examples"] == 60 and pq.read_table(answers).column_names == [
-        "index",
-        "label",
-        "prediction",
-        "loss",
-        "logits",
-    ]
+    columns = ["index", "label", "prediction", "loss", "label_name", "prediction_name", "logits"]
+    assert found["examples"] == 60 and pq.read_table(answers).column_names == columns
+    told = pq.read_table(answers).to_pydict()
+    assert told["label_name"] == text_data(160)["test"]["label"]  # the classes' names, in the order of the data
+    same = [a == b for a, b in zip(told["label"], told["prediction"], strict=True)]
+    assert same == [a == b for a, b in zip(told["label_name"], told["prediction_name"], strict=True)]
     assert [p["scale"] for p in found["scale"]] == [0.0, 1.0, 2.0]
     assert found["scale"][1]["mean"] == found["score"]["mean"] > found["scale"][0]["mean"]
 

@@ -361,10 +361,11 @@ def _logits(attached: Attached, inputs: dict[str, Any]) -> torch.Tensor:
     return attached.model(**inputs).logits.float().cpu()
 
 
-def write_answers(path: Path, answers: Answers, labels: np.ndarray) -> None:
+def write_answers(path: Path, answers: Answers, labels: np.ndarray, names: Sequence[str] | None = None) -> None:
     """Write one row per example in the order of the data: index, label, prediction, loss and, for classes, logits.
 
-    Of a language model, an example is a document, its label its bytes (or tokens) and its prediction its nats.
+    With the `names` of classes, which are numbers here, label_name and prediction_name too. Of a language model, an
+    example is a document, its label its bytes (or tokens) and its prediction its nats.
     """
     columns: dict[str, Any] = {
         "index": np.arange(len(labels)),
@@ -372,6 +373,8 @@ def write_answers(path: Path, answers: Answers, labels: np.ndarray) -> None:
         "prediction": answers.predictions,
         "loss": answers.losses,
     }
+    if names:
+        columns |= {f"{name}_name": np.array(names)[columns[name].astype(int)] for name in ("label", "prediction")}
     if answers.logits is not None and answers.logits.shape[1] > 1:
         columns["logits"] = pa.array(list(answers.logits))
     temporary = path.with_name(path.name + ".tmp")
