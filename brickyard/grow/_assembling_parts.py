@@ -125,11 +125,19 @@ class Hybrid:
             )
 
 
-def hybrid(plan: Plan, part: int, tensors: Mapping[str, Tensor], *, seed: int = 0) -> Hybrid:
+def hybrid(
+    plan: Plan,
+    part: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    begin: Mapping[str, Tensor] | None = None,
+) -> Hybrid:
     """Return hybrid `part`: its own blocks new, drawn from `seed` and its number; all else the meta network's.
 
-    With part 1 goes the stem, with part K the head; what is shared comes from the meta network in every hybrid. The
-    meta network's modules are held in evaluation mode, so that a part meets the same neighbours in every step.
+    `begin` holds other values for what is its own to begin at, by the target's names. With part 1 goes the stem, with
+    part K the head; what is shared comes from the meta network in every hybrid. The meta network's modules are held in
+    evaluation mode, so that a part meets the same neighbours in every step.
     """
     slots = plan.own_slots(part)
     model = plan.build(plan.sources(part), seed=plan.seed(seed, part))
@@ -149,6 +157,8 @@ def hybrid(plan: Plan, part: int, tensors: Mapping[str, Tensor], *, seed: int = 
             held[name] = f"{plan.path}.{int(number) + (shift if behind else 0)}.{rest}"
     live = tensors_of(model)
     copy_into({n: live[n] for n in held}, {n: tensors[source] for n, source in held.items()}, f"hybrid {part}")
+    if begin is not None:
+        copy_into({own[n]: live[n] for n in own}, dict(begin), f"part {part}")
     resting = _resting(plan, part, model, own)
     if resting:
         keep_at_rest(model, resting)
@@ -181,6 +191,7 @@ def train_part(
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    begin: Mapping[str, Tensor] | None = None,
 ) -> Shard:
     """Train one part inside the meta network and leave it as one shard; it needs nothing of the other parts.
 
@@ -193,6 +204,7 @@ def train_part(
         seed: of the part's initial weights; together with `part` it decides them.
         identity: kept in the shard.
         device: where the hybrid lies while it trains.
+        begin: where the part begins in place of random weights, by the target's names.
 
     Raises:
         Refused: a meta network of another plan.
@@ -204,7 +216,7 @@ def train_part(
             f"part {part} was given {'a part' if meta.part != META else 'the meta network of another plan'} "
             f"({meta.plan[:12]}, expected {plan.digest[:12]}); give the meta network of this plan."
         )
-    made = hybrid(plan, part, meta.tensors, seed=seed)
+    made = hybrid(plan, part, meta.tensors, seed=seed, begin=begin)
     made.model.to(device)
     attached = made.attached()
     before = snapshot(made.model)

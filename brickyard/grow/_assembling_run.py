@@ -19,6 +19,7 @@ from brickyard.core.jobs import Job, Local
 from brickyard.core.loop import Training, train
 from brickyard.core.receipt import assert_effect, receipt, snapshot
 from brickyard.core.trial import Prepared
+from brickyard.grow._assembling_distil import beginnings, distilled
 from brickyard.grow._assembling_parts import Shard, ends, meta, meta_shard, statistics, train_part
 from brickyard.grow._assembling_plan import META, Plan
 
@@ -37,6 +38,7 @@ class Assembly:
         identity: what decides the result, beside each phase's training.
         job: makes the job that trains a part, by its number, elsewhere with so many threads.
         tune_lr: learning rate of the fine-tuning; 0: that of the other phases.
+        distil: the base is trained already: stand-ins learn from its parts, which begin as they are stored.
     """
 
     ready: Prepared
@@ -46,6 +48,7 @@ class Assembly:
     identity: dict[str, Any]
     job: Callable[[int, int], Job]
     tune_lr: float = 0.0
+    distil: bool = False
     checkpoint_every: int = 0
     allow_change: Sequence[str] = ()
     callbacks: Sequence[Any] = ()
@@ -104,10 +107,11 @@ class Assembly:
         """Phase 1, or what is there of it."""
         if (found := self.kept(META)) is not None:
             return found
-        model = meta(self.plan, seed=self.ready.setting.seed)
+        attached = self._meta()
+        model: Any = attached.model
         report: dict[str, Any] = {}
         if self.steps["pretrain"]:
-            attached, before = _whole(model), snapshot(model)
+            before = snapshot(model)
             report = self._train(attached, "pretrain", "meta", score=True)
             assert_effect(receipt(before, model, attached))
             report["score"] = self.score(model)
@@ -116,19 +120,33 @@ class Assembly:
         shard.write(self.file(META))
         return shard
 
+    def _meta(self) -> Attached:
+        """Return the meta network before phase 1."""
+        seed = self.ready.setting.seed
+        if self.distil:
+            return distilled(self.plan, self.stored(), self.ready.task, seed=seed)
+        return _whole(meta(self.plan, seed=seed))
+
+    def stored(self) -> nn.Module:
+        """Return the base itself, with the task's head; read anew, so that nobody holds it longer than needed."""
+        made, setting = self.ready, self.ready.setting
+        return made.base.model(made.task, seed=setting.seed, attention=setting.attention).to(made.device)
+
     def incubate(self, part: int) -> Shard:
         """Phase 2 of one part, or what is there of it."""
         if (found := self.kept(part)) is not None:
             return found
+        standing = Shard.read(self.file(META))
         return train_part(
             self.plan,
             part,
-            Shard.read(self.file(META)),
+            standing,
             lambda attached: self._train(attached, "incubate", f"part-{part}", score=False),
             self.file(part),
             seed=self.ready.setting.seed,
             identity=self._identity(part),
             device=self.ready.device,
+            begin=beginnings(self.plan, part, self.stored(), standing.tensors) if self.distil else None,
         )
 
     def incubate_all(self) -> list[Shard]:
