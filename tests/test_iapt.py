@@ -26,8 +26,8 @@ from brickyard.core.loop import train_mode
 from brickyard.core.roles import blocks
 from brickyard.core.task import Task
 from brickyard.core.trial import Setting, prepare
-from brickyard.tune import iapt
-from brickyard.tune._prompts import INSTRUCTION, Prompts, widened
+from brickyard.tune import _prompts, iapt
+from brickyard.tune._prompts import INSTRUCTION, PromptedLayer, Prompts, widened
 
 TOPICS = Task("text-classification", "accuracy", ("a", "b", "c"), 3, "text")
 INSTRUCT = Task("instruct", "bits_per_byte", None, 1, "text")
@@ -179,6 +179,43 @@ def test_generation_makes_prompts_once_and_agrees_with_the_whole_pass(causal_bas
     foreign = open_base(str(causal_base)).model(INSTRUCT, seed=0)(**given, use_cache=True).past_key_values
     with pytest.raises(UsageError, match="without prompts"):
         model(input_ids=whole[:, 7:8], past_key_values=foreign)
+
+
+def test_a_growing_cache_holds_the_prompts_before_its_tokens(
+    causal_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = instruct(causal_base), batch()
+    tokens = torch.tensor([[5, 6], [7, 8], [9, 10]])
+
+    def decoded() -> tuple[Any, list[torch.Tensor]]:
+        with torch.no_grad():
+            cache = model(**given, use_cache=True).past_key_values
+            parts = [tokens[:, :1], tokens[:, 1:], tokens]  # one token at a time, then two at once
+            return cache, [model(input_ids=part, past_key_values=cache).logits for part in parts]
+
+    cache, held = decoded()
+    assert [type(layer) for layer in cache.layers] == [PromptedLayer, PromptedLayer]
+    assert cache.get_seq_length() == 7 + 4 and cache.layers[0].keys.shape[2] == 4 + 7 + 4
+    assert cache.get_mask_sizes(1, 0) == (12, 0)
+    cache.crop(-2)
+    assert cache.get_seq_length() == 9 and cache.layers[1].values.shape[2] == 13
+    monkeypatch.setattr(_prompts, "DynamicLayer", type("Other", (), {}))  # no layer is of a known kind
+    monkeypatch.setattr(_prompts, "PromptedLayer", type("None", (), {}))
+    plain, beside = decoded()
+    assert plain.layers[0].keys.shape[2] == 7 + 4
+    for a, b in zip(held, beside, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_was_emptied_takes_new_prompts(causal_base: Path) -> None:
+    model, given = instruct(causal_base), batch()
+    with torch.no_grad():
+        cache = model(**given, use_cache=True).past_key_values
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        again = model(**given, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(again, model(**given, use_cache=True).logits)
+    assert cache.get_seq_length() == 7 and cache.layers[0].keys.shape[2] == 11
 
 
 def test_blocks_that_run_again_make_the_same_prompts(causal_base: Path) -> None:

@@ -6,7 +6,8 @@ themselves, so nothing is computed at their positions: masks, positions (rotary 
 stay as they are. A prompt key stands at position 0, where a rotary phase is none.
 
 In generation prompts are made once, from what the first pass is given, and stay with the cache; a step with the cache
-makes none. Every row may have prompts of its own, so several tenants share one backbone.
+makes none. A layer of a growing cache holds them before the tokens, and does not count them, so that no step puts them
+there again. Every row may have prompts of its own, so several tenants share one backbone.
 Legend: B rows, T tokens, d width, P prompts.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
 
 from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.roles import roles
@@ -29,6 +31,27 @@ from brickyard.tune._slices import execution_order
 INSTRUCTION = "instruction_mask"  # in a batch: true on the tokens that prompts may be made from
 _NAME = "brickyard_prompts"  # in transformers' AttentionInterface
 Generate = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class PromptedLayer(DynamicLayer):
+    """A layer of a cache whose first `count` keys and values are prompts, which are no tokens of it."""
+
+    def __init__(self, layer: DynamicLayer, key_BHPD: Tensor, value_BHPD: Tensor) -> None:
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys = torch.cat([key_BHPD, layer.keys], dim=2)
+        self.values = torch.cat([value_BHPD, layer.values], dim=2)
+        self.count = key_BHPD.shape[2]
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the layer holds."""
+        return max(super().get_seq_length() - self.count, 0)
+
+    def reset(self) -> None:
+        """Forget tokens and prompts; the next text brings its own."""
+        super().reset()
+        self.count = 0
 
 
 class Prompts:
@@ -44,6 +67,8 @@ class Prompts:
         self.mask: Tensor | None = None
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
         self.reused = False
+        self.places: dict[int, int] = {}  # block -> its layer in a cache
+        self.held: set[int] = set()  # blocks whose cache holds the prompts itself
         found = stack(model)
         self.layers = list(range(len(found))) if layers is None else layers
         kinds = {model.get_submodule(name): kind for name, kind in roles(model).items()}
@@ -84,12 +109,19 @@ class Prompts:
             attention.config._attn_implementation, here["eager_attention_forward"]
         )
 
+        if isinstance(place := getattr(attention, "layer_idx", None), int):
+            self.places[l] = place
+
         def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
-            k, v = (_as_heads(x, keys) for x in self.made[l])
-            mask = widened(mask, query, keys, k.shape[2], causal=bool(getattr(attention, "is_causal", False)))
-            return attention.inner_attention(
-                attention, query, torch.cat([k, keys], 2), torch.cat([v, values], 2), mask, **options
-            )
+            causal = bool(getattr(attention, "is_causal", False))
+            if l in self.held:
+                count = self.made[l][0].shape[1]
+                mask = widened(mask, query, keys[:, :, count:], count, causal=causal)
+            else:
+                k, v = (_as_heads(x, keys) for x in self.made[l])
+                mask = widened(mask, query, keys, k.shape[2], causal=causal)
+                keys, values = torch.cat([k, keys], 2), torch.cat([v, values], 2)
+            return attention.inner_attention(attention, query, keys, values, mask, **options)
 
         # Only this module's view of the config changes: masks are still made for the model's own attention.
         config, own = copy.deepcopy(attention.config), attention.config
@@ -119,6 +151,7 @@ class Prompts:
             if cache is None or not hasattr(cache, "prompts"):
                 raise UsageError("this cache was filled without prompts; begin with the whole text.")
             self.made = cache.prompts
+            self.held = {l for l, place in self.places.items() if isinstance(_layer(cache, place), PromptedLayer)}
         elif mask is not None and bool((~mask.bool().any(1)).any()):
             row = int((~mask.bool().any(1)).nonzero()[0, 0])
             raise BadData(f"row {row} of the batch has no token that prompts could be made from.")
@@ -128,13 +161,22 @@ class Prompts:
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None and self.made:
             cache.prompts = self.made
+            for l, place in self.places.items() if not self.reused else ():
+                layer = _layer(cache, place)
+                if type(layer) in (DynamicLayer, PromptedLayer) and layer.keys is not None:
+                    cache.layers[place] = PromptedLayer(layer, *(_as_heads(x, layer.keys) for x in self.made[l]))
         # A block that is run again in the backward pass needs its prompts, or the mask to make them, a second time.
         again = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
-        self.made, self.reused = (self.made if again else {}), False
+        self.made, self.reused, self.held = (self.made if again else {}), False, set()
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
     return module.prompted_attention(query, key, value, attention_mask, **options)
+
+
+def _layer(cache: Any, place: int) -> Any:
+    layers = getattr(cache, "layers", ())
+    return layers[place] if place < len(layers) else None
 
 
 def _as_heads(x_BPm: Tensor, like_BHSD: Tensor) -> Tensor:
