@@ -219,7 +219,8 @@ def judged(
     """
 
     def compare(text: str, among: dict[str, Answers], metric: str) -> dict[str, Any]:
-        return {"inequality": text, **judge(Inequality.read(text), among, metric)}
+        # A seed draws its labelled rows, the same for every arm.
+        return {"inequality": text, **judge(Inequality.read(text), among, metric, together=True)}
 
     gate = compare("ceiling >= fine-tuning + 3.0", arms, "macro-f1")
     gain = [compare(f"mpt >= {other}", arms, "macro-f1") for other in ("fine-tuning + 3.0", "self-training + 1.0")]

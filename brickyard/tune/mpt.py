@@ -64,9 +64,9 @@ RECORD = Record(
             measure="few_labels",
             part="gain",
             data="sst2|embedded:stdlib-topics",
-            seeds=3,
+            seeds=5,
             shots=16,
-            full={"seeds": 5},
+            full={"seeds": 9},
         ),
         Claim(
             text="The mixture labels at most 0.5 points worse than words or vectors alone, and the model that learns "
@@ -74,9 +74,9 @@ RECORD = Record(
             measure="few_labels",
             part="mixture",
             data="sst2|embedded:stdlib-topics",
-            seeds=3,
+            seeds=5,
             shots=16,
-            full={"seeds": 5},
+            full={"seeds": 9},
         ),
     ),
 )
