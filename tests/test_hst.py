@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Here, write_data
+from conftest import Here, image_data, write_data
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTModel
@@ -21,7 +21,7 @@ from brickyard.core.arm import parse
 from brickyard.core.attached import Attached
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
-from brickyard.core.errors import Refused, UsageError
+from brickyard.core.errors import BadData, Refused, UsageError
 from brickyard.core.loop import train_mode
 from brickyard.core.prefix import ENTERING
 from brickyard.core.roles import blocks
@@ -258,7 +258,7 @@ def test_the_dense_check_tells_a_decoder_that_learned_from_one_that_could_not(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_masks, "ARMS", {"hst": "hst:stem=2,lr=3e-3", "pyramid": "hst:stem=2,ladder=false"})
     claim = replace(hst.RECORD.claims[3], data="embedded:digits", seeds=2)
-    found = _masks.digit_masks(claim, rows=96, test_rows=40, epochs=2)
+    found = _masks.digit_masks(claim, rows=96, test_rows=500, epochs=2)  # more than there are
     means = found["figures"]["means"]
     assert set(means) == {"hst", "pyramid", "decoder", "shuffled", "guess"}
     assert means["hst"] > means["shuffled"] and means["decoder"] > means["guess"]
@@ -297,3 +297,11 @@ def test_the_check_on_other_classes_begins_with_the_base_that_learned_the_first(
     assert [one["inequality"] for one in found["comparisons"]] == found["inequality"].split(" and ")
     assert set(found["figures"]["means"]) == {*check.ON_OTHERS, "shuffled", "majority"}
     assert found["gate"]["inequality"] == "probe > majority + 10.0"
+
+
+def test_bases_and_data_that_the_image_checks_cannot_use_are_refused(image_base: Path, tmp_path: Path) -> None:
+    two = str(write_data(tmp_path / "two", image_data()))
+    with pytest.raises(BadData, match="2 classes"):
+        check.to_other_classes(replace(hst.RECORD.claims[4], data=two))
+    with pytest.raises(Refused, match="reads images of side"):
+        _masks.digit_masks(replace(hst.RECORD.claims[3], base=str(image_base), data="embedded:digits"))

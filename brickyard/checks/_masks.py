@@ -18,6 +18,7 @@ from brickyard.core.arm import parse
 from brickyard.core.base import open_base
 from brickyard.core.build import build, resolve
 from brickyard.core.data import read_data
+from brickyard.core.errors import Refused
 from brickyard.core.jobs import Job
 from brickyard.core.loop import train_mode
 from brickyard.core.method import Claim
@@ -168,6 +169,9 @@ def digit_masks(
     splits = read_data(claim.data).splits
     most = {"train": rows, "validation": 200, "test": test_rows}
     images = {split: list(splits[split]["image"][:count]) for split, count in most.items()}
+    if (size := getattr(open_base(claim.base).config, "image_size", None)) != SIZE:
+        raise Refused(f"{claim.base} reads images of side {size}; the digits are drawn on {SIZE} x {SIZE}.")
+    unlabelled = np.zeros(len(images["test"]))
     shared = {"images": images, "base": claim.base, "epochs": epochs}
     every = {**ARMS, DECODED: DECODED, "shuffled": ARMS["hst"]}
     with place_of("hst-masks", claim, most, epochs) as folder:
@@ -182,15 +186,13 @@ def digit_masks(
         ]
         values = finished(jobs, workers, folder)
     found = {
-        name: Answers(
-            np.zeros(test_rows), np.array([values[f"{name}-{s}"]["overlaps"] for s in range(1, claim.seeds + 1)])
-        )
+        name: Answers(unlabelled, np.array([values[f"{name}-{s}"]["overlaps"] for s in range(1, claim.seeds + 1)]))
         for name in every
     }
     masks = {split: noisy(images[split], 0)[1] for split in ("train", "test")}
     usual = masks["train"].float().mean(0) > 0.5
     guessed = overlap(usual.expand_as(masks["test"]), masks["test"]).numpy()
-    found["guess"] = Answers(np.zeros(test_rows), np.tile(guessed, (claim.seeds, 1)))
+    found["guess"] = Answers(unlabelled, np.tile(guessed, (claim.seeds, 1)))
 
     def compare(text: str) -> dict[str, Any]:
         # "loss" is a mean over examples, whatever the number stands for: here the overlap.

@@ -19,6 +19,7 @@ from brickyard.core.answers import answer
 from brickyard.core.attached import attach_in_place
 from brickyard.core.build import build
 from brickyard.core.data import read_data
+from brickyard.core.errors import BadData
 from brickyard.core.influence import influence
 from brickyard.core.jobs import Job
 from brickyard.core.loop import train
@@ -101,6 +102,8 @@ def to_other_classes(
     Gate: the frozen features of the classes that the base learned are worth 10 points to a linear probe on the others.
     """
     splits = read_data(claim.data).splits
+    if (count := len({str(v) for v in splits["train"]["label"]})) < 4:
+        raise BadData(f"{claim.data} has {count} classes; to learn half of them and move to the rest takes 4 or more.")
     known, others = (_with_classes(splits, part) for part in (0, 1))
     most = {"train": rows, "validation": 300, "test": test_rows}
     few = {split: {k: v[: most[split]] for k, v in columns.items()} for split, columns in others.items()}
