@@ -131,6 +131,19 @@ def attach_in_place(
     )
 
 
+def also_undo(attached: Attached, undo: Callable[[], Any]) -> Attached:
+    """Let `detach` call `undo` as well, once the weights are what they were."""
+    put_back = attached.detach
+
+    def detach() -> nn.Module:
+        model = put_back()
+        undo()
+        return model
+
+    attached.detach = detach
+    return attached
+
+
 def _moving_modules(model: nn.Module, names: set[str]) -> set[str]:
     return {
         path

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brickyard.core.attached import Attached, attach_in_place
+from brickyard.core.attached import Attached, also_undo, attach_in_place
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.method import Record
 from brickyard.core.roles import blocks, entering_width, own_head
@@ -92,15 +92,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     head = [n for n, _ in model.named_parameters() if n.startswith(heads)]
     biases = [n for n in names if n.endswith("bias")]
     attached = attach_in_place(model, [*names, *head], matched={"blocks": [n for n, _ in found]}, no_decay=biases)
-    before = attached.detach
-
-    def detach() -> nn.Module:
-        before()
-        undo.close()
-        return model
-
-    attached.detach = detach
-    return attached
+    return also_undo(attached, undo.close)
 
 
 def _behind(block: nn.Module, args: Any, out: Any) -> Any:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brickyard.core.attached import Attached, attach_in_place
+from brickyard.core.attached import Attached, also_undo, attach_in_place
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.method import Claim, Record
 from brickyard.core.roles import blocks, entering_width, own_head
@@ -183,15 +183,7 @@ def attach(model: nn.Module, config: Config, task: Task) -> Attached:
     heads = _heads(model)
     head = [n for n, _ in model.named_parameters() if n.startswith(heads)]
     attached = attach_in_place(model, [*added, *head], matched=matched, no_decay=added if config.kind == "bias" else ())
-    before = attached.detach
-
-    def detach() -> nn.Module:
-        before()
-        undo.close()
-        return model
-
-    attached.detach = detach
-    return attached
+    return also_undo(attached, undo.close)
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
