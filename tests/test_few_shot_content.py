@@ -175,6 +175,48 @@ def test_the_check_runs_and_searches_all_heads_by_macro_f1(
     assert len(searched) == 2 * (len(check.ARMS) + len(check.FULL))
 
 
+def test_a_start_on_a_near_task_is_judged_by_its_gain_its_control_and_its_first_stage() -> None:
+    labels = np.arange(400) % 2
+
+    def right(share: float, seeds: int = 5) -> Answers:
+        draw = np.random.Generator(np.random.PCG64(int(1000 * share)))
+        return Answers(labels, np.where(draw.random((seeds, 400)) < share, labels, 1 - labels))
+
+    found = {"fresh": right(0.6), "begun": right(0.8), "control": right(0.55), "probe": right(0.7)}
+    one = check.judged_start(found, right(0.85, 1))
+    assert one["holds"] is True and one["control"]["destroyed"]
+    assert 15 < one["measured"] < 25 and one["low"] < one["measured"] < one["high"]
+    unlearned = check.judged_start(found, Answers(labels, np.zeros((1, 400), dtype=int)))
+    assert unlearned["holds"] == "set-up invalid"
+    assert check.judged_start({**found, "begun": found["fresh"]}, right(0.85, 1))["holds"] is False
+    assert not check.judged_start({**found, "control": found["begun"]}, right(0.85, 1))["control"]["destroyed"]
+
+
+def test_the_check_begins_at_the_bricks_of_the_near_task(
+    masked_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms: dict[tuple[str, int], str] = {}
+
+    def here(jobs: Any, workers: int, folder: Path) -> dict[str, Any]:
+        for job in jobs:
+            setting = job.argument["setting"]
+            arms[Path(job.argument["folder"]).name, setting["shots"]] = setting["arm"]
+        return {job.key: trial.run(job.argument) for job in jobs}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_runs, "finished", here)
+    monkeypatch.setattr(check, "STEPS", 3)
+    claim = few_shot_content.RECORD.claims[2]
+    few: Any = replace(claim, base=str(masked_base), data=text_data(), seeds=1, epochs=2, shots=2, lrs=(1e-3,))
+    found = check.pretuned(few, near=text_data(), near_rows=40)
+    assert found["inequality"] == "begun >= fresh + 3.0" and found["low"] <= found["high"]
+    assert found["arms"].keys() == {"fresh", "begun", "control", "probe"}
+    assert {(f"{name}-1", 0) for name in ("near", "noise")} < arms.keys()  # many labels first
+    assert "/near-1/brick" in arms["begun-1", 2] and "/noise-1/brick" in arms["control-1", 2]
+    assert "pvp" not in arms["fresh-1", 2]
+    assert str(tmp_path) not in str(found["arms"])
+
+
 def test_what_has_no_gap_is_refused(text_base: Path) -> None:
     for pattern in ("{text}", "[MASK]", "[MASK] {text} {text}"):
         with pytest.raises(UsageError, match="once"):

@@ -112,14 +112,17 @@ class Prompts:
         if isinstance(place := getattr(attention, "layer_idx", None), int):
             self.places[l] = place
 
+        def causal() -> bool:
+            return bool(getattr(attention, "is_causal", False))
+
         def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
-            causal = bool(getattr(attention, "is_causal", False))
             if l in self.held:
-                count = self.made[l][0].shape[1]
-                mask = widened(mask, query, keys[:, :, count:], count, causal=causal)
+                if mask is not None or query.shape[2] > 1:  # one token sees all keys: nothing is spent on it
+                    count = self.made[l][0].shape[1]
+                    mask = widened(mask, query, keys[:, :, count:], count, causal=causal())
             else:
                 k, v = (_as_heads(x, keys) for x in self.made[l])
-                mask = widened(mask, query, keys, k.shape[2], causal=causal)
+                mask = widened(mask, query, keys, k.shape[2], causal=causal())
                 keys, values = torch.cat([k, keys], 2), torch.cat([v, values], 2)
             return attention.inner_attention(attention, query, keys, values, mask, **options)
 

@@ -66,6 +66,17 @@ RECORD = Record(
             lrs=(3e-4, 1e-3, 3e-3),
             full={"shots": 40, "max_length": 0, "seeds": 9},
         ),
+        Claim(
+            text="With 5 texts a class a module that began on a near task beats a new one by 3 points of macro-F1.",
+            measure="pretuned",
+            data="cr",
+            epochs=2,
+            seeds=9,
+            shots=5,
+            batch=8,
+            lrs=(3e-4, 1e-3, 3e-3),
+            full={"max_length": 0, "seeds": 25},
+        ),
     ),
 )
 
