@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import text_data
 from hypothesis import given, settings
@@ -44,13 +41,10 @@ from brickyard.optim.halo import (
     aligned,
     convert,
     fp8_product,
-    gathered,
     int8_product,
     layers,
     multiply,
-    over_inputs,
     quantise,
-    quantise_shard,
 )
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
@@ -211,45 +205,6 @@ def test_one_token_is_refused_where_tokens_are_rotated() -> None:
     with pytest.raises(Refused, match="this batch has one"):
         products(gaussian(1, 8), gaussian(4, 8), gaussian(1, 4), Config(level=2))
     products(gaussian(1, 8), gaussian(4, 8), gaussian(1, 4), Config(level=1))
-
-
-# Shards
-
-
-def shard(rank: int, meeting: str, w: np.ndarray, out: Any) -> None:
-    """One of two ranks: quantise its rows and gather everybody's."""
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    part = torch.from_numpy(w)[rank * 6 : rank * 6 + 6]
-    filled = F.pad(part, (0, 0, 0, 6 - len(part)))
-    codes = quantise_shard(filled, Config())
-    parts = [torch.empty(6, 24, dtype=torch.int8) for _ in range(2)]
-    dist.all_gather(parts, codes.values)
-    whole = gathered(torch.cat(parts), codes.scale, len(w))
-    out.put((rank, float(codes.scale), whole.values.numpy()))
-    dist.destroy_process_group()
-
-
-def test_two_shards_have_one_scale_and_give_the_codes_of_the_whole(tmp_path: Path) -> None:
-    w = gaussian(11, 24)  # one row fewer than two shards hold
-    w[8] *= 50  # the largest value is the second rank's
-    whole = over_inputs(w, Config())
-    context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    ranks = [context.Process(target=shard, args=(i, str(tmp_path / "m"), w.numpy(), out)) for i in range(2)]
-    for rank in ranks:
-        rank.start()
-    found = [out.get(timeout=60) for _ in ranks]
-    for rank in ranks:
-        rank.join()
-    assert {scale for _, scale, _ in found} == {float(whole.scale)}
-    x, e = gaussian(5, 24, seed=1), gaussian(5, 11, seed=2)
-    for _, scale, values in found:
-        np.testing.assert_array_equal(values, whole.values)
-        ready = Codes(torch.from_numpy(values), torch.tensor(scale))
-        for a, b in zip(products(x, w, e, Config(), ready), products(x, w, e, Config()), strict=True):
-            assert torch.equal(a, b)
-    with pytest.raises(Refused, match="gave 11 rows of a weight of 12"):
-        gathered(whole.values, whole.scale, 12)
 
 
 # Whole models

@@ -24,7 +24,7 @@ this shows what low precision does to training, not how fast it is.
 Source: "HALO: Hadamard-Assisted Lower-Precision Optimization for LLMs", NeurIPS 2025, arXiv 2501.02625. Headline:
 Llama-3-8B tuned in INT8 (HALO-2) or FP8 is within noise of bfloat16, up to 1.41 times as fast on an RTX 4090.
 Left out: HALO-i (a cast without scale, a bound on speed), FP6 (simulated in the release), fused rotate-and-quantise
-kernels. For FSDP2, `quantise_shard` and `gathered` are what its all-gather extension calls.
+kernels. Under FSDP2, `gather_codes` between `convert` and `fully_shard` lets weights travel as one byte a value.
 Legend: B tokens of a batch, M inputs, N outputs of a layer, K a contracted dimension, S rows of a shard.
 """
 
@@ -251,9 +251,8 @@ class LowPrecision(torch.autograd.Function):
 def quantise_shard(shard_SM: Tensor, config: Config, group: dist.ProcessGroup | None = None) -> Codes:
     """Return a rank's rows of Q(W H), with the scale of the whole weight: one byte a value to gather.
 
-    What `fsdp_pre_all_gather` of a tensor subclass returns (FSDP2 shards along the rows, which the rotation over the
-    inputs leaves apart): `values` to gather, `scale` as metadata. All ranks of `group` must call it; the maximum is
-    all-reduced, so that all have one scale. A shard may have no rows.
+    FSDP2 shards along the rows, which the rotation over the inputs leaves apart. All ranks of `group` must call it; the
+    maximum is all-reduced, so that all have one scale. A shard may have no rows.
     """
     rotated_SM = transform(shard_SM, transpose=True) if config.level else shard_SM
     if config.dtype == "exact":
@@ -266,7 +265,7 @@ def quantise_shard(shard_SM: Tensor, config: Config, group: dist.ProcessGroup | 
 def gathered(values_RM: Tensor, scale: Tensor, rows: int) -> Codes:
     """Return Q(W H) from the values of all ranks, without the rows that fill the last shard.
 
-    What `fsdp_post_all_gather` makes of them, and `LowPrecision` takes as `ready`. Raises Refused where rows miss.
+    `LowPrecision` takes it as `ready`. Raises Refused where rows miss.
     """
     if len(values_RM) < rows:
         raise Refused(f"halo: all ranks together gave {len(values_RM)} rows of a weight of {rows}.")
@@ -294,7 +293,9 @@ class HaloForward:
         if x.numel() == 0 or not (self.module.training or torch.is_grad_enabled()):
             return self.plain(x)
         weight, bias = self.module.weight, self.module.bias  # looked up anew: a method may resize or unfreeze it
-        ready = None if weight.requires_grad else self._once(weight)
+        ready = getattr(weight, "codes", None)  # of a weight that FSDP gathered as such
+        if ready is None and not weight.requires_grad:
+            ready = self._once(weight)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -328,6 +329,32 @@ def convert(model: nn.Module, config: Config) -> Callable[[], None]:
             module.forward = HaloForward(module, config, module.forward)
             undo.callback(delattr, module, "forward")
         return undo.pop_all().close
+
+
+def gather_codes(model: nn.Module) -> list[str]:
+    """Let FSDP2 gather the weights of a converted model as codes, a quarter of float32's bytes; return their names.
+
+    For a loop of your own, on every rank: `convert(model, config)`, `gather_codes(model)`, then `fully_shard` on the
+    blocks and on the model. The scale is that of the whole weight, so a step is the same as on one process. It cannot
+    be undone; evaluation reads the weights as rounded, and `full_tensor()` of a parameter is exact. Raises Refused
+    where no layer is converted, or where a layer keeps its weight by inputs (Conv1D), which FSDP would cut across.
+    """
+    from brickyard.optim._halo_shards import ShardedWeight  # builds on this module
+
+    found = {name: m for name, m in model.named_modules() if isinstance(vars(m).get("forward"), HaloForward)}
+    if not found:
+        raise Refused("halo: no layer of this model is converted; call convert(model, config) first.")
+    if by_inputs := next((name for name, m in found.items() if isinstance(m, Conv1D)), None):
+        raise Refused(f"halo: {by_inputs} is a Conv1D, whose rows are inputs; sharded along them it cannot be rotated.")
+    made: dict[int, nn.Parameter] = {}
+    for module in found.values():
+        weight: Any = module.weight
+        forward: Any = module.forward
+        if id(weight) not in made:
+            made[id(weight)] = nn.Parameter(ShardedWeight(weight.detach(), forward.config), weight.requires_grad)
+        module.weight = made[id(weight)]
+        forward.frozen = None  # codes of all rows, which FSDP keeps apart
+    return [f"{name}.weight" for name in found]
 
 
 def layers(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, Any]:
