@@ -84,7 +84,7 @@ def judged_start(found: dict[str, Answers], own: Answers) -> dict[str, Any]:
 
     outcome = compare("begun >= fresh + 3.0", found)
     gate = compare("near > majority + 10.0", {"near": own, "majority": majority(own)})
-    gone = compare("control >= fresh + 3.0", found)
+    gone = compare("begun > control + 3.0", found)
     scores = {name: 100 * influence(of.labels, of.predictions, METRIC)[0] for name, of in found.items()}
     needed = f"; {outcome['needed']['sentence']}" if outcome.get("needed") else ""
     said = ", ".join(f"{name} {score_S.mean():.1f}" for name, score_S in scores.items())
@@ -94,7 +94,7 @@ def judged_start(found: dict[str, Answers], own: Answers) -> dict[str, Any]:
         "holds": outcome["holds"] if gate["holds"] is True else "set-up invalid",
         "metric": METRIC,
         "gate": gate,
-        "control": {"what": "begun by training on shuffled labels", "destroyed": gone["holds"] is False, **gone},
+        "control": {"what": "begun by training on shuffled labels", "destroyed": gone["holds"] is True, **gone},
         "figures": {"means": {name: float(score_S.mean()) for name, score_S in scores.items()}},
         "detail": f"measured {outcome['measured']:+.2f} points ({reach}){needed}; macro-F1: {said}",
     }
