@@ -304,6 +304,14 @@ def test_compare_preferences_by_objective(causal_base: Path, tmp_path: Path) -> 
     done = [rows[name] for name in ("lora", "lora + tdpo", "lora + dpo:beta=0.3")]
     assert all(row["status"] == "done" and row["score"]["mean"] > 0.6 for row in done)
     assert all(row["cost"]["saved_for_backward_bytes"] > 0 for row in done)
+    assert "chance" not in result["verdict"]["sentence"]
+    mixed = asked("preference")
+    for row in range(0, len(mixed["train"]["chosen"]), 2):
+        pair = mixed["train"]["chosen"][row], mixed["train"]["rejected"][row]
+        mixed["train"]["rejected"][row], mixed["train"]["chosen"][row] = pair
+    again = {"out": tmp_path / "again", "device": "cpu", "training": {"epochs": 1, "lr": 1e-4}}
+    found = brickyard.compare(base=str(causal_base), data=mixed, methods=["lora"], seeds=1, **again)
+    assert "No method here is surely above chance, 50.0 %." in found["verdict"]["sentence"]
 
 
 def test_an_objective_needs_something_to_train_and_its_own_task(causal_base: Path) -> None:

@@ -154,6 +154,14 @@ def test_a_trivial_arm_that_is_best_but_dear_still_shames_the_others() -> None:
     assert "No method here beats the trivial baseline full." in found["sentence"]
 
 
+def test_it_is_said_when_nothing_is_above_chance() -> None:
+    labels, made = arms(lora=0.5, full=0.52)
+    rows = [row(name, labels, answers) for name, answers in made.items()]
+    pairs = pairs_table(labels, made, "accuracy")
+    assert "No method here is surely above chance, 50.0 %." in verdict(rows, pairs, chance=0.5)["sentence"]
+    assert "chance" not in verdict(rows, pairs)["sentence"] + verdict(rows, pairs, chance=0.3)["sentence"]
+
+
 @pytest.mark.parametrize(("seeds", "words"), [(1, "With one seed"), (2, "With two seeds"), (3, None)])
 def test_few_seeds_are_named(seeds: int, words: str | None) -> None:
     labels, made = arms(seeds, lora=0.9, full=0.9)

@@ -45,7 +45,7 @@ def assemble(
     each = _in_nats(methods, entries) if task.metric == "bits_per_byte" else None
     together = bool(plan["shots"])  # a seed draws its labelled rows, the same for every arm
     pairs = pairs_table(labels, answers, task.metric, together=together)
-    judged = verdict(methods, pairs, metric=task.metric)
+    judged = verdict(methods, pairs, metric=task.metric, chance=0.5 if task.kind == "preference" else None)
     best = judged.get("recommended")
     return {
         "methods": methods,

@@ -85,6 +85,7 @@ def verdict(
     *,
     metric: str = "accuracy",
     costs: Iterable[str] = tuple(COSTS),
+    chance: float | None = None,
 ) -> dict[str, Any]:
     """Recommend an arm.
 
@@ -93,6 +94,7 @@ def verdict(
         pairs: what `pairs_table` returned for them.
         metric: of the scores.
         costs: keys of COSTS, the one that decides first.
+        chance: the score of a coin, where no baseline stands for it.
 
     Returns:
         {"recommended": arm or None, "sentence", "indistinguishable": the other arms that cannot be told apart from the
@@ -118,7 +120,8 @@ def verdict(
     beaten_by = {id(m): next((o for o in close if view.word(o, m) == "better"), None) for m in close}
     candidates = [m for m in close if beaten_by[id(m)] is None]
     chosen = min(candidates, key=view.price)
-    sentences = [view.lead(chosen, candidates, ranked), *view.trivial(chosen, ranked), *_few_seeds(candidates)]
+    sentences = [view.lead(chosen, candidates, ranked), *view.trivial(chosen, ranked), *view.by_chance(ranked, chance)]
+    sentences += _few_seeds(candidates)
     sentences += _cut_short(ranked)
     return {
         "recommended": chosen["arm"],
@@ -236,6 +239,12 @@ class _View:
             return []
         told = f"No method here beats the trivial baseline {_name(plain[0])}"
         return [f"{told}." if chosen is plain[0] else f"{told} ({self.figure(plain[0]).split(': ', 1)[1]})."]
+
+    def by_chance(self, ranked: Sequence[Mapping[str, Any]], chance: float | None) -> list[str]:
+        """Say so where no method's interval lies above what a coin scores."""
+        if chance is None or any((shown.score(m).low or 0.0) > chance for m in ranked):
+            return []
+        return [f"No method here is surely above chance, {_plain(self.how.show(chance))}."]
 
     def _range(self, found: Mapping[str, Any]) -> str:
         return _plain(" to ".join(self.how.show(found[key], unit=False) for key in ("low", "high")))
