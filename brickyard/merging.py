@@ -123,6 +123,7 @@ def merge(
     begun = unscored(folder, MANIFEST) if data else None
     _assert_new(folder, begun)
     wanted = want(arm, bricks=len(bricks), data=len(data))
+    wanted.check(len(bricks))
     prepared = prepare(
         [wanted],
         base=base,
@@ -157,11 +158,16 @@ def merge(
 
 @dataclass(frozen=True)
 class Wanted:
-    """An arm of merges that fits its inputs: its recipe, and the strength that is left to a search, if any."""
+    """An arm of merges: its recipe, and the strength that is left to a search, if any."""
 
     arm: str
     recipe: Recipe
     searched: Asked | None
+
+    def check(self, bricks: int) -> None:
+        """Raise UsageError or NoEffect where the recipe does not take so many inputs, or would change nothing."""
+        for part in (self.recipe.rule, *self.recipe.edits):
+            part.check(bricks)
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ class Prepared:
 
 
 def want(arm: str, *, bricks: int, data: int) -> Wanted:
-    """Read an arm and check it against the number of inputs and of data sets; UsageError where they do not fit."""
+    """Read an arm; UsageError where it asks for data sets that were not given."""
     searched = asked(arm)
     recipe = resolve(arm if searched is None else searched.at(searched.grid[0]))
     if searched is not None and not data:
@@ -198,8 +204,6 @@ def want(arm: str, *, bricks: int, data: int) -> Wanted:
             f"{arm!r} reads unlabelled train rows of every input's own task: {bricks} inputs and {data} data "
             "sets were given; give one --data for each of the --bricks, in their order."
         )
-    for part in (recipe.rule, *recipe.edits):
-        part.check(bricks)
     return Wanted(arm, recipe, searched)
 
 
@@ -217,8 +221,12 @@ def prepare(
     reading: dict[str, Any],
     audit: str | None,
     trust_remote_code: bool,
+    said: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Open what all of `arms` read; keywords as in `merge`. An arm that aligns independent models must be alone."""
+    """Open what all of `arms` read; keywords as in `merge`. An arm that aligns independent models must be alone.
+
+    `said` hears of what takes long.
+    """
     if form not in FORMS:
         raise UsageError(f"form={form!r}; expected {', '.join(FORMS)}.")
     if heads not in ("own", "base"):
@@ -255,7 +263,7 @@ def prepare(
             "train": any(isinstance(wanted.recipe.rule, OfData) for wanted in arms),
         }
         splits = [name for name, asked_for in needed.items() if asked_for]
-        columns = columns_of(ground, inputs, data, splits=splits, attack=attack, heads=heads, **reading)
+        columns = columns_of(ground, inputs, data, splits=splits, attack=attack, heads=heads, said=said, **reading)
         score = partial(score_all, ground, inputs, columns=columns, device=device, attack=attack)
     read = {**reading, "heads": heads, "data": [column.data.fingerprint for column in columns]}
     return Prepared(ground, inputs, columns, score, None, form, dtype, device, force, read)

@@ -59,7 +59,7 @@ def merge_all(
 ) -> dict[str, Any]:
     """Merge `bricks` by every one of `arms` into folders of `out`; return the table, which lies in OUT/merges.json.
 
-    The keywords are those of `merging.merge`; `said` hears of every merge as it ends. A merge that cannot be made of
+    The keywords are those of `merging.merge`; `said` hears of every row as it ends. A merge that cannot be made of
     these inputs stands in the table with the reason, and the others go on.
 
     Returns {"tasks", "rows": [{"model", "scores", "kept", "mean_kept", "seconds", "folder"}], "failed": [{"arm",
@@ -111,7 +111,7 @@ def _merge_all(
     said: Callable[[str], None],
     **opened: Any,
 ) -> dict[str, Any]:
-    prepared = prepare(wanted, data=data, audit=None, **opened)
+    prepared = prepare(wanted, data=data, audit=None, said=said, **opened)
     columns: list[Column] = prepared.columns
     if homeless := [column.data.name for column in columns if not column.at_home]:
         raise UsageError(
@@ -131,14 +131,17 @@ def _merge_all(
         write_json(folder / TABLE, {"schema": 1, "about": about})
     ground, device = prepared.ground, prepared.device
     models = [("the base", None), *((given.label, given.source) for given in prepared.inputs)]
-    rows = [_row(label, answered(ground, source, columns, device=device)) for label, source in models]
-    failed, merges = [], []
+    rows, failed, merges = [], [], []
+    for label, source in models:
+        rows.append(_row(label, answered(ground, source, columns, device=device)))
+        said(f"{label}: {_scores(rows[-1])}")
     for arm, name in zip(wanted, names, strict=True):
         began, place, seconds = time.monotonic(), folder / name, None
         if place.exists():  # made by an earlier call: how long it took is not known here
             made = read_json(place / MANIFEST)
         else:
             try:
+                arm.check(len(prepared.inputs))
                 made = carry_out(arm, prepared, place, threads=threads)
             except BrickyardError as error:
                 failed.append({"arm": arm.arm, "why": str(error)})
@@ -147,8 +150,7 @@ def _merge_all(
             seconds = time.monotonic() - began
         row = _row(made["arm"], answered(ground, source_of(place, ground), columns, device=device))
         merges.append({**row, "seconds": seconds, "folder": name, "form": made["form"]})
-        scores = ", ".join(f"{found.cell['mean']:.4f}" for found in row["answers"])
-        said(f"{arm.arm}: {scores} ({'made before' if seconds is None else f'{seconds:.1f} s'})")
+        said(f"{arm.arm}: {_scores(row)} ({'made before' if seconds is None else f'{seconds:.1f} s'})")
     table = _judged(rows, merges, columns)
     result = {
         "schema": 1,
@@ -183,6 +185,10 @@ def _same_inputs(folder: Path, about: dict[str, Any]) -> bool:
     if any(path.name != ".lock" for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty, and holds no merges; give a new folder.")
     return False
+
+
+def _scores(row: dict[str, Any]) -> str:
+    return ", ".join(f"{found.cell['mean']:.4f}" for found in row["answers"])
 
 
 def _row(model: str, answers: list[Answered]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,14 +82,16 @@ def columns_of(
     max_length: int | None = None,
     splits: Sequence[str] = (),
     attack: Config | None = None,
+    said: Callable[[str], None] = lambda text: None,
 ) -> list[Column]:
     """Open every task's test rows and its head, so that what is wrong with them is known before anything is merged.
 
     `splits` names what is wanted besides: "validation" (cut from train where there is none), or "train", unlabelled.
-    With `attack` every task that has its target class gets triggered rows; UsageError where none has.
+    With `attack` every task that has its target class gets triggered rows; UsageError where none has. `said` hears of
+    heads that are fitted.
     """
     columns = [
-        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits), attack)
+        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits), attack, said)
         for i, spec in enumerate(data)
     ]
     if attack is not None and all(column.triggered is None for column in columns):
@@ -204,6 +206,7 @@ def _column(
     max_length: int | None,
     splits: tuple[str, ...],
     attack: Config | None,
+    said: Callable[[str], None],
 ) -> Column:
     base = ground.opened
     fitted = heads == "base"
@@ -233,6 +236,7 @@ def _column(
         raise UsageError(f"{rows.name}: a head is fitted on the base's states, which needs train rows; it has none.")
     backbone = base.backbone()
     train = encode(rows.splits["train"], base, task, max_length=max_length)
+    said(f"{rows.name}: fitting a head on the base's states of {len(train):,} rows ...")
     model = base.headed(fit_head(backbone, train, task))
     return Column(rows, task, test, model.eval(), "fitted on the base", owner, **parts)
 

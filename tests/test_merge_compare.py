@@ -128,6 +128,24 @@ def test_inputs_that_are_at_home_on_no_task_are_asked_for(
     assert [task["expert"] for task in table["tasks"]] == ["a"]
 
 
+def test_a_merge_of_fewer_inputs_stands_in_the_table_and_what_takes_long_is_told(
+    experts: list[Brick], text_base: Path, tmp_path: Path
+) -> None:
+    given, heard = inputs(experts, text_base), []
+    third = make_brick(tmp_path / "c", text_base, "lora:r=3", 5)
+    three = {"bricks": [*given["bricks"], third.folder], "data": [*given["data"], given["data"][0]]}
+    table = merge_all(
+        ["slerp", "average"], out=tmp_path / "all", **{**given, **three, "heads": "base"}, said=heard.append
+    )
+    assert [f["arm"] for f in table["failed"]] == ["slerp"] and "joins two models" in table["failed"][0]["why"]
+    assert "average" in {row["model"] for row in table["rows"]}
+    assert sum("fitting a head" in line for line in heard) == 3
+    assert heard[3].startswith("the base: ") and heard[-2:] == [
+        "slerp: cannot be made of these inputs",
+        next(line for line in heard if line.startswith("average: ")),
+    ]
+
+
 def test_every_merge_is_the_one_that_is_made_alone(experts: list[Brick], text_base: Path, tmp_path: Path) -> None:
     given = inputs(experts, text_base)
     table = merge_all(ARMS, out=tmp_path / "all", **given)

@@ -48,13 +48,17 @@ def fit_head(backbone: nn.Module, rows: Examples, task: Task) -> FittedHead:
 
 @torch.no_grad()
 def pooled_states(backbone: nn.Module, rows: Examples) -> Tensor:
-    """Return the mean of every row's last states over its valid tokens, on the CPU: [N, D]."""
+    """Return the mean of every row's last states over its valid tokens, on the CPU: [N, D].
+
+    Batches are cut by length, so that padding is little.
+    """
     reader = HeadedModel(backbone, nn.Identity()).eval()
     device, out = next(backbone.parameters()).device, []
-    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
+    order = np.argsort(rows.lengths, kind="stable")
+    for part in np.array_split(order, -(-len(rows) // _BATCH)):
         batch = to_device({k: v for k, v in rows.collate(part).items() if k != "labels"}, device)
         out.append(_mean(*reader.states(**batch)).float().cpu())
-    return torch.cat(out)
+    return torch.cat(out)[np.argsort(order)]
 
 
 def fit_on(v_ND: Tensor, labels_N: Tensor, task: Task, l2: float = _L2, smoothing: float = 0.0) -> FittedHead:
