@@ -33,19 +33,8 @@ from brickyard.core.errors import ParityBroken, Refused, Unmatched, UsageError
 from brickyard.core.task import Task
 from brickyard.optim import halo
 from brickyard.optim._hadamard import next_size, transform
-from brickyard.optim.halo import (
-    Codes,
-    Config,
-    HaloForward,
-    LowPrecision,
-    aligned,
-    convert,
-    fp8_product,
-    int8_product,
-    layers,
-    multiply,
-    quantise,
-)
+from brickyard.optim._low_precision import Codes, aligned, fp8_product, int8_product, multiply, quantise
+from brickyard.optim.halo import Config, HaloForward, LowPrecision, convert, layers
 
 TASK = Task("text-classification", "accuracy", ("a", "b"), 2, "text")
 LEVELS = (0, 1, 2)

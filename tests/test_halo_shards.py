@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from brickyard.core.errors import Refused
-from brickyard.optim._halo_shards import GatheredWeight, ShardedWeight
-from brickyard.optim.halo import Codes, Config, convert, gather_codes, gathered, over_inputs, quantise_shard
+from brickyard.optim._halo_shards import GatheredWeight, How, ShardedWeight, gathered, quantise_shard
+from brickyard.optim._low_precision import Codes
+from brickyard.optim.halo import Config, convert, gather_codes, over_inputs
 
 STEPS, RATE = 3, 0.05
 
@@ -54,7 +55,7 @@ def _rank(work: Callable[..., Any], rank: int, meeting: str, given: tuple[Any, .
 def shard(rank: int, w: np.ndarray) -> tuple[float, np.ndarray]:
     """Quantise a rank's rows and gather everybody's."""
     part = torch.from_numpy(w)[rank * 6 : rank * 6 + 6]
-    codes = quantise_shard(F.pad(part, (0, 0, 0, 6 - len(part))), Config())
+    codes = quantise_shard(F.pad(part, (0, 0, 0, 6 - len(part))), How(2, "int8"))
     parts = [torch.empty(6, 24, dtype=torch.int8) for _ in range(2)]
     dist.all_gather(parts, codes.values)
     whole = gathered(torch.cat(parts), codes.scale, len(w))
@@ -180,9 +181,9 @@ def test_at_rest_the_weights_are_read_as_rounded(causal_base: Path, tmp_path: Pa
 
 def test_a_shard_cuts_copies_and_is_stored_as_what_it_holds(tmp_path: Path) -> None:
     w = gaussian(6, 8)
-    mine = ShardedWeight(w, Config(level=1))
+    mine = ShardedWeight(w, How(1, "int8"))
     for part in (*mine.split(2), mine.clone(), mine[1:4], mine.view(8, 6), mine.to(torch.float64)):
-        assert isinstance(part, ShardedWeight) and part.config.level == 1
+        assert isinstance(part, ShardedWeight) and part.how.level == 1
     assert torch.equal(mine[4:] + 0, w[4:])
     assert type(mine + 1) is torch.Tensor and torch.equal(mine + 1, w + 1)
     before = mine.held
@@ -191,7 +192,7 @@ def test_a_shard_cuts_copies_and_is_stored_as_what_it_holds(tmp_path: Path) -> N
     stored = torch.load(tmp_path / "stored", weights_only=True)
     assert type(stored) is torch.Tensor and torch.equal(stored, before)
     codes = over_inputs(w, Config(level=1))
-    back = GatheredWeight(codes, Config(level=1), torch.float32)
+    back = GatheredWeight(codes, How(1, "int8"), torch.float32)
     assert float((back @ torch.eye(8) - w).abs().max()) <= 2 * float(codes.scale)
     assert repr(mine).startswith("ShardedWeight") and repr(back).startswith("GatheredWeight")
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import text_data
 from torch import Tensor, nn
 
-from brickyard.core.errors import BadData, UsageError
+from brickyard.core import brick as bricks
+from brickyard.core import trial
+from brickyard.core.errors import BadData, Refused, UsageError
+from brickyard.core.fitted_head import fit_head
+from brickyard.core.trial import Setting
 from brickyard.tune import linear_probe
 from brickyard.tune.linear_probe import Config, Probe, pooled
 
@@ -93,3 +100,35 @@ def test_it_beats_the_majority_class_and_shuffled_labels_destroy_that(hidden: in
     shuffled = y[train][torch.randperm(300, generator=torch.Generator().manual_seed(7))]
     control = fit(x[train], mask[train], shuffled, Config(hidden=hidden))
     assert (control(x[test], mask[test]).argmax(1) == y[test]).float().mean().item() < majority + 0.15
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_fitted_head_is_the_best_one_for_the_base_and_stays_so(
+    tuner: str, text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    setting = Setting(arm=f"{tuner} + linear-probe:fitted=true", base=str(text_base), data=text_data(), seed=0)
+    ready = trial.prepare(setting)
+    found = trial.run({"setting": asdict(setting), "folder": str(tmp_path / "run")})
+    wanted = fit_head(ready.base.backbone(), ready.encoded["train"], ready.task)
+    applied = bricks.load(tmp_path / "run" / "brick").apply(ready.base).model
+    # PEFT leaves the head that it copied in the module tree, unused.
+    kept = [m for name, m in applied.named_modules() if isinstance(m, Probe) and "original_module" not in name]
+    for probe in kept:
+        torch.testing.assert_close(probe.output.weight, wanted.weight_KD, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(probe.output.bias, wanted.bias_K, rtol=1e-4, atol=1e-5)
+    assert kept and found["chosen"]["linear-probe"]["rows"] == len(ready.encoded["train"])
+    plain = asdict(replace(setting, arm=f"{tuner} + linear-probe"))
+    other = trial.run({"setting": plain, "folder": str(tmp_path / "plain")})
+    head = sum(p.numel() for p in kept[0].parameters())
+    count = other["cost"]["trainable_parameters"] - found["cost"]["trainable_parameters"]
+    assert count == head
+
+
+def test_a_fitted_head_needs_a_tuner_beside_it(text_base: Path, tmp_path: Path):
+    alone = Setting(arm="linear-probe:fitted=true", base=str(text_base), data=text_data(), seed=0)
+    with pytest.raises(Refused, match=r"give a tuner, as lora [+] linear-probe"):
+        trial.run({"setting": asdict(alone), "folder": str(tmp_path / "run")})
+    with pytest.raises(UsageError, match="leave out pool and hidden"):
+        Config(fitted=True, hidden=8)
+    with pytest.raises(UsageError, match="leave out pool and hidden"):
+        Config(fitted=True, pool="cls")

@@ -69,6 +69,12 @@ class Attached:
         """All trainable parameters, in the order of the groups."""
         return [p for group in self.parameter_groups for p in group["params"]]
 
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let these stay as they are from now on; a brick stores them all the same."""
+        held = {id(p.requires_grad_(False)) for p in parameters}
+        groups = [{**g, "params": [p for p in g["params"] if id(p) not in held]} for g in self.parameter_groups]
+        self.parameter_groups = [group for group in groups if group["params"]]
+
 
 def copy_into(targets: dict[str, Tensor], tensors: dict[str, Tensor], what: str) -> None:
     """Copy `tensors` into `targets` in place; the names, shapes and dtypes must agree exactly, else BadBrick."""

@@ -46,9 +46,9 @@ def chosen_by(ready: Prepared, function: str, *given: Any) -> tuple[dict[str, di
 
 
 def initialise(ready: Prepared, attached: Attached) -> dict[str, Any]:
-    """Let the arm's tuner, then its start, set the first weights; method -> report, with its seconds."""
+    """Let the arm's tuner, its head, then its start set the first weights; method -> report, with its seconds."""
     reports = {}
-    for name in (ready.plan.tuner, ready.plan.start):
+    for name in (ready.plan.tuner, ready.plan.head, ready.plan.start):
         call = getattr(registry.load(name), "initialise", None) if name else None
         if name and call and (report := call(ready.plan.configs[name], ready, attached)):
             reports[name] = report

@@ -33,11 +33,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -50,6 +48,8 @@ from brickyard.core.method import Claim, Record
 from brickyard.core.roles import LINEAR, blocks, match, roles
 from brickyard.core.side import SIDE
 from brickyard.optim._hadamard import base_of, nearest, next_size, transform
+from brickyard.optim._halo_shards import How, ShardedWeight
+from brickyard.optim._low_precision import LARGEST, Codes, multiply, quantise
 
 RECORD = Record(
     name="halo",
@@ -83,10 +83,6 @@ RECORD = Record(
     ),
 )
 
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-_EXACT_SUM = 1024  # products of two int8 values, 127^2 each, that float32 adds up exactly: fewer than 2^24 / 127^2
-_ALIGNED, _FEWEST_ROWS = 16, 32  # what cuBLAS wants of contracted and output dimensions, and of the rows
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -104,87 +100,6 @@ class Config:
             raise UsageError(f"halo: level={self.level}; use 0, 1 or 2.")
         if self.dtype not in (*LARGEST, "exact"):
             raise UsageError(f"halo: dtype={self.dtype!r}; use int8, fp8 or exact.")
-
-
-class Codes(NamedTuple):
-    """A tensor as `values * scale`: int8 or float8 values and a float32 scalar (or the tensor itself and 1)."""
-
-    values: Tensor
-    scale: Tensor
-
-    def t(self) -> Codes:
-        """Return the codes of the transposed matrix."""
-        return Codes(self.values.t(), self.scale)
-
-
-def absolute_maximum(x: Tensor) -> Tensor:
-    """Return max|x| as a float32 scalar on the device of `x`; 0 of nothing, NaN where there is one."""
-    if x.numel() == 0:
-        return torch.zeros((), device=x.device)
-    low, high = x.aminmax()
-    return torch.maximum(-low, high).float()
-
-
-def quantise(x: Tensor, dtype: str, largest: Tensor | None = None) -> Codes:
-    """Return Q(x) with one scale for the whole tensor, to the nearest; `largest` stands in for max|x|."""
-    if dtype == "exact":
-        return Codes(x, x.new_ones(()))
-    largest = absolute_maximum(x) if largest is None else largest
-    # Below the smallest normal number the scale of an all-zero tensor would be flushed to 0, and 0 / 0 is no number.
-    scale = (largest / LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = x.float() / scale
-    return Codes(scaled.round_().to(torch.int8) if dtype == "int8" else scaled.to(torch.float8_e4m3fn), scale)
-
-
-def multiply(a_MK: Codes, b_KN: Codes, dtype: torch.dtype) -> Tensor:
-    """Return the product [M, N] of two coded matrices, rescaled, in `dtype`."""
-    if a_MK.values.dtype == torch.int8:
-        product = int8_product(a_MK.values, b_KN.values)
-    elif a_MK.values.dtype == torch.float8_e4m3fn:
-        product = fp8_product(a_MK.values, b_KN.values)
-    else:
-        return a_MK.values.to(dtype) @ b_KN.values.to(dtype)
-    return (product.float() * (a_MK.scale * b_KN.scale)).to(dtype)
-
-
-def int8_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """Return the int32 product of two int8 matrices, by int8 instructions where there are any."""
-    if _multiplies_int8(a_MK.device):
-        return aligned(torch._int_mm, a_MK, b_KN)
-    # Each block is a sum of integers below 2^24 in absolute value, on which float32 is exact in any order.
-    total = torch.zeros(len(a_MK), b_KN.shape[1], dtype=torch.int32, device=a_MK.device)
-    for start in range(0, b_KN.shape[0], _EXACT_SUM):
-        block = slice(start, start + _EXACT_SUM)
-        total += (a_MK[:, block].float() @ b_KN[block].float()).int()
-    return total
-
-
-def fp8_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """Return the float32 product of two float8 matrices, by float8 instructions where there are any."""
-    if a_MK.is_cuda and torch.cuda.get_device_capability(a_MK.device) >= (8, 9):
-        one = torch.ones((), device=a_MK.device)
-        return aligned(partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float32), a_MK, b_KN)
-    return a_MK.float() @ b_KN.float()
-
-
-def aligned(kernel: Callable[[Tensor, Tensor], Tensor], a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """Return kernel(a, b), with zeros around operands of one byte whose sizes the kernels of accelerators refuse."""
-    (rows, inner), columns = a_MK.shape, b_KN.shape[1]
-    deep, wide = -inner % _ALIGNED, -columns % _ALIGNED
-    a_MK = _filled(a_MK.contiguous(), (0, deep, 0, max(0, _FEWEST_ROWS - rows)))
-    b_NK = _filled(b_KN.t().contiguous(), (0, deep, 0, wide))  # the kernels read the second operand by columns
-    return kernel(a_MK, b_NK.t())[:rows, :columns]
-
-
-def _filled(x: Tensor, room: tuple[int, int, int, int]) -> Tensor:
-    return F.pad(x.view(torch.int8), room).view(x.dtype) if any(room) else x
-
-
-def _multiplies_int8(device: torch.device) -> bool:
-    if device.type == "cpu":
-        known = torch.cpu.get_capabilities()
-        return bool(known.get("avx512_vnni") or known.get("amx_int8"))
-    return device.type == "cuda"
 
 
 def over_inputs(x_BM: Tensor, config: Config) -> Codes:
@@ -246,30 +161,6 @@ class LowPrecision(torch.autograd.Function):
             if to_weight and error is not None:
                 w_grad = gradient_of_weight(error, inputs, config, e_BN.dtype).to(ctx.dtype)
         return x_grad, w_grad, None, None
-
-
-def quantise_shard(shard_SM: Tensor, config: Config, group: dist.ProcessGroup | None = None) -> Codes:
-    """Return a rank's rows of Q(W H), with the scale of the whole weight: one byte a value to gather.
-
-    FSDP2 shards along the rows, which the rotation over the inputs leaves apart. All ranks of `group` must call it; the
-    maximum is all-reduced, so that all have one scale. A shard may have no rows.
-    """
-    rotated_SM = transform(shard_SM, transpose=True) if config.level else shard_SM
-    if config.dtype == "exact":
-        return quantise(rotated_SM, config.dtype)
-    largest = absolute_maximum(rotated_SM)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return quantise(rotated_SM, config.dtype, largest)
-
-
-def gathered(values_RM: Tensor, scale: Tensor, rows: int) -> Codes:
-    """Return Q(W H) from the values of all ranks, without the rows that fill the last shard.
-
-    `LowPrecision` takes it as `ready`. Raises Refused where rows miss.
-    """
-    if len(values_RM) < rows:
-        raise Refused(f"halo: all ranks together gave {len(values_RM)} rows of a weight of {rows}.")
-    return Codes(values_RM[:rows], scale)
 
 
 @dataclass
@@ -339,8 +230,6 @@ def gather_codes(model: nn.Module) -> list[str]:
     be undone; evaluation reads the weights as rounded, and `full_tensor()` of a parameter is exact. Raises Refused
     where no layer is converted, or where a layer keeps its weight by inputs (Conv1D), which FSDP would cut across.
     """
-    from brickyard.optim._halo_shards import ShardedWeight  # builds on this module
-
     found = {name: m for name, m in model.named_modules() if isinstance(vars(m).get("forward"), HaloForward)}
     if not found:
         raise Refused("halo: no layer of this model is converted; call convert(model, config) first.")
@@ -350,8 +239,9 @@ def gather_codes(model: nn.Module) -> list[str]:
     for module in found.values():
         weight: Any = module.weight
         forward: Any = module.forward
+        how = How(forward.config.level, forward.config.dtype)
         if id(weight) not in made:
-            made[id(weight)] = nn.Parameter(ShardedWeight(weight.detach(), forward.config), weight.requires_grad)
+            made[id(weight)] = nn.Parameter(ShardedWeight(weight.detach(), how), weight.requires_grad)
         module.weight = made[id(weight)]
         forward.frozen = None  # codes of all rows, which FSDP keeps apart
     return [f"{name}.weight" for name in found]

@@ -5,6 +5,8 @@
 
 With hidden=M it is logits = V GELU(U v + c) + b, U [M,D]: a head with as many parameters as you please, for fair
 comparisons with heads that have more than a linear layer. Trained by the loop on states that are computed once.
+`lora + linear-probe:fitted=true` reads the tuned states through the solution for the untouched base's, which stays as
+it is: bricks that are to be merged then have heads that belong to the base, as one merged backbone needs them.
 
 Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes", arXiv 1610.01644.
 What it claims: what a frozen base already separates, a linear layer finds. Left out: probes on earlier layers.
@@ -12,16 +14,23 @@ What it claims: what a frozen base already separates, a linear layer finds. Left
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from brickyard.core.errors import BadData, UsageError
+from brickyard.core.encoded import IGNORED
+from brickyard.core.errors import BadData, Refused, UsageError
+from brickyard.core.fitted_head import fit_head
 from brickyard.core.method import Claim, Record
 
 if TYPE_CHECKING:
+    from brickyard.core.attached import Attached
     from brickyard.core.task import Task
+    from brickyard.core.trial import Prepared
 
 RECORD = Record(
     name="linear-probe",
@@ -62,8 +71,12 @@ class Config:
     """v is the mean of the valid tokens, or the first token (cls)"""
     hidden: int = 0
     """width of one hidden GELU layer; 0: none, the probe is linear"""
+    fitted: bool = False
+    """take the best head for the base's own states of the training rows, and train the tuner beside it alone"""
 
     def __post_init__(self) -> None:
+        if self.fitted and (self.hidden or self.pool != "mean"):
+            raise UsageError("linear-probe: fitted=true is a linear layer on the mean; leave out pool and hidden.")
         if self.hidden < 0:
             raise UsageError(f"hidden={self.hidden}: give 0 for a linear probe, or the width of its hidden layer.")
 
@@ -109,3 +122,25 @@ def pooled(x_BTD: Tensor, mask_BT: Tensor | None, pool: Pool) -> Tensor:
 def head(config: Config, task: Task, width: int) -> Probe:
     """Return the head for `task.width` logits on tokens of `width` channels."""
     return Probe(width, task.width, pool=config.pool, hidden=config.hidden)
+
+
+def initialise(config: Config, ready: Prepared, attached: Attached) -> dict[str, Any] | None:
+    """Fit the head on the base's states of the labelled training rows and freeze it; None where it trains.
+
+    Raises Refused where nothing else would train.
+    """
+    if not config.fitted:
+        return None
+    if ready.plan.tuner is None:
+        raise Refused("linear-probe: with fitted=true the head does not train; give a tuner, as lora + linear-probe.")
+    started = time.monotonic()
+    rows = ready.encoded["train"]
+    rows = rows.take(np.flatnonzero(rows.labels.numpy() != IGNORED))
+    fitted = fit_head(ready.base.backbone(attention=ready.setting.attention).to(ready.device), rows, ready.task)
+    probes = [module for module in attached.model.modules() if isinstance(module, Probe)]
+    with torch.no_grad():
+        for probe in probes:  # PEFT keeps the one that it copied
+            probe.output.weight.copy_(fitted.weight_KD)
+            probe.output.bias.copy_(fitted.bias_K)
+    attached.freeze(p for probe in probes for p in probe.parameters())
+    return {"seconds": time.monotonic() - started, "rows": len(rows)}

@@ -121,12 +121,6 @@ def initialise(config: Config, ready: Prepared, attached: Attached) -> dict[str,
     attached.load({**before, **{name: tensor.to(before[name].dtype) for name, tensor in total.items()}})
     if config.freeze:
         heads = tuple(f".{name}." for name in own_head(attached.model))
-        for name, p in attached.model.named_parameters():
-            if p.requires_grad and not any(head in f".{name}" for head in heads):
-                p.requires_grad_(False)
-        attached.parameter_groups = [
-            {**group, "params": left}
-            for group in attached.parameter_groups
-            if (left := [p for p in group["params"] if p.requires_grad])
-        ]
+        named = attached.model.named_parameters()
+        attached.freeze(p for n, p in named if p.requires_grad and not any(head in f".{n}" for head in heads))
     return {"seconds": time.monotonic() - started, "from": list(config.brick), "tensors": len(wanted)}
