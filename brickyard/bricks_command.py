@@ -90,14 +90,19 @@ def bricks(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise UsageError("--out belongs to --find, which writes new bricks; leave it out.")
     if args.find and not args.out:
         raise UsageError("--find writes one brick a capability; say where with --out NEW_FOLDER.")
+    from brickyard.console import aside
+    from brickyard.core.progress import told_to
+
     _assert_used(args)
+    act = _table
     if args.find:
-        return _find(args)
-    if args.conflict:
-        return _conflict(args)
-    if args.replace or args.remove or args.undo:
-        return _update(args)
-    return _table(args)
+        act = _find
+    elif args.conflict:
+        act = _conflict
+    elif args.replace or args.remove or args.undo:
+        act = _update
+    with told_to(aside):
+        return act(args)
 
 
 def _assert_used(args: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ from brickyard.core.errors import BrickyardError, DiskFull, Refused, UnsafeFile
 from brickyard.core.files import cache_folder, read_json, write_json
 from brickyard.core.fitted_head import FittedHead, fit_head
 from brickyard.core.influence import LOWER_IS_BETTER
+from brickyard.core.progress import tell
 from brickyard.core.registry import code_digest
 from brickyard.core.retention import inner
 from brickyard.core.stats import holm, paired
@@ -107,6 +108,8 @@ class Course:
             known = np.asarray(read_json(kept)["predictions"])
             if len(known) == len(self.test.labels):
                 return known
+        who = "the base" if brick is None else brick.folder
+        tell(f"{self.data.name}: scoring {who} on {len(self.test):,} test rows ...")
         found = answer(self._model(brick).to(self.device), self.test, self.task).predictions
         with contextlib.suppress(OSError, DiskFull):  # only slower next time
             write_json(kept, {"predictions": found.tolist()})

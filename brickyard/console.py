@@ -12,6 +12,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from brickyard.core.data import overlap_sentence
 
 
+def aside(text: str) -> None:
+    """Write a line about what is under way to where errors go, so that results can be piped."""
+    Console(stderr=True).print(escape(text), soft_wrap=True, highlight=False)
+
+
 class Live:
     """Listens to a comparison's events and keeps one progress line, with an estimate of the time left."""
 

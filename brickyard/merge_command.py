@@ -57,6 +57,8 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from brickyard.console import aside
+    from brickyard.core.progress import told_to
     from brickyard.merging import merge as run_merge
 
     given: dict[str, Any] = {
@@ -78,7 +80,8 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
     }
     if args.others:
         return _several([args.arm, *args.others], given, args)
-    result = run_merge(args.arm, **given)
+    with told_to(aside):
+        result = run_merge(args.arm, **given)
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
         return DONE
@@ -102,14 +105,13 @@ def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespac
     from rich.console import Console
     from rich.markup import escape
 
+    from brickyard.console import aside
+    from brickyard.core.progress import told_to
     from brickyard.merging_compare import merge_all
 
-    console, progress = Console(), Console(stderr=True)
-
-    def said(text: str) -> None:
-        progress.print(escape(text), soft_wrap=True, highlight=False)
-
-    result = merge_all(arms, **given, said=said)
+    console = Console()
+    with told_to(aside):
+        result = merge_all(arms, **given)
     code = DONE if len(result["failed"]) < len(arms) else FAILED
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")

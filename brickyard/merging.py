@@ -221,12 +221,8 @@ def prepare(
     reading: dict[str, Any],
     audit: str | None,
     trust_remote_code: bool,
-    said: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Open what all of `arms` read; keywords as in `merge`. An arm that aligns independent models must be alone.
-
-    `said` hears of what takes long.
-    """
+    """Open what all of `arms` read; keywords as in `merge`. An arm that aligns independent models must be alone."""
     if form not in FORMS:
         raise UsageError(f"form={form!r}; expected {', '.join(FORMS)}.")
     if heads not in ("own", "base"):
@@ -263,7 +259,7 @@ def prepare(
             "train": any(isinstance(wanted.recipe.rule, OfData) for wanted in arms),
         }
         splits = [name for name, asked_for in needed.items() if asked_for]
-        columns = columns_of(ground, inputs, data, splits=splits, attack=attack, heads=heads, said=said, **reading)
+        columns = columns_of(ground, inputs, data, splits=splits, attack=attack, heads=heads, **reading)
         score = partial(score_all, ground, inputs, columns=columns, device=device, attack=attack)
     read = {**reading, "heads": heads, "data": [column.data.fingerprint for column in columns]}
     return Prepared(ground, inputs, columns, score, None, form, dtype, device, force, read)

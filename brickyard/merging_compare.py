@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from scipy import stats as distributions
 
 from brickyard.core.errors import BrickyardError, Changed, UsageError
 from brickyard.core.files import Lock, read_json, write_json
+from brickyard.core.progress import tell
 from brickyard.core.registry import code_digest
 from brickyard.core.stats import holm, paired
 from brickyard.core.task import LOWER_IS_BETTER
 from brickyard.merging import Wanted, carry_out, prepare, want
 from brickyard.merging_files import files_of
 from brickyard.merging_inputs import MANIFEST
-from brickyard.merging_scores import Answered, Column, answered, source_of
+from brickyard.merging_scores import Answered, Column, answered, in_words, source_of
 
 TABLE = "merges.json"
 LEVEL = 0.05
@@ -55,11 +56,10 @@ def merge_all(
     max_length: int | None = None,
     audit: str | None = None,
     trust_remote_code: bool = False,
-    said: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Merge `bricks` by every one of `arms` into folders of `out`; return the table, which lies in OUT/merges.json.
 
-    The keywords are those of `merging.merge`; `said` hears of every row as it ends. A merge that cannot be made of
+    The keywords are those of `merging.merge`; every row is told as it ends. A merge that cannot be made of
     these inputs stands in the table with the reason, and the others go on.
 
     Returns {"tasks", "rows": [{"model", "scores", "kept", "mean_kept", "seconds", "folder"}], "failed": [{"arm",
@@ -89,7 +89,6 @@ def merge_all(
             names,
             data,
             threads,
-            said,
             base=base,
             bricks=bricks,
             form=form,
@@ -108,10 +107,9 @@ def _merge_all(
     names: Sequence[str],
     data: Sequence[Any],
     threads: int | None,
-    said: Callable[[str], None],
     **opened: Any,
 ) -> dict[str, Any]:
-    prepared = prepare(wanted, data=data, audit=None, said=said, **opened)
+    prepared = prepare(wanted, data=data, audit=None, **opened)
     columns: list[Column] = prepared.columns
     if homeless := [column.data.name for column in columns if not column.at_home]:
         raise UsageError(
@@ -134,7 +132,7 @@ def _merge_all(
     rows, failed, merges = [], [], []
     for label, source in models:
         rows.append(_row(label, answered(ground, source, columns, device=device)))
-        said(f"{label}: {_scores(rows[-1])}")
+        tell(f"{label}: {in_words(rows[-1]['answers'])}")
     for arm, name in zip(wanted, names, strict=True):
         began, place, seconds = time.monotonic(), folder / name, None
         if place.exists():  # made by an earlier call: how long it took is not known here
@@ -145,12 +143,12 @@ def _merge_all(
                 made = carry_out(arm, prepared, place, threads=threads)
             except BrickyardError as error:
                 failed.append({"arm": arm.arm, "why": str(error)})
-                said(f"{arm.arm}: cannot be made of these inputs")
+                tell(f"{arm.arm}: cannot be made of these inputs")
                 continue
             seconds = time.monotonic() - began
         row = _row(made["arm"], answered(ground, source_of(place, ground), columns, device=device))
         merges.append({**row, "seconds": seconds, "folder": name, "form": made["form"]})
-        said(f"{arm.arm}: {_scores(row)} ({'made before' if seconds is None else f'{seconds:.1f} s'})")
+        tell(f"{arm.arm}: {in_words(row['answers'])} ({'made before' if seconds is None else f'{seconds:.1f} s'})")
     table = _judged(rows, merges, columns)
     result = {
         "schema": 1,
@@ -185,10 +183,6 @@ def _same_inputs(folder: Path, about: dict[str, Any]) -> bool:
     if any(path.name != ".lock" for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty, and holds no merges; give a new folder.")
     return False
-
-
-def _scores(row: dict[str, Any]) -> str:
-    return ", ".join(f"{found.cell['mean']:.4f}" for found in row["answers"])
 
 
 def _row(model: str, answers: list[Answered]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from brickyard.core.encoded import Encoded
 from brickyard.core.errors import Refused, UsageError
 from brickyard.core.fitted_head import fit_head
 from brickyard.core.names import same_names
+from brickyard.core.progress import tell
 from brickyard.core.split import Split
 from brickyard.core.stats import interval
 from brickyard.core.task import Task, task_of
@@ -82,16 +83,14 @@ def columns_of(
     max_length: int | None = None,
     splits: Sequence[str] = (),
     attack: Config | None = None,
-    said: Callable[[str], None] = lambda text: None,
 ) -> list[Column]:
     """Open every task's test rows and its head, so that what is wrong with them is known before anything is merged.
 
     `splits` names what is wanted besides: "validation" (cut from train where there is none), or "train", unlabelled.
-    With `attack` every task that has its target class gets triggered rows; UsageError where none has. `said` hears of
-    heads that are fitted.
+    With `attack` every task that has its target class gets triggered rows; UsageError where none has.
     """
     columns = [
-        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits), attack, said)
+        _column(ground, inputs, i, len(data), spec, heads, task, metric, max_length, tuple(splits), attack)
         for i, spec in enumerate(data)
     ]
     if attack is not None and all(column.triggered is None for column in columns):
@@ -119,7 +118,10 @@ def score(
         *((given.label, given.source) for given in inputs),
         (MERGE, source_of(merged, ground)),
     ]
-    rows = [answered(ground, source, columns, device=device, attack=attack) for _, source in models]
+    rows = []
+    for label, source in models:
+        rows.append(answered(ground, source, columns, device=device, attack=attack))
+        tell(f"{label}: {in_words(rows[-1])}")
     cells = [[found.cell for found in row] for row in rows]
     same = len({column.task.metric for column in columns}) == 1
     means = [float(np.mean([cell["mean"] for cell in row])) if same else None for row in cells]
@@ -138,6 +140,11 @@ class Answered:
 
     predictions: np.ndarray
     cell: dict[str, Any]
+
+
+def in_words(row: Sequence[Answered]) -> str:
+    """Return a model's scores in the order of the tasks."""
+    return ", ".join(f"{found.cell['mean']:.4f}" for found in row)
 
 
 def source_of(merged: Path, ground: Ground) -> Source:
@@ -206,7 +213,6 @@ def _column(
     max_length: int | None,
     splits: tuple[str, ...],
     attack: Config | None,
-    said: Callable[[str], None],
 ) -> Column:
     base = ground.opened
     fitted = heads == "base"
@@ -236,7 +242,7 @@ def _column(
         raise UsageError(f"{rows.name}: a head is fitted on the base's states, which needs train rows; it has none.")
     backbone = base.backbone()
     train = encode(rows.splits["train"], base, task, max_length=max_length)
-    said(f"{rows.name}: fitting a head on the base's states of {len(train):,} rows ...")
+    tell(f"{rows.name}: fitting a head on the base's states of {len(train):,} rows ...")
     model = base.headed(fit_head(backbone, train, task))
     return Column(rows, task, test, model.eval(), "fitted on the base", owner, **parts)
 

@@ -40,25 +40,28 @@ def route(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from brickyard.console import aside
+    from brickyard.core.progress import told_to
     from brickyard.routing import route as run_route
 
-    result = run_route(
-        args.arm,
-        base=args.base,
-        bricks=args.bricks,
-        data=args.data,
-        out=args.out,
-        inspect=args.inspect,
-        heads=args.heads,
-        dtype=args.dtype,
-        force=args.force,
-        threads=args.threads,
-        device=args.device,
-        task=args.task,
-        metric=args.metric,
-        max_length=args.max_length,
-        trust_remote_code=args.trust_remote_code,
-    )
+    with told_to(aside):
+        result = run_route(
+            args.arm,
+            base=args.base,
+            bricks=args.bricks,
+            data=args.data,
+            out=args.out,
+            inspect=args.inspect,
+            heads=args.heads,
+            dtype=args.dtype,
+            force=args.force,
+            threads=args.threads,
+            device=args.device,
+            task=args.task,
+            metric=args.metric,
+            max_length=args.max_length,
+            trust_remote_code=args.trust_remote_code,
+        )
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
         return DONE

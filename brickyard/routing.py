@@ -22,6 +22,7 @@ from brickyard.core.data import read_data
 from brickyard.core.errors import BadBase, Changed, Refused, UsageError
 from brickyard.core.files import Lock, complete_folder, sha256, write_json, write_tensors
 from brickyard.core.fitted_head import fit_head
+from brickyard.core.progress import tell
 from brickyard.core.task import Task, task_of
 from brickyard.merge._inputs import PIECE, Files, Source, Stored, whole
 from brickyard.merging import MANIFEST as MERGED
@@ -195,6 +196,7 @@ def route(
         )
         dense = open_base(str(work / "dense"))
         experts = _experts(method, config, ground, inputs, survey, dense)
+        tell(f"fitting the router on prompts of {len(courses)} tasks ...")
         router, read = _router(config, dense, courses, device)
         result = {
             "schema": SCHEMA,
@@ -338,6 +340,7 @@ def _course(
     if heads == "base":
         backbone = ground.opened.backbone()
         train = encode(rows.splits["train"], ground.opened, asked, max_length=max_length)
+        tell(f"{rows.name}: fitting a head on the base's states of {len(train):,} rows ...")
         head = {name: p.data for name, p in fit_head(backbone, train, asked).named_parameters()}
         return Course(given.label, rows, asked, head, {"kind": "fitted", "max_length": max_length})
     known, about = _own_head(given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from brickyard.core.data import Data
+from brickyard.core.progress import tell
 from brickyard.core.task import Task, task_of
 from brickyard.merging_inputs import Ground, Input, open_ground
 from brickyard.merging_scores import overwrite
@@ -52,6 +53,7 @@ def score(
         if "test" not in course.data.splits:
             continue
         texts = texts_of(course.data.splits["test"])
+        tell(f"{course.data.name}: scoring {len(texts):,} test rows four times ...")
         routes = model.route(texts)
         w_NT = np.zeros_like(routes.w_NT)
         one_NT = w_NT.copy()

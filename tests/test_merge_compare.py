@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import text_data
+from conftest import text_data, write_data
 from test_merge import TASK, make_brick
 
 from brickyard.cli import main
 from brickyard.core.brick import Brick
 from brickyard.core.errors import Changed, UsageError
+from brickyard.core.progress import told_to
 from brickyard.core.stats import interval
 from brickyard.core.task import Task
 from brickyard.merge_command import _left_out
@@ -134,9 +135,8 @@ def test_a_merge_of_fewer_inputs_stands_in_the_table_and_what_takes_long_is_told
     given, heard = inputs(experts, text_base), []
     third = make_brick(tmp_path / "c", text_base, "lora:r=3", 5)
     three = {"bricks": [*given["bricks"], third.folder], "data": [*given["data"], given["data"][0]]}
-    table = merge_all(
-        ["slerp", "average"], out=tmp_path / "all", **{**given, **three, "heads": "base"}, said=heard.append
-    )
+    with told_to(heard.append):
+        table = merge_all(["slerp", "average"], out=tmp_path / "all", **{**given, **three, "heads": "base"})
     assert [f["arm"] for f in table["failed"]] == ["slerp"] and "joins two models" in table["failed"][0]["why"]
     assert "average" in {row["model"] for row in table["rows"]}
     assert sum("fitting a head" in line for line in heard) == 3
@@ -144,6 +144,18 @@ def test_a_merge_of_fewer_inputs_stands_in_the_table_and_what_takes_long_is_told
         "slerp: cannot be made of these inputs",
         next(line for line in heard if line.startswith("average: ")),
     ]
+
+
+def test_what_is_under_way_goes_where_errors_go(
+    experts: list[Brick], text_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = [str(write_data(tmp_path / name, text_data())) for name in ("one", "two")]
+    given = ["--base", str(text_base), "--bricks", *(str(e.folder) for e in experts), "--data", *data, "--json"]
+    for arms, out in ((["average", "ties"], "both"), (["average"], "alone")):
+        assert main(["merge", *arms, *given, "--out", str(tmp_path / out)]) == 0
+        shown = capfd.readouterr()
+        assert json.loads(shown.out) and "the base: " in shown.err
+        assert sum(line.startswith(("the base: ", "a: ", "b: ")) for line in shown.err.splitlines()) == 3
 
 
 def test_every_merge_is_the_one_that_is_made_alone(experts: list[Brick], text_base: Path, tmp_path: Path) -> None:
