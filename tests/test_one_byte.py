@@ -269,7 +269,7 @@ def test_every_member_has_an_estimate_however_many_there_are(data: Path, tmp_pat
     assert all(math.isfinite(loss) for report in found for loss in report["losses"])
 
 
-@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("joins", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torchrun_starts_members_again_and_takes_in_another(joins: bool, tmp_path: Path) -> None:
     """The demo under torchrun: of four members one is killed; then, where `joins`, a fifth comes from another agent."""
     from brickyard.checks._federation import shard_loss
