@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,7 @@ def test_result_has_the_schema_and_agrees_with_the_stored_answers(finished: tupl
     assert rows["lora:lr=0.01,r=4"]["seeds"] == [1, 2] and rows["lora:lr=0.01,r=4 (2)"]["seeds"] == [1001, 1002]
     assert stored["budget"]["search_seconds"] > 0 and rows["majority"]["cost"]["step_ms"] is None
     assert len(stored["pairs"]) == 10 and stored["verdict"]["sentence"]
+    assert re.search(r"full training, up to 2 settings an arm; about \d+ \w+ predicted$", stored["budget"]["sentence"])
     assert stored["confusion"]["arm"] == stored["verdict"]["recommended"]
     assert stored["without_overlap"]["removed"] == 2
     assert rows["lora:lr=0.01,r=4"]["retained"].keys() >= {"before", "after", "metric"}

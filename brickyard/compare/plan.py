@@ -317,7 +317,7 @@ def shorten(
         shares,
         trials,
         f"{request.minutes:g} minutes: {said}; {trials} of {request.trials} settings an arm, "
-        f"about {total(shares, trials) / 60:.1f} minutes predicted.",
+        f"about {total(shares, trials) / 60:.1f} minutes predicted",
     )
 
 

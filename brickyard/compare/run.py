@@ -169,9 +169,15 @@ class _Run:
             return self._probe_again(plan, path)
         probes, failed = self._probe([arm for arm in self.arms if arm.name not in self.refused])
         shares, trials = dict.fromkeys(probes, 1.0), self.request.trials
-        sentence = f"full training, up to {trials} settings an arm"
+        sentence = "full training"
         if self.request.minutes is not None and probes:
             shares, trials, sentence = planning.shorten(self.request, probes, self.workers)
+        predicted = planning.parts(self.request, probes, shares, trials, self.workers)
+        if self.request.minutes is None:
+            settings = "1 setting" if trials == 1 else f"up to {trials} settings"
+            minutes = sum(predicted.values()) / 60
+            about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else f"about {60 * minutes:.0f} seconds"
+            sentence = f"{sentence}, {settings} an arm; {about} predicted"
         plan = {
             "identity": identity,
             "created": _now(),
@@ -183,7 +189,7 @@ class _Run:
             "threads": self.request.threads,
             "workers": self.workers,
             "sentence": sentence,
-            "predicted_seconds": planning.parts(self.request, probes, shares, trials, self.workers),
+            "predicted_seconds": predicted,
             "probes": probes,
             "failed": failed,
             "refused": self.refused,
