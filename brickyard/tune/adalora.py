@@ -49,7 +49,7 @@ RECORD = Record(
     title="Rank budget shared out by importance (PEFT's AdaLoRA)",
     paper="Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, arXiv 2303.10512",
     slot="tuner",
-    search={"lr": (1e-3, 2e-3, 4e-3)},
+    search={"lr": (2e-3, 6e-3, 2e-2)},
     training={"lr": 2e-3},
     # The script's tinit=8000 and tfinal=50000 are steps of MNLI, of which no share of another run can be told.
     presets={"paper": {"orth": 0.1, "alpha": 16, "every": 100, "target": "blocks"}},

@@ -25,7 +25,7 @@ RECORD = Record(
     title="Bias-only fine-tuning",
     paper="BitFit, ACL 2022, arXiv 2106.10199",
     slot="tuner",
-    search={"lr": (1e-3, 3e-3)},
+    search={"lr": (7e-4, 2e-3, 6e-3)},
     training={"lr": 2e-3},
     claims=(
         Claim(

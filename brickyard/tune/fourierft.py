@@ -27,7 +27,7 @@ RECORD = Record(
     title="A few Fourier coefficients at random places (PEFT's FourierFT)",
     paper="Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, ICML 2024, arXiv 2405.03003",
     slot="tuner",
-    search={"lr": (2e-2, 5e-2, 1e-1)},
+    search={"lr": (5e-2, 1.5e-1, 5e-1)},
     training={"lr": 5e-2},
     part_of="loca",
 )

@@ -20,7 +20,7 @@ RECORD = Record(
     family="tune",
     title="Full fine-tuning: every weight trains",
     slot="tuner",
-    search={"lr": (5e-5, 1e-4, 2e-4)},
+    search={"lr": (3e-5, 1e-4, 3e-4)},
     training={"lr": 1e-4, "wd": 0.01},
     claims=(
         Claim(

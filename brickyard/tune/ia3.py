@@ -24,7 +24,7 @@ RECORD = Record(
     title="Rescaling of keys, values and feed-forward activations (PEFT's IA3)",
     paper="Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, NeurIPS 2022",
     slot="tuner",
-    search={"lr": (3e-3, 1e-2)},
+    search={"lr": (2e-3, 5e-3, 2e-2)},
     training={"lr": 5e-3},
     claims=(
         Claim(

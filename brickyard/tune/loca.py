@@ -61,7 +61,7 @@ RECORD = Record(
     title="Location-aware cosine adaptation: a few DCT coefficients at learned places",
     paper="LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning, ICLR 2025, arXiv 2502.06820",
     slot="tuner",
-    search={"lr": (2e-3, 5e-3, 1e-2)},
+    search={"lr": (5e-3, 3e-2, 1.5e-1)},
     training={"lr": 5e-3, "wd": 0.0},
     claims=(
         Claim(

@@ -25,7 +25,7 @@ RECORD = Record(
     title="Low-rank adaptation (PEFT's LoRA)",
     paper="LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685",
     slot="tuner",
-    search={"lr": (5e-4, 1e-3, 2e-3), "r": (8, 16)},
+    search={"lr": (3e-4, 1e-3, 3e-3), "r": (8, 16)},
     training={"lr": 1e-3},
     claims=(
         Claim(

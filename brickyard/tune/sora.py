@@ -45,7 +45,7 @@ RECORD = Record(
     title="Sparse low-rank adaptation: gated ranks that are pruned while they train",
     paper="Sparse Low-rank Adaptation of Pre-trained Language Models, EMNLP 2023, arXiv 2311.11696",
     slot="tuner",
-    search={"lr": (5e-4, 1e-3, 2e-3), "k": (1e-4, 3e-4, 1e-3)},
+    search={"lr": (3e-4, 1e-3, 3e-3), "k": (1e-4, 3e-4, 1e-3)},
     training={"lr": 1e-3, "wd": 0.1},
     presets={
         "paper": {"k": 3e-4},

@@ -49,7 +49,7 @@ RECORD = Record(
     title="Telly-K: the bottom K layers frozen and computed once",
     paper="ISSTA 2023, arXiv 2304.05216",
     slot="tuner",
-    search={"lr": (5e-5, 1e-4, 2e-4)},
+    search={"lr": (3e-5, 1e-4, 3e-4)},
     training={"lr": 1e-4, "wd": 0.01},
     claims=(
         Claim(
