@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bridged import bert, logits, words
 from bridged import stir as stir_adapter
-from conftest import text_data
+from conftest import documents, text_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import brickyard
+from brickyard.checks import _runs
 from brickyard.checks import sora as checks
 from brickyard.checks._runs import asked_by, to_the_end
 from brickyard.checks.sora import ranks_left
@@ -354,7 +356,7 @@ def test_the_check_asks_for_the_last_steps_weights(monkeypatch: pytest.MonkeyPat
     claim = next(c for c in sora.RECORD.claims if c.measure == "by_sparsity")
     seen: list[dict] = []
 
-    def stop(claim: object, arms: object, asked: dict, folder: Path, workers: int) -> None:
+    def stop(claim: object, arms: object, asked: dict, folder: Path, workers: int, **_: Any) -> None:
         seen.append(asked)
         raise InterruptedError("nothing is trained here")
 
@@ -362,6 +364,27 @@ def test_the_check_asks_for_the_last_steps_weights(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InterruptedError):
         checks.by_sparsity(claim)
     assert seen == [to_the_end(asked_by(claim))] and seen[0]["training"]["epochs"] == claim.epochs
+
+
+def test_on_a_language_model_gains_over_the_base_are_compared(
+    causal_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(jobs: Any, workers: int, folder: Path) -> dict[str, Any]:
+        return {job.key: trial.run(job.argument) for job in jobs}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_runs, "finished", here)
+    claim = next(c for c in sora.RECORD.claims if c.measure == "by_sparsity" and c.base == "embedded:pylm")
+    small: Any = replace(
+        claim, base=str(causal_base), data=documents(), seeds=2, lrs=(1e-2,), train_rows=0, epochs=2, max_length=32
+    )
+    found = checks.by_sparsity(small, workers=1, task="causal-lm")
+    assert found.keys() == {"against_dense", "against_cutting"}
+    dense = found["against_dense"]
+    assert dense["inequality"] == "many >= 0.9 lora" and dense["gate"]["inequality"] == "lora > base +1.0"
+    assert found["against_cutting"]["inequality"] == "few >= smallest"
+    gains = dense["detail"].partition("hundredths of bits per byte")[2].partition("untouched base: lora ")[2]
+    assert float(gains.partition(",")[0]) > 1  # what it gained, and not its bits
 
 
 def test_tune_prints_the_curve_of_quality_against_ranks() -> None:
