@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tabular import Columns, fails, labelled, rows, three, write
 
 from brickyard.core import readers
-from brickyard.core.data import read_data
+from brickyard.core.data import overlap_sentence, read_data
 from brickyard.core.errors import BadData, BrickyardError
 
 
@@ -184,6 +184,7 @@ def test_a_missing_validation_is_cut_from_train_class_by_class() -> None:
         "share": 0.1,
         "seed": 0,
         "stratified": True,
+        "by_group": False,
     }
     assert data.report["rows"] == {"train": 90, "validation": 10, "test": 2}
     assert data.report["classes"]["validation"] == {"common": 7, "rare": 1, "single": 0, "some": 2}
@@ -200,6 +201,48 @@ def test_copies_of_a_row_are_never_parted_by_the_cut() -> None:
     assert data.report["rows"] == {"train": 270, "validation": 30}
     assert not set(data.splits["train"]["text"]) & set(data.splits["validation"]["text"])
     assert data.report["duplicates"] == {"train": 270}
+
+
+def test_rows_of_a_group_are_never_parted_by_the_cut() -> None:
+    n = 300
+    train = {
+        "text": [f"t{i}" for i in range(n)],
+        "label": [i % 2 for i in range(n)],
+        "group": [f"speaker {i // 6}" for i in range(n)],
+    }
+    train["text"][299] = train["text"][0]  # a copy joins two groups
+    data = read_data({"train": train}, need=("train",))
+    group_of = dict(zip(train["text"][:299], train["group"][:299], strict=True))
+    parts = [{group_of[text] for text in data.splits[split]["text"]} for split in ("train", "validation")]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 50
+    assert data.report["cut"]["by_group"] and data.report["cut"]["rows"] % 6 == 0
+    assert 24 <= data.report["cut"]["rows"] <= 36
+    ends = {text in data.splits["train"]["text"] for text in ("t0", "t294", "t298")}
+    assert len(ends) == 1
+    assert data.report["ignored_columns"] == {"train": []}
+    # Without the column the same rows are cut as ever.
+    del train["group"]
+    assert read_data({"train": train}, need=("train",)).report["cut"]["by_group"] is False
+
+
+def test_groups_on_both_sides_are_counted_and_gaps_refused() -> None:
+    splits = {
+        "train": {"text": ["a", "b", "c"], "label": [0, 1, 0], "group": ["x", "x", "y"]},
+        "validation": {"text": ["d", "g"], "label": [1, 0], "group": ["z", "z"]},
+        "test": {"text": ["e", "f"], "label": [0, 1], "group": ["y", "w"]},
+    }
+    data = read_data(splits)
+    assert data.report["overlap"]["test_groups_in_train"] == 1
+    assert "1 of 2 test rows belong to groups that train has too" in overlap_sentence(data.report["overlap"], 2)
+    splits["train"]["group"][1] = " "
+    with pytest.raises(BadData, match="split 'train': the group is empty in row 2"):
+        read_data(splits)
+    one = {"text": ["a", "b"], "label": [0, 1], "group": ["x", "x"]}
+    with pytest.raises(BadData, match="1 distinct groups are too few"):
+        read_data({"train": one}, need=("train",))
+    lone = {"text": list("abcdefghij"), "label": [0] * 5 + [1] * 5, "group": list("xxxxxyyyyy")}
+    with pytest.raises(BadData, match=r"too few|without 1 of its classes"):
+        read_data({"train": lone}, need=("train",))
 
 
 def test_regression_is_cut_without_classes_and_a_given_validation_is_kept() -> None:

@@ -92,7 +92,7 @@ def read_data(
             chosen, rejected; or prompt, choices, label (the right choice, counted from 0).
         task: overrides what the labels' type says ("regression" for integers, a classification for whole floats).
         need: the splits that must be there. Where a needed train comes without validation, 10 % of its distinct
-            inputs are cut from it with seed 0, class by class.
+            inputs are cut from it with seed 0, class by class; with a column group (speaker, article), of its groups.
         metric: only checked here, so that a wrong one stops before any work.
         allow_overlap: accept more than 5 % of test rows that stand in train.
         labelled: False reads rows without their labels.
@@ -151,13 +151,15 @@ def read_data(
         split: Split({**{name: columns[name] for name in wanted}, **({"label": raw[split]} if labelled else {})})
         for split, columns in source.splits.items()
     }
+    group = _groups(source)
     mask, overlap = _overlap(key, allow_overlap)
+    overlap["test_groups_in_train"] = sum(map(set(group.get("train", ())).__contains__, group.get("test", ())))
     cut = None
     if "train" in need and "validation" not in splits:
         if documents and len(splits["train"]) < FEW_DOCUMENTS:
             cut = cut_ends(splits)
         else:
-            cut = cut_rows(splits, key, None if names is None else raw["train"])
+            cut = cut_rows(splits, key["train"], None if names is None else raw["train"], group.get("train"))
     splits = {split: splits[split] for split in SPLITS if split in splits}
     report = {
         "name": source.name,
@@ -177,7 +179,9 @@ def read_data(
         "label_values": {s: _spread(rows["label"]) for s, rows in splits.items()}
         if kind == "regression" and raw
         else None,
-        "ignored_columns": {s: [c for c in found if c not in (*wanted, "label")] for s, found in source.found.items()},
+        "ignored_columns": {
+            s: [c for c in found if c not in (*wanted, "label", "group")] for s, found in source.found.items()
+        },
         "ignored_files": source.ignored,
     }
     fingerprint = _fingerprint(kind, names, splits, wanted)
@@ -306,6 +310,15 @@ def _contradictions(keys: Sequence[bytes], labels: Sequence[Any]) -> int:
     return sum(len(seen[key]) > 1 for key in keys)
 
 
+def _groups(source: Source) -> dict[str, list[str]]:
+    """Return the groups of each split's rows, where there is such a column; BadData where a row has none."""
+    found = {split: columns["group"] for split, columns in source.splits.items() if "group" in columns}
+    for split, values in found.items():
+        if empty := [row for row, value in enumerate(values, 1) if value is None or not str(value).strip()]:
+            raise BadData(f"split {split!r}: the group is empty in {shown(empty)}. Name one, or leave the column out.")
+    return {split: [str(value) for value in values] for split, values in found.items()}
+
+
 def _overlap(keys: dict[str, list[bytes]], allow: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """Find the test rows that stand in train, exactly; too many are refused."""
     known = {split: set(values) for split, values in keys.items()}
@@ -329,9 +342,12 @@ def _overlap(keys: dict[str, list[bytes]], allow: bool) -> tuple[np.ndarray, dic
 
 
 def overlap_sentence(overlap: dict[str, Any], rows: int) -> str:
-    """Say how many of the test rows stand in train, of a report's `overlap`; "" where none does."""
+    """Say how many test rows stand in train, themselves or by their group, of a report's `overlap`; "" if none."""
     found, share = overlap["test_in_train"], overlap["test_in_train_share"]
-    return f"{found:,} of {rows:,} test rows ({share:.1%}) also stand in train." if found else ""
+    told = [f"{found:,} of {rows:,} test rows ({share:.1%}) also stand in train."] if found else []
+    if alike := overlap.get("test_groups_in_train"):
+        told.append(f"{alike:,} of {rows:,} test rows belong to groups that train has too: scores may be too good.")
+    return " ".join(told)
 
 
 def _counts(labels: Sequence[int], names: Sequence[str]) -> dict[str, int]:

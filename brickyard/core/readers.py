@@ -24,7 +24,10 @@ from brickyard.core.errors import BadData, UnknownName
 
 SPLITS = ("train", "validation", "test")
 FORMATS = ("parquet", "jsonl", "csv", "txt")
-COLUMNS = ("text", "text_pair", "image", "points", "label", "prompt", "completion", "chosen", "rejected", "choices")
+COLUMNS = (
+    *("text", "text_pair", "image", "points", "label", "group"),
+    *("prompt", "completion", "chosen", "rejected", "choices"),
+)
 LISTS = ("points", "choices")  # columns of lists, which a csv cannot hold
 _RENAMED = {
     "training": "train",

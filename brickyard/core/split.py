@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from brickyard.core.errors import BadData, UsageError
 
@@ -104,14 +106,30 @@ def drawn(
     return kept, index
 
 
-def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: list[int] | None) -> dict[str, Any]:
+def units(keys: Sequence[bytes], groups: Sequence[str] | None) -> list[int]:
+    """Return a number for each row: rows of one input, or of one group (speaker, article), belong together."""
+    _, input_N = np.unique(np.asarray(keys, dtype=object), return_inverse=True)
+    if groups is None:
+        return input_N.tolist()
+    _, group_N = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
+    count = int(input_N.max()) + 1
+    size = count + int(group_N.max()) + 1
+    edges = coo_array((np.ones(len(input_N)), (input_N, count + group_N)), shape=(size, size))
+    return connected_components(edges, directed=False)[1][input_N].tolist()
+
+
+def cut_rows(
+    splits: dict[str, Split], keys: Sequence[bytes], classes: list[int] | None, groups: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Move 10 % of the distinct inputs of train, with all their copies, to a new validation split.
 
-    Each class gives its share (largest remainders) and keeps at least one input. The order of the rows stays.
+    keys, classes, groups: of train's rows. With groups it is 10 % of these, and no group is on both sides. Each class
+    gives its share (largest remainders) and keeps at least one input. The order of the rows stays.
     """
     strata: dict[int, list[int]] = {}
-    first: dict[bytes, int] = {}
-    for row, key in enumerate(keys["train"]):
+    first: dict[int, int] = {}
+    unit_of = units(keys, groups)
+    for row, key in enumerate(unit_of):
         if first.setdefault(key, row) == row:
             strata.setdefault(0 if classes is None else classes[row], []).append(row)
     draw = np.random.Generator(np.random.PCG64(0))
@@ -121,14 +139,22 @@ def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: li
     for c in sorted(quota, key=lambda c: (taken[c] - quota[c], c))[: wanted - sum(taken.values())]:
         taken[c] += 1
     if not sum(taken.values()):
+        named = "rows" if groups is None else "groups"
         raise BadData(
-            f"train's {len(first)} distinct rows are too few to cut a validation split from"
+            f"train's {len(first)} distinct {named} are too few to cut a validation split from"
             f"{'' if quota else ', for no class has two of them'}; add rows, or a validation file beside train."
         )
-    chosen: set[bytes] = set()
+    chosen: set[int] = set()
     for c, rows in sorted(strata.items()):
-        chosen.update(keys["train"][rows[i]] for i in draw.permutation(len(rows))[: taken.get(c, 0)])
-    moved = np.array([key in chosen for key in keys["train"]])
+        chosen.update(unit_of[rows[i]] for i in draw.permutation(len(rows))[: taken.get(c, 0)])
+    moved = np.array([key in chosen for key in unit_of])
+    if groups is not None and classes is not None:
+        gone = set(classes) - set(np.asarray(classes)[~moved].tolist())
+        if gone:
+            raise BadData(
+                f"cutting a validation split by group would leave train without {len(gone)} of its classes, whose rows "
+                "are in few groups; add a validation file beside train, or leave the column group out."
+            )
     splits["validation"] = splits["train"].take(np.flatnonzero(moved))
     splits["train"] = splits["train"].take(np.flatnonzero(~moved))
     return {
@@ -138,6 +164,7 @@ def cut_rows(splits: dict[str, Split], keys: dict[str, list[bytes]], classes: li
         "share": VALIDATION_SHARE,
         "seed": 0,
         "stratified": classes is not None,
+        "by_group": groups is not None,
     }
 
 
