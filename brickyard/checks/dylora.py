@@ -57,7 +57,10 @@ def by_rank(claim: Claim, *, workers: int = 2, **more: Any) -> dict[str, Any]:
         arms = tuned(claim, arms, asked, folder, workers, lower_is_better=language)
         runs = trained(arms, asked, claim.seeds, folder, workers)
         found = {name: answers(folder, name, claim.seeds) for name in arms}
-        for r in RANKS:
+        top = RANKS[-1]  # there nothing is cut
+        found |= {f"{name}@{top}": found[name] for name in ("dylora", "frozen")}
+        found |= {f"cut@{top} {how}": found[f"lora{top}"] for how in CUT}
+        for r in RANKS[:-1]:
             for name in ("dylora", "frozen"):
                 change = [lambda model, r=r: at_rank(model, r)] * claim.seeds
                 found[f"{name}@{r}"] = opened_answers(ready, folder, name, change)
