@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from brickyard import api
-from brickyard.console import Live
+from brickyard.console import Live, beside
 from brickyard.core import registry
 from brickyard.core.errors import UsageError
 from brickyard.core.generate import Decoding
@@ -186,7 +186,7 @@ def tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
         console.print(privacy.sentence(result["step"]["privacy"]), highlight=False)
     if "score" in result:
-        score = f"test {result['score']['metric']} {result['score']['mean']:.4f}"
+        score = f"test {result['score']['metric']} {result['score']['mean']:.4f}{beside(result['score'])}"
         console.print(f"{score}; {result['overlap']}" if result["overlap"] else score, highlight=False)
     if brick.structure:
         console.print(f"served as it was tuned: {brick.structure}; keep=dense serves all.", highlight=False)
@@ -205,7 +205,8 @@ def grow(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return DONE
     console.print(escape(result["summary"]), soft_wrap=True, highlight=False)
     if "score" in result:
-        console.print(f"test {result['score']['metric']} {result['score']['mean']:.4f}", highlight=False)
+        score = result["score"]
+        console.print(f"test {score['metric']} {score['mean']:.4f}{beside(score)}", highlight=False)
     console.print(f"model: {escape(args.out)}", soft_wrap=True, highlight=False)
     return DONE
 
@@ -317,10 +318,9 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         _print_json(result)
         return DONE
     score, console = result["score"], Console()
-    nats = f"; {score['nats_per_token']:.4f} nats per token" if "nats_per_token" in score else ""
     console.print(
         f"{score['metric']} {score['mean']:.4f} (95 % interval {score['low']:.4f} to {score['high']:.4f}) "
-        f"on {result['examples']:,} {args.split} examples{nats}",
+        f"on {result['examples']:,} {args.split} examples{beside(score)}",
         highlight=False,
     )
     cut = result.get("encoding", {}).get("truncated", 0)

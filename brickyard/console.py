@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -138,3 +139,10 @@ class Live:
 
 def _runs(count: int) -> str:
     return "1 run was" if count == 1 else f"{count} runs were"
+
+
+def beside(score: Mapping[str, Any]) -> str:
+    """Return what a score is to be held against, as the end of its line."""
+    if "nats_per_token" in score:
+        return f"; {score['nats_per_token']:.4f} nats per token"
+    return f"; always the commonest class: {score['majority']:.4f}" if "majority" in score else ""

@@ -59,6 +59,7 @@ COMPOSED = {
     "lora + pudf": "lora:r=4 + pudf:min_size=16,balance=true",
     "dp-convex": "dp-convex:gates=8,epsilon=50",
     "linear-probe + pudf": "linear-probe + pudf:min_size=16,balance=true",
+    "full, one block": 'full:target=["*.1.*"]',
     "full + curriculum": "full + curriculum:by=random,min_size=16",
 }
 ALL = {**METHODS, **COMPOSED}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brickyard.checks._place import place_of
-from brickyard.checks._runs import answers, arm_row, asked_by, majority, trained, with_training
+from brickyard.checks._runs import answers, arm_row, asked_by, majority, trained, tuned, with_training
 from brickyard.checks._takes import takes
 from brickyard.checks.run import Inequality, judge
 from brickyard.core import measure
+from brickyard.core.arm import parse
+from brickyard.core.base import open_base
 from brickyard.core.errors import Refused
 from brickyard.core.method import Claim
 from brickyard.core.privacy import Mechanism, epsilon_of
+from brickyard.core.roles import blocks, roles
 from brickyard.private._engines import Hooked
 from brickyard.private._per_sample import Term
 from brickyard.private._step import Whole
@@ -28,6 +32,7 @@ NEAR = 0.08
 EPSILON, RATE, STEPS = 3.0, 0.01, 1000
 SAVED = 0.02  # share of Rényi's noise
 MARGIN, SHARE = -1.5, 1.2
+DROWNED = 0.02  # an epsilon whose noise leaves nothing to learn from
 
 
 def noise(claim: Claim) -> dict[str, Any]:
@@ -86,15 +91,18 @@ def noise(claim: Claim) -> dict[str, Any]:
 
 @takes("base", "data")
 def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[str, Any]:
-    """Judge rank-1 views against whole gradients, by accuracy, and count the bytes that rows' gradients take."""
-    common = f"epsilon={epsilon},accountant=pld,clip=1.0"
-    arms = {
-        "views": with_training(f"full + ew-tune:rank=1,{common}", lr=3e-4),
-        "whole": with_training(f"full + ew-tune:rank=0,{common}", lr=3e-4),
-        "drowned": with_training("full + ew-tune:rank=1,epsilon=0.02,accountant=pld,clip=1.0", lr=3e-4),
-    }
+    """Judge rank-1 views against whole gradients of the last block's query and value, and count their rows' bytes.
+
+    Each has its own learning rate, from validation: without views noise falls on many more numbers.
+    """
+    step = "ew-tune:epsilon={},accountant=pld,clip=1.0,rank={}"
+    layers = f"full:target={json.dumps(last_projections(claim.base))}"
+    arms = {name: f"{layers} + {step.format(epsilon, rank)}" for name, rank in (("views", 1), ("whole", 0))}
     asked = asked_by(claim)
     with place_of("ew-tune", claim, epsilon) as folder:
+        arms = tuned(claim, arms, asked, folder, workers)
+        drowned = f"{layers} + {step.format(DROWNED, 1)}"
+        arms["drowned"] = with_training(drowned, **parse(arms["views"]).training)
         seeds = {name: claim.seeds for name in arms} | {"drowned": claim.control_seeds or claim.seeds}
         runs = {name: trained({name: arms[name]}, asked, seeds[name], folder, workers)[name] for name in arms}
         given = {name: answers(folder, name, seeds[name]) for name in arms}
@@ -114,7 +122,7 @@ def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[st
         "arms": {name: arm_row(text, runs[name]) for name, text in arms.items()},
         "figures": {"share of bytes of a 384 x 1536 matrix": share, "whole gradients' share": unseen, "limit": bound},
         "control": {
-            "what": "noise for epsilon 0.02 drowns what the rows say; without views the bytes exceed the limit",
+            "what": f"noise for epsilon {DROWNED} drowns what the rows say; without views the bytes exceed the limit",
             "measured": control["measured"],
             "destroyed": control["holds"] is True and unseen > bound,
         },
@@ -125,6 +133,13 @@ def low_rank(claim: Claim, *, epsilon: float = 8.0, workers: int = 2) -> dict[st
             f"(limit {100 * bound:.2f} %), without views {100 * unseen:.2f} %"
         ),
     }
+
+
+def last_projections(base: str) -> list[str]:
+    """Return the names of the query and value layers of the last block, as a target takes them."""
+    outline = open_base(base).outline()
+    last, _ = blocks(outline)[-1]
+    return [n for n, role in roles(outline).items() if role in ("query", "value") and n.startswith(f"{last}.")]
 
 
 class _Watched(Hooked):

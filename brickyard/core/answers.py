@@ -57,8 +57,14 @@ class Answers:
 
 
 def score_of(task: Task, examples: Examples, answers: Answers) -> dict[str, Any]:
-    """Return {"metric", "mean"} of the answers to `examples`; of a language model's texts "nats_per_token" as well."""
-    score = {"metric": task.metric, "mean": task.score(examples.labels.numpy(), answers.predictions)}
+    """Return {"metric", "mean"} of the answers to `examples`, with what tells how much that is.
+
+    Of classes "majority", the score of one who always gives the examples' commonest; of texts "nats_per_token".
+    """
+    labels = examples.labels.numpy()
+    score = {"metric": task.metric, "mean": task.score(labels, answers.predictions)}
+    if task.labels is not None and len(labels):
+        score["majority"] = task.score(labels, np.full_like(labels, np.bincount(labels).argmax()))
     if isinstance(examples, EncodedBlocks | EncodedCompletions) and task.metric in PER_TEXT:
         score["nats_per_token"] = float(answers.predictions.sum() / examples.tokens.sum())
     return score

@@ -13,6 +13,9 @@ arXiv 2110.06500, whose headline claim is that private LoRA comes within a few p
 epsilon near 6. Gradients of rows without making them: `_per_sample.py`; batches, noise and what the guarantee covers:
 `_step.py`. Noise and batches come from the operating system's entropy, not from --seed.
 
+Much of every step is noise, so that private training wants a larger rate than the plain one: of LoRA on the last layer,
+with 6,000 rows of SST-2 in 96 steps, 3e-3 leaves the majority class and 1e-2 comes within two points of plain training.
+
 The unit that is protected is one row of train (added or removed). Validation rows decide nothing by default, for the
 weights of the last step are kept. Left out: user-level privacy, noise safe against floating-point attacks, and language
 models' tasks, whose rows are blocks packed from several documents.
@@ -41,22 +44,26 @@ RECORD = Record(
     training={"batch": 256},
     claims=(
         Claim(
-            text="LoRA with epsilon 8 comes within 10 points of LoRA without privacy.",
-            inequality="private >= plain - 10.0",
-            arms={"private": "lora + dp:epsilon=8", "plain": "lora"},
+            text="LoRA of the last layer with epsilon 8 comes within 5 points of the same without privacy.",
+            inequality="private >= plain - 5.0",
+            arms={
+                "private": 'lora:target=["*.layer.5.*query","*.layer.5.*value"] + dp:epsilon=8',
+                "plain": 'lora:target=["*.layer.5.*query","*.layer.5.*value"]',
+            },
             gate="plain >= majority + 20.0",
             control={
                 "what": "noise for epsilon 0.02 drowns what the rows say",
-                "arm": "lora + dp:epsilon=0.02",
+                "arm": 'lora:target=["*.layer.5.*query","*.layer.5.*value"] + dp:epsilon=0.02',
                 "inequality": "private > control + 10.0",
             },
             control_seeds=1,
+            data="sst2|embedded:stdlib-topics",
             epochs=4,
-            batch=128,
-            train_rows=2000,
-            max_length=16,
-            lrs=(3e-3,),
-            full={"epochs": 8, "max_length": 32, "control_seeds": 0},
+            batch=256,
+            train_rows=6000,
+            max_length=32,
+            lrs=(3e-3, 1e-2),
+            full={"arms": {"private": "lora + dp:epsilon=8", "plain": "lora"}, "max_length": 64, "control_seeds": 0},
         ),
         Claim(
             text="A private LoRA step takes at most 1.15 times as long as a plain one (batch 256, 32 tokens).",

@@ -8,11 +8,13 @@ Source: the common baseline. Headline claim: none of its own; every other tuner 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
 from brickyard.core.attached import Attached, attach_in_place
 from brickyard.core.method import Claim, Record
+from brickyard.core.roles import match, own_head
 from brickyard.core.task import Task
 
 RECORD = Record(
@@ -47,11 +49,15 @@ RECORD = Record(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    pass
+    target: str | tuple[str, ...] = ()
+    """roles, `blocks`, `all-linear`, or patterns of layer names ("*.layer.5.*"); every weight where nothing is given"""
 
 
 def attach(model: nn.Module, config: Config, task: Task) -> Attached:
-    """Train every parameter; biases and norms without weight decay, as is customary."""
-    names = [name for name, _ in model.named_parameters()]
+    """Train every parameter, or those of the target layers and the head; biases and norms without weight decay."""
+    patterns = (config.target,) if isinstance(config.target, str) else config.target
+    matched = match(model, patterns)
+    inside = tuple(f"{name}." for name in (*own_head(model), *chain.from_iterable(matched.values())))
+    names = [name for name, _ in model.named_parameters() if not patterns or name.startswith(inside)]
     flat = [name for name, p in model.named_parameters() if p.ndim < 2]
-    return attach_in_place(model, names, matched={"all parameters": names}, no_decay=flat)
+    return attach_in_place(model, names, matched=matched or {"all parameters": names}, no_decay=flat)
