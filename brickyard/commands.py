@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from brickyard import api
-from brickyard.console import Live, beside
+from brickyard.console import Live, beside, estimates
 from brickyard.core import registry
 from brickyard.core.errors import UsageError
 from brickyard.core.generate import Decoding
@@ -416,8 +416,6 @@ def verify(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Estimate memory and time."""
-    from rich.table import Table
-
     rows = api.plan(
         base=args.base,
         data=_data(args, "embedded:stdlib-topics"),
@@ -430,23 +428,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.json:
         _print_json(rows)
         return DONE
-    table = Table(title="estimates from a short probe (counted: parameters, saved bytes; predicted: the rest)")
-    for name in ("arm", "trainable", "saved for backward", "peak", "step", "steps", "training"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for row in rows:
-        if row["status"] != "done":
-            table.add_row(escape(row["arm"]), f"[red]{row['status']}[/]: {escape(row['reason'])}")
-            continue
-        table.add_row(
-            escape(row["arm"]),
-            f"{row['trainable_parameters']:,}",
-            f"{row['saved_for_backward_bytes'] / 2**20:,.1f} MiB",
-            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-            f"{row['step_ms']:,.1f} ms",
-            f"{row['steps']:,}",
-            f"{row['train_seconds']:,.0f} s",
-        )
-    Console().print(table)
+    estimates(rows, Console())
     return DONE if any(row["status"] == "done" for row in rows) else FAILED
 
 

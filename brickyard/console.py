@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
+from brickyard.compare.shown import duration
 from brickyard.core.data import overlap_sentence
 
 
@@ -146,3 +149,34 @@ def beside(score: Mapping[str, Any]) -> str:
     if "nats_per_token" in score:
         return f"; {score['nats_per_token']:.4f} nats per token"
     return f"; always the commonest class: {score['majority']:.4f}" if "majority" in score else ""
+
+
+def estimates(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Write what `api.plan` found: a table in which figures never wrap, and why arms cannot run."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table.add_column("\narm", overflow="fold")
+    for title in ("trainable\nparameters", "saved\nMiB", "peak\nMiB", "step\nms", "\nsteps", "training\ntime"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        if row["status"] == "done":
+            table.add_row(
+                Text(row["arm"]),
+                f"{row['trainable_parameters']:,}",
+                f"{row['saved_for_backward_bytes'] / 2**20:,.1f}",
+                f"{row['peak_bytes'] / 2**20:,.0f}",
+                f"{row['step_ms']:,.1f}",
+                f"{row['steps']:,}",
+                duration(row["train_seconds"]).replace("\u00a0", " "),
+            )
+    if table.row_count:
+        console.print(table)
+        console.print(
+            Text(
+                "From a short probe. Counted: trainable parameters, bytes saved for the backward pass. "
+                "Predicted: peak memory, time of a step and of the whole training.",
+                "dim",
+            )
+        )
+    for row in rows:
+        if row["status"] != "done":
+            console.print(Text.assemble((f"{row['status']} ", "red"), (row["arm"], "bold"), f": {row['reason']}"))

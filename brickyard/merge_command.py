@@ -152,9 +152,9 @@ def _kept(result: dict[str, Any]) -> Any:
         caption="kept: share of what its expert gained on a task over the base, mean over tasks that count; "
         "- below the expert of the task, + above it, = not told apart (95 %, paired)",
     )
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for task in tasks:
-        table.add_column(f"{escape(task['data'])}\n{task['metric']}", justify="right")
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}", justify="right", overflow="fold")
     table.add_column("kept", justify="right")
     merges = len(result["rows"]) - len(result["about"]["inputs"]) - 1
     for i, row in enumerate(result["rows"]):
@@ -252,7 +252,7 @@ def _curve(search: dict[str, Any]) -> Any:
     table.add_column(name, justify="right")
     for task in search["tasks"]:
         rows = f"{task['rows']} rows{' cut from train' if task['cut'] else ''}"
-        table.add_column(f"{escape(task['data'])}\n{task['metric']}\n{rows}", justify="right")
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}\n{rows}", justify="right", overflow="fold")
     table.add_column("mean", justify="right")
     for i, strength in enumerate(search["grid"]):
         cells = [f"{of_task[i]:.4f}" for of_task in search["scores"]]
@@ -271,9 +271,9 @@ def _attacks(scores: dict[str, Any], audit: str) -> Any:
         title=f"{escape(audit)}: attack success (without trigger), accuracy of triggered rows",
         caption="over rows of other classes than the target; a cure lowers the first and raises the last",
     )
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for task in scores["tasks"]:
-        table.add_column(escape(task["data"]), justify="right")
+        table.add_column(escape(task["data"]), justify="right", overflow="fold")
     for row in scores["rows"]:
         found = [cell.get("attack") for cell in row["scores"]]
         cells = [f"{a['success']:.3f} ({a['without']:.3f}), {a['triggered_accuracy']:.3f}" if a else "-" for a in found]
@@ -287,9 +287,9 @@ def _table(scores: dict[str, Any]) -> Any:
 
     heads = dict.fromkeys(task["head"] for task in scores["tasks"])
     table = Table(title=f"test rows; heads: {', '.join(heads)}")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for task in scores["tasks"]:
-        table.add_column(f"{escape(task['data'])}\n{task['metric']}", justify="right")
+        table.add_column(f"{escape(task['data'])}\n{task['metric']}", justify="right", overflow="fold")
     table.add_column("mean", justify="right")
     for row in scores["rows"]:
         cells = [f"{cell['mean']:.4f} ({cell['low']:.4f} to {cell['high']:.4f})" for cell in row["scores"]]

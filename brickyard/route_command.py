@@ -124,9 +124,9 @@ def _scores(scores: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="test rows")
-    table.add_column("weights")
+    table.add_column("weights", overflow="fold")
     for task in scores["tasks"]:
-        table.add_column(f"{escape(task['task'])}\n{task['metric']}", justify="right")
+        table.add_column(f"{escape(task['task'])}\n{task['metric']}", justify="right", overflow="fold")
     for row in scores["rows"]:
         cells = [f"{cell['mean']:.4f}\n({cell['low']:.3f} to {cell['high']:.3f})" for cell in row["scores"]]
         table.add_row(row["model"], *cells)
