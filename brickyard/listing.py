@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -56,11 +58,23 @@ def control_of(claim: dict[str, Any]) -> str:
 
 
 def verdict_of(name: str) -> str:
-    """Return in a word whether a method's claims hold here."""
+    """Return in a few words how many of a method's claims hold here: "holds", "2 hold, 1 undecided"."""
     result = measured(name)
     if result is None:
         return "not measured"
-    return ", ".join(dict.fromkeys(word_of(claim) for claim in result["claims"])) or "no claim"
+    found = {claim["text"]: re.sub(", (.*)", r" (\1)", word_of(claim)) for claim in result["claims"]}
+    words = Counter(found.get(claim.text, "not measured") for claim in registry.find(name).record.claims)
+    if not words.total():
+        return "no claim"
+    if len(words) == 1:
+        word, count = words.popitem()
+        return word if count == 1 else f"{'both' if count == 2 else f'all {count}'} {_plural(word, count)}"
+    order = sorted(words, key=lambda word: (not word.startswith("holds"), -words[word]))
+    return ", ".join(f"{words[word]} {_plural(word, words[word])}" for word in order)
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else word.replace("holds", "hold", 1).replace("does not", "do not", 1)
 
 
 def methods(args: argparse.Namespace, argv: Sequence[str]) -> int:

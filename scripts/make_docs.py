@@ -68,7 +68,7 @@ def page(entry: registry.Entry) -> str:
 
 def table() -> str:
     """Return the methods table of README."""
-    lines = ["| method | what it is | its claim, re-measured here |", "|---|---|---|"]
+    lines = ["| method | what it is | its claims, re-measured here |", "|---|---|---|"]
     for entry in registry.records():
         name, verdict = entry.record.name, verdict_of(entry.record.part_of or entry.record.name)
         lines.append(f"| [`{name}`](docs/methods/{name}.md) | {entry.record.title} | {verdict} |")

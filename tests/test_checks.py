@@ -369,13 +369,30 @@ def test_a_control_that_is_not_destroyed_is_told_and_no_success(
     assert f"lora {word}: first" in said
     assert (f"negative control not destroyed: {told}" in said) is bool(code)
     monkeypatch.setattr(listing.resources, "files", lambda package: tmp_path)
-    assert listing.verdict_of("lora") == word
+    assert listing.verdict_of("lora") == word.replace(", control not destroyed", " (control not destroyed)")
     assert main(["show", "lora"]) == 0
     said = capsys.readouterr().out
     assert f"{word}: a > b; measured 8.00" in said
     assert (f"control: {told}: gain NOT destroyed" in said) is bool(code)
     if control is not None and not code:
         assert f"labels [shuffled]: gain {'destroyed' if control.get('destroyed') else 'not judged'}" in said
+
+
+def test_a_verdict_counts_the_claims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    faked(monkeypatch, first=(), second=(), third=())
+    monkeypatch.setattr(listing.resources, "files", lambda package: tmp_path)
+    path = tmp_path / "claims" / "results" / "lora.json"
+    path.parent.mkdir(parents=True)
+    for said, expected in (
+        ((True, True, True), "all 3 hold"),
+        ((True, True), "2 hold, 1 not measured"),
+        ((False, True, False), "1 holds, 2 do not hold"),
+        (("undecided", "undecided", True), "1 holds, 2 undecided"),
+    ):
+        texts = [claim.text for claim in listing.registry.find("lora").record.claims]
+        claims = [{"text": text, "holds": holds} for text, holds in zip(texts, said, strict=False)]
+        path.write_text(json.dumps({"claims": claims}))
+        assert listing.verdict_of("lora") == expected
 
 
 def test_what_is_kept_of_a_claim_says_how_it_was_measured(

@@ -5,6 +5,10 @@ then fine-tunes the whole network on one task, under that task's head; the secon
 in a corner and the label 0. Every merge reads validation rows without labels; accuracy and attack success are judged on
 test rows. Attack success counts rows of other classes than the target's. An example is a test row, of the task that was
 attacked for attack success, of all tasks for accuracy.
+
+At this size a merge at 0.3 removes most of the backdoor by itself: task arithmetic's attack success was 10 to 19 % in 6 to
+12 epochs at the rate of 1e-3 (53 to 67 % accuracy), 29 % over five seeds at 2e-3 (35 % accuracy), and 1 % on states that
+are not averaged over places. The gate of 40 % is then shut, and the check says so.
 """
 
 from __future__ import annotations
@@ -41,9 +45,6 @@ TASK = Task("image-classification", "accuracy", tuple(map(str, range(CLASSES))),
 # The steps of the check, not the paper's: Adam moves the logits and the perturbation by its rate at most, so a quarter
 # of the steps takes ten times the rate, of both.
 STEPS = {"steps": 250, "adapt_steps": 100, "mask_lr": 1e-2, "adversary_lr": 1e-3}
-# A merge at 0.3 keeps the backdoor only of experts that moved far, which costs accuracy: at 1e-3 its attack
-# success was 10 to 19 % in 6 to 12 epochs, and the gate of 40 % shut; at 2e-3 43 to 72 %, at half of the accuracy.
-EXPERT_LR = 2e-3
 EXPERT, ARITHMETIC, CONCRETE, DAM, STILL = "attacked expert", "task arithmetic", "concrete", "dam", "dam, delta at 0"
 
 Split = tuple[Tensor, Tensor]  # pixels [N, 1, 28, 28] in [0, 1], labels [N]
@@ -194,7 +195,7 @@ class World:
         for t, train in enumerate(trains):
             network.load_state_dict(self.base)
             rows = poison(train, seed) if t == ATTACKED else train
-            fit(network, [rows], [_on_states(self.heads[t])], epochs, seed, EXPERT_LR)
+            fit(network, [rows], [_on_states(self.heads[t])], epochs, seed)
             self.states.append({name: p.detach().clone() for name, p in network.named_parameters()})
         self.taus = {n: [state[n] - base for state in self.states] for n, base in self.base.items()}
 
