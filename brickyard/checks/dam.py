@@ -6,9 +6,9 @@ in a corner and the label 0. Every merge reads validation rows without labels; a
 test rows. Attack success counts rows of other classes than the target's. An example is a test row, of the task that was
 attacked for attack success, of all tasks for accuracy.
 
-At this size a merge at 0.3 removes most of the backdoor by itself: task arithmetic's attack success was 10 to 19 % in 6 to
-12 epochs at the rate of 1e-3 (53 to 67 % accuracy), 29 % over five seeds at 2e-3 (35 % accuracy), and 1 % on states that
-are not averaged over places. The gate of 40 % is then shut, and the check says so.
+At this size a merge at 0.3 removes most of the backdoor by itself: task arithmetic's attack success was 10 to 19 % in
+6 to 12 epochs at the rate of 1e-3 (53 to 67 % accuracy), 29 % over five seeds at 2e-3 (35 % accuracy), and 1 % on
+states that are not averaged over places. The gate of 40 % is then shut, and the check says so.
 """
 
 from __future__ import annotations
