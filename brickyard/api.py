@@ -234,8 +234,9 @@ def evaluate(
     """Score a base (with its own trained head) or a brick on the test (or validation) rows of `data`.
 
     Returns {"score": {"metric", "mean", "low", "high"}, "examples", "environment"}; with `scale` ("0:2:0.25") also
-    {"scale": [{"scale", "mean", "low", "high"}, ...]} for the strength of the brick's change. `brick` may be a folder
-    of `brickyard route` too: see `routed.evaluate`.
+    {"scale": [{"scale", "mean", "low", "high"}, ...]} for the strength of the brick's change. Of classes the score also
+    has "majority", that of always giving the commonest; of texts "nats_per_token". `brick` may be a folder of
+    `brickyard route` too: see `routed.evaluate`.
     """
     if split not in ("test", "validation"):
         raise UsageError(f"split={split!r}: test or validation was expected.")

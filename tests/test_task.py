@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -12,6 +15,7 @@ from sklearn import metrics as sk
 from tabular import rows
 from torch.nn import functional as F
 
+from brickyard.core.answers import Answers, score_of
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadData, NotFinite, UnknownName, UsageError
 from brickyard.core.task import Task, accuracy, macro_f1, matthews, metric_of, spearman, task_of
@@ -145,3 +149,12 @@ def test_a_task_cannot_contradict_itself() -> None:
         Task("text-classification", "accuracy", ("a", "b"), 3, "text")
     with pytest.raises(UsageError, match="does not fit"):
         Task("regression", "accuracy", None, 1, "text")
+
+
+def test_a_score_of_classes_stands_beside_that_of_the_commonest() -> None:
+    rows: Any = SimpleNamespace(labels=torch.tensor([2, 2, 0, 1, 2]))
+    said = Answers(np.array([2, 2, 0, 1, 0]), np.zeros(5), np.ones(5), None)
+    assert score_of(task(classes=3), rows, said) == {"metric": "accuracy", "mean": 0.8, "majority": 0.6}
+    floats: Any = SimpleNamespace(labels=torch.tensor([0.5, 1.5, 2.5]))
+    ordered = Answers(np.array([1.0, 2.0, 3.0]), np.zeros(3), np.ones(3), None)
+    assert "majority" not in score_of(task("spearman"), floats, ordered)
