@@ -20,6 +20,7 @@ import numpy as np
 
 from brickyard.core import registry
 from brickyard.core.arm import Arm, Piece, parse
+from brickyard.core.build import RULING
 from brickyard.core.errors import UsageError
 from brickyard.core.method import Record
 from brickyard.core.trial import Setting
@@ -143,18 +144,14 @@ def settings(arm: Arm, trials: int) -> list[dict[str, Any]]:
     What the arm fixes is not searched. The draw is the same every time (seed 0).
     """
     axes: list[tuple[str, str, tuple[Any, ...]]] = []
-    lr_axis: tuple[Any, ...] = ()
     for piece in arm.pieces:
-        record = registry.find(piece.name).record
-        for key, values in sorted(record.search.items()):
-            if key == "lr":
-                # One learning rate serves the arm; the tuner's grid rules, as its default does.
-                if key not in arm.training and (not lr_axis or record.slot == "tuner"):
-                    lr_axis = values
-            elif key not in piece.options:
+        for key, values in sorted(registry.find(piece.name).record.search.items()):
+            if key != "lr" and key not in piece.options:
                 axes.append((piece.name, key, values))
-    if lr_axis:
-        axes.insert(0, ("", "lr", lr_axis))
+    # One learning rate serves the arm: the default and the grid of one piece, for what a rate means differs.
+    rates = next((record.search.get("lr") for record in _ruling(arm) if "lr" in record.search | record.training), None)
+    if rates and "lr" not in arm.training:
+        axes.insert(0, ("", "lr", rates))
     grid = [
         dict(zip([(n, k) for n, k, _ in axes], point, strict=True))
         for point in itertools.product(*(v for _, _, v in axes))
@@ -171,9 +168,14 @@ def settings(arm: Arm, trials: int) -> list[dict[str, Any]]:
 def default_point(arm: Arm, axes: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
     """Return the point of the search space at which the methods' own defaults stand."""
     records = {piece.name: registry.find(piece.name) for piece in arm.pieces}
-    order = sorted(records.values(), key=lambda entry: entry.record.slot == "tuner")
-    lr = next((e.record.training["lr"] for e in reversed(order) if "lr" in e.record.training), 1e-3)
+    lr = next((record.training["lr"] for record in _ruling(arm) if "lr" in record.training), 1e-3)
     return {(n, k): lr if not n else records[n].options[k].default for n, k in axes}
+
+
+def _ruling(arm: Arm) -> list[Record]:
+    """Return the records of an arm's pieces that may say how it trains, the one that has the last word first."""
+    found = {record.slot: record for record in (registry.find(piece.name).record for piece in arm.pieces)}
+    return [found[slot] for slot in reversed(RULING) if slot in found]
 
 
 def with_setting(arm: str, point: Mapping[str, Any]) -> str:

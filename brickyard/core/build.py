@@ -24,6 +24,9 @@ from brickyard.core.task import Task
 from brickyard.core.template import Template
 
 SLOTS = ("tuner", "head", "step", "objective", "data", "memory", "structure", "start")
+# Whose training settings count more, the last most: the tuner's learning rate rules the arm, for it moves the backbone;
+# but what a rate means, the step says.
+RULING = ("data", "objective", "head", "tuner", "step")
 PREFERENCE = "dpo"  # the objective of preference pairs, where an arm names none
 BLOCK_TOKENS = (
     8192  # of a batch of packed text where nobody says how many blocks it has: its logits are a vocabulary wide
@@ -118,8 +121,7 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     standing = registry.find(slots["tuner"]).record.head if "tuner" in slots and "head" not in slots else ""
     if standing and task is not None and not task.generative:
         slots["head"], configs[standing] = standing, registry.config(standing, {})
-    # The tuner's learning rate rules the arm, for it moves the backbone; but what a rate means, the step says.
-    for slot in ("data", "objective", "head", "tuner", "step"):
+    for slot in RULING:
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
     training.update(arm.training)
