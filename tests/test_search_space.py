@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
-import pytest
-
-from brickyard.compare.plan import settings
+from brickyard.compare.plan import settings, with_setting
 from brickyard.core import registry
 from brickyard.core.arm import parse
-from brickyard.core.build import resolve
+from brickyard.core.build import SLOTS, resolve, training_of
+from brickyard.core.errors import Refused, UsageError
+from brickyard.core.loop import Training
 
-STEPS = [e.record.name for e in registry.records() if e.record.slot == "step" and "causal-lm" in e.record.needs]
+NAMES = {slot: [e.record.name for e in registry.records() if e.record.slot == slot] for slot in SLOTS}
+BESIDE = [name for slot in SLOTS if slot not in ("tuner", "start") for name in NAMES[slot]]
 
 
-@pytest.mark.parametrize("arm", [f"{tuner} + {step}" for tuner, step in product(("full", "lora", "mos"), STEPS)])
-def test_the_first_setting_is_what_one_run_alone_would_train(arm: str) -> None:
-    first = settings(parse(arm), 4)[0]
-    assert first["lr"] == resolve(parse(arm)).training["lr"]
+def arms() -> Iterator[str]:
+    """All tuners and heads alone, and all else beside a tuner."""
+    yield from (*NAMES["tuner"], *NAMES["head"])
+    for tuner, other in product(("full", "lora", "mos"), BESIDE):
+        yield f"{tuner} + {other}"
+
+
+def test_the_first_setting_is_what_one_run_alone_would_train() -> None:
+    seen = 0
+    for arm in arms():
+        try:
+            alone = resolve(parse(arm))
+        except (Refused, UsageError):  # those that need a teacher or a template
+            continue
+        first = resolve(parse(with_setting(arm, settings(parse(arm), 4)[0])))
+        assert first.configs == alone.configs, arm
+        assert training_of(first, {}, Training()) == training_of(alone, {}, Training()), arm
+        seen += 1
+    assert seen > 80
 
 
 def test_a_steps_grid_rules_over_the_tuners() -> None:
