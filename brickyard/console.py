@@ -148,7 +148,7 @@ def beside(score: Mapping[str, Any]) -> str:
     """Return what a score is to be held against, as the end of its line."""
     if "nats_per_token" in score:
         return f"; {score['nats_per_token']:.4f} nats per token"
-    return f"; always the commonest class: {score['majority']:.4f}" if "majority" in score else ""
+    return f"; always the commonest class of these rows: {score['majority']:.4f}" if "majority" in score else ""
 
 
 def estimates(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
