@@ -14,7 +14,7 @@ epsilon near 6. Gradients of rows without making them: `_per_sample.py`; batches
 `_step.py`. Noise and batches come from the operating system's entropy, not from --seed.
 
 Much of every step is noise, so that private training wants a larger rate than the plain one: of LoRA on the last layer,
-with 6,000 rows of SST-2 in 96 steps, 3e-3 leaves the majority class and 1e-2 comes within three points of the plain one.
+with 6,000 rows of SST-2 in 96 steps, 3e-3 leaves the majority class and 1e-2 comes within 3 points of the plain one.
 
 The unit that is protected is one row of train (added or removed). Validation rows decide nothing by default, for the
 weights of the last step are kept. Left out: user-level privacy, noise safe against floating-point attacks, and language
