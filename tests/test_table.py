@@ -12,6 +12,7 @@ from rich.table import Table
 
 from brickyard.compare import shown
 from brickyard.compare.table import show, terminal_table
+from brickyard.console import estimates
 
 
 def written(result: dict[str, Any], width: int, encoding: str = "utf-8") -> list[str]:
@@ -80,3 +81,28 @@ def test_failed_arms_only_and_one_arm(arms: int) -> None:
     assert isinstance(terminal_table(made_up(arms=arms)), Table)
     bare = written({"methods": [{"arm": "lora", "status": "failed"}]}, 80)
     assert bare[-1] == "No verdict was reached." and "failed lora: no reason was recorded" in bare
+
+
+def test_estimates_stay_whole_in_a_narrow_terminal_and_reasons_below() -> None:
+    arm, reason = "lora:r=4,target=all-linear + moment-probing:p=64 + s2a:group=16", "hst works on images: " + "x " * 60
+    numbers = {
+        "trainable_parameters": 22_715_911,
+        "saved_for_backward_bytes": 1234.5 * 2**20,
+        "peak_bytes": 12_345 * 2**20,
+        "step_ms": 1862.1,
+        "steps": 1380,
+        "train_seconds": 2733.0,
+    }
+    rows = [
+        {"arm": arm, "status": "done", **numbers},
+        {"arm": "hst", "status": "refused", "reason": reason.strip()},
+    ]
+    raw = io.StringIO()
+    estimates(rows, Console(file=raw, width=80))
+    lines = raw.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for figure in ("22,715,911", "1,234.5", "12,345", "1,862.1", "1,380", "45 min 33 s"):
+        assert figure in lines[2]
+    end = next(i for i, line in enumerate(lines) if line.startswith("From a short probe"))
+    assert "".join(line[:14].strip() for line in lines[2:end]).replace(" ", "").startswith("lora:r=4")
+    assert " ".join("\n".join(lines).split()).endswith(f"refused hst: {reason.strip()}")
