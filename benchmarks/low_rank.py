@@ -1,6 +1,6 @@
 """Adapters against PEFT's LoRA of the same rank on the same layers: steps, what is left of them, and serving many.
 
-    python benchmarks/low_rank.py [--rounds 9] [--batch 32] [--tokens 64]
+    python benchmarks/low_rank.py [--rounds 9] [--batch 32] [--tokens 64] [--parts training many]
 
 A BERT of the shape of all-MiniLM-L6-v2 with random weights (no figure depends on them). Four steps of the project's own
 loop, callbacks and AdamW included, alternate in one process; figures are medians, ratios are those of the same rounds.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -321,15 +322,25 @@ def kept_factors(model: nn.Module) -> list[Tensor]:
 
 def over(found: dict[str, Any]) -> list[str]:
     """Return what is above its limit, and which merged models are not built as the base."""
-    limits = {**LIMITS, "many": dict.fromkeys(found["many"], SERVING)}
+    limits = {**LIMITS, "many": dict.fromkeys(found.get("many", ()), SERVING)}
     out = [
         f"{part}, {name}, {what}: {found[part][name][what]} > {limit}"
         for part, names in limits.items()
+        if part in found
         for name, figures in names.items()
         for what, limit in figures.items()
         if found[part][name][what] > limit
     ]
-    return out + [f"merged, {name}: not as the base" for name, one in found["merged"].items() if not one["as the base"]]
+    alike = {name: one["as the base"] for name, one in found.get("merged", {}).items()}
+    return out + [f"merged, {name}: not as the base" for name, same in alike.items() if not same]
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "training": lambda args: training_steps(args.rounds, args.batch, args.tokens, args.rank),
+    "merged": lambda args: merged(args.rounds, args.batch, args.tokens, args.rank),
+    "compaction": lambda args: compaction(args.rounds, args.batch, args.tokens, args.rank),
+    "many": lambda args: many(args.rounds, args.tokens, args.adapters),
+}
 
 
 def main() -> None:
@@ -340,17 +351,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--adapters", type=int, default=100)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     register()
-    found = {
-        "training": training_steps(args.rounds, args.batch, args.tokens, args.rank),
-        "merged": merged(args.rounds, args.batch, args.tokens, args.rank),
-        "compaction": compaction(args.rounds, args.batch, args.tokens, args.rank),
-        "many": many(args.rounds, args.tokens, args.adapters),
-        "asked": vars(args),
-        "environment": environment(),
-    }
-    print(json.dumps({"over": over(found), **found}, indent=2))
+    found: dict[str, Any] = {}
+    for part in args.parts:
+        found[part] = PARTS[part](args)
+        print(json.dumps({part: found[part]}), file=sys.stderr, flush=True)  # a run cut short keeps what it has
+    print(json.dumps({"over": over(found), **found, "asked": vars(args), "environment": environment()}, indent=2))
 
 
 if __name__ == "__main__":
