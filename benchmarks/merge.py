@@ -34,7 +34,7 @@ ended()
 """
 OURS = """
 from brickyard.core.process import settle
-from brickyard.merging import merge, resolve
+from brickyard.merging.merge import merge, resolve
 settle()  # as the command does
 resolve(arm)  # imports what reads options
 began()

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from brickyard import routed
 from brickyard.auditing import audit
 from brickyard.compare.plan import Request, key_of
 from brickyard.compare.run import Listener
@@ -50,6 +49,7 @@ from brickyard.core.trial import Setting
 from brickyard.core.verify import verify
 from brickyard.planning import plan
 from brickyard.route._routed_model import is_routed
+from brickyard.routing import routed
 
 __all__ = [
     "audit",
@@ -462,8 +462,8 @@ def build_arm(arm: str, base: str, task: Task, seed: int = 0) -> Any:
 def bricks_in(folder: str | Path, base: str, *, data: Sequence[Any] = (), **scoring: Any) -> list[dict[str, Any]]:
     """List the bricks under `folder` that were made for `base`: what they are, what they cost, their scores and place.
 
-    With `data` each is scored on each data set against the bare base; see `bricks_scores.scored` for the keywords.
+    With `data` each is scored on each data set against the bare base; see `bricks.scores.scored` for the keywords.
     """
-    from brickyard.bricks_scores import scored
+    from brickyard.bricks.scores import scored
 
     return scored(folder, base, data, **scoring)

@@ -124,17 +124,17 @@ def _grow(p: Parser) -> None:
     _one_run(p)
 
 
-def _merge(p: Parser, verb: str = "merge") -> None:
+def _merge(p: Parser, package: str = "merging") -> None:
     _input(p, data=False)
-    importlib.import_module(f"brickyard.{verb}_command").options(p, positive(int))
+    importlib.import_module(f"brickyard.{package}.command").options(p, positive(int))
 
 
 def _route(p: Parser) -> None:
-    _merge(p, "route")
+    _merge(p, "routing")
 
 
 def _run(p: Parser) -> None:
-    importlib.import_module("brickyard.recipe_command").options(p)
+    importlib.import_module("brickyard.recipe.command").options(p)
 
 
 def _one_run(p: Parser) -> None:
@@ -279,7 +279,7 @@ def _export(p: Parser) -> None:
 
 
 def _bricks(p: Parser) -> None:
-    importlib.import_module("brickyard.bricks_command").options(p, positive)
+    importlib.import_module("brickyard.bricks.command").options(p, positive)
 
 
 def _cache(p: Parser) -> None:
@@ -335,9 +335,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if verb == "data":
         _read_step(args)
     if verb == "run":
-        from brickyard import recipe_steps
+        from brickyard.recipe import steps
 
-        recipe_steps.read(args.recipe)
+        steps.read(args.recipe)
     one = [args.arm] if "arm" in args else []
     _check_arms([*(getattr(args, "methods", None) or ()), *one, *getattr(args, "others", ())])
     return args
@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb in ("methods", "show", "cache"):
             from brickyard import listing as verbs
         elif args.verb == "merge":
-            from brickyard import merge_command as verbs
+            from brickyard.merging import command as verbs
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             from brickyard import commands as verbs
@@ -480,8 +480,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from brickyard.core import process
 
                 process.settle()
-            if args.verb in (apart := {"run": "recipe", "route": "route", "bricks": "bricks"}):
-                verbs: Any = importlib.import_module(f"brickyard.{apart[args.verb]}_command")
+            if args.verb in (apart := {"run": "recipe", "route": "routing", "bricks": "bricks"}):
+                verbs: Any = importlib.import_module(f"brickyard.{apart[args.verb]}.command")
         return getattr(verbs, args.verb)(args, argv)
     except BrickyardError as error:
         sys.stderr.write(f"brickyard: {error}\n")

@@ -15,9 +15,10 @@ from conftest import WORDS, documents, make_text_base, text_data, write_data
 from torch import Tensor
 
 import brickyard
-from brickyard import api, bricks_updates
-from brickyard.bricks_groups import conflict, find
-from brickyard.bricks_scores import Course, scored
+from brickyard import api
+from brickyard.bricks import updates
+from brickyard.bricks.groups import conflict, find
+from brickyard.bricks.scores import Course, scored
 from brickyard.cli import main
 from brickyard.core import brick as bricks
 from brickyard.core import trial
@@ -29,7 +30,7 @@ from brickyard.core.errors import BadBrick, Refused, UsageError, WrongBase
 from brickyard.core.export import export
 from brickyard.core.stats import paired
 from brickyard.core.task import Task
-from brickyard.merging import merge
+from brickyard.merging.merge import merge
 
 CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")
 CPU = torch.device("cpu")
@@ -208,7 +209,7 @@ def test_answers_are_remembered_by_content(yard: tuple[Path, Path], tmp_path: Pa
     monkeypatch.setenv("BRICKYARD_CACHE", str(tmp_path / "cache"))
     data = [str(write_data(tmp_path / "data", documents()))]
     first = scored(folder, str(base), data, device="cpu")
-    monkeypatch.setattr("brickyard.bricks_scores.answer", lambda *a: pytest.fail("asked again"))
+    monkeypatch.setattr("brickyard.bricks.scores.answer", lambda *a: pytest.fail("asked again"))
     assert scored(folder, str(base), data, device="cpu") == first
     write_data(tmp_path / "data", documents(test=41))
     with pytest.raises(BaseException, match="asked again"):
@@ -265,37 +266,37 @@ def test_replacing_and_removing_is_recorded_and_undone_bit_for_bit(yard: tuple[P
     base, folder = str(yard[0]), copied(yard, tmp_path)
     before = bytes_of(folder)
     old, new = folder / "groups" / "second", folder / "lora" / "brick"
-    made = bricks_updates.replace(folder, old, new, base)
+    made = updates.replace(folder, old, new, base)
     assert bytes_of(old) == bytes_of(new) and made["brick"] == "groups/second" and made["by"] == str(new)
-    bricks_updates.remove(folder, folder / "full" / "brick", base)
+    updates.remove(folder, folder / "full" / "brick", base)
     left = [Path(row["folder"]).relative_to(folder).as_posix() for row in api.bricks_in(folder, base)]
     assert left == ["groups/first-half", "groups/second", "lora/brick"]
-    assert [r["operation"] for r in bricks_updates.records(folder)] == ["replace", "remove"]
+    assert [r["operation"] for r in updates.records(folder)] == ["replace", "remove"]
     for _ in range(2):
-        bricks_updates.undo(folder)
-    assert bytes_of(folder) == before and all(r["undone"] for r in bricks_updates.records(folder))
+        updates.undo(folder)
+    assert bytes_of(folder) == before and all(r["undone"] for r in updates.records(folder))
     with pytest.raises(UsageError, match="taken back already"):
-        bricks_updates.undo(folder)
-    assert bricks_updates.remove(folder, old, base)["number"] == 3
+        updates.undo(folder)
+    assert updates.remove(folder, old, base)["number"] == 3
 
 
 def test_what_cannot_be_undone_is_left_alone(yard: tuple[Path, Path], tmp_path: Path) -> None:
     base, folder = str(yard[0]), copied(yard, tmp_path)
     with pytest.raises(UsageError, match="nothing was replaced"):
-        bricks_updates.undo(folder)
+        updates.undo(folder)
     old = folder / "groups" / "second"
-    bricks_updates.remove(folder, old, base)
+    updates.remove(folder, old, base)
     shutil.copytree(folder / "lora" / "brick", old)
     with pytest.raises(BadBrick, match="something else"):
-        bricks_updates.undo(folder)
+        updates.undo(folder)
     shutil.rmtree(old)
     kept = folder / ".bricks" / "0001" / "brick" / "weights.safetensors"
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-1])
     with pytest.raises(BadBrick, match="its files changed"):
-        bricks_updates.undo(folder)
+        updates.undo(folder)
     kept.write_bytes(whole)
-    assert bricks_updates.undo(folder)["undone"] and (old / "brick.json").is_file()
+    assert updates.undo(folder)["undone"] and (old / "brick.json").is_file()
 
 
 def test_a_kill_between_the_steps_leaves_a_brick_that_undo_finds(
@@ -305,10 +306,10 @@ def test_a_kill_between_the_steps_leaves_a_brick_that_undo_finds(
     before, old, new = bytes_of(folder), folder / "groups" / "second", folder / "lora" / "brick"
     for step in ("os.rename", "_copy"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"brickyard.bricks_updates.{step}", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+            patch.setattr(f"brickyard.bricks.updates.{step}", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
-                bricks_updates.replace(folder, old, new, base)
-        bricks_updates.undo(folder)
+                updates.replace(folder, old, new, base)
+        updates.undo(folder)
         assert bytes_of(folder) == before
 
 
@@ -318,12 +319,12 @@ def test_a_kill_before_the_record_stands_in_nobodys_way(
     base, folder = str(yard[0]), copied(yard, tmp_path)
     before, old = bytes_of(folder), folder / "groups" / "second"
     with monkeypatch.context() as patch:
-        patch.setattr(bricks_updates, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(updates, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            bricks_updates.remove(folder, old, base)
+            updates.remove(folder, old, base)
     assert bytes_of(folder) == before and (folder / ".bricks" / "0001").is_dir()
-    assert bricks_updates.remove(folder, old, base)["number"] == 2
-    bricks_updates.undo(folder)
+    assert updates.remove(folder, old, base)["number"] == 2
+    updates.undo(folder)
     assert bytes_of(folder) == before
 
 
@@ -331,13 +332,13 @@ def test_updates_that_make_no_sense_are_refused(yard: tuple[Path, Path], text_ba
     base, folder = str(yard[0]), copied(yard, tmp_path)
     lora = folder / "lora" / "brick"
     with pytest.raises(WrongBase, match="another base"):
-        bricks_updates.remove(folder, lora, str(text_base))
+        updates.remove(folder, lora, str(text_base))
     with pytest.raises(UsageError, match="not installed under"):
-        bricks_updates.remove(folder / "groups", lora, base)
+        updates.remove(folder / "groups", lora, base)
     with pytest.raises(UsageError, match="cannot replace itself"):
-        bricks_updates.replace(folder, lora, lora, base)
+        updates.replace(folder, lora, lora, base)
     with pytest.raises(BadBrick, match="is not a brick"):
-        bricks_updates.remove(folder, folder / "groups", base)
+        updates.remove(folder, folder / "groups", base)
     assert not (folder / ".bricks").exists() and lora.is_dir()
 
 

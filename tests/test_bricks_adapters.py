@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import brickyard
 from brickyard import api
-from brickyard.bricks_adapters import KIND, installed
-from brickyard.bricks_scores import Course
+from brickyard.bricks.adapters import KIND, installed
+from brickyard.bricks.scores import Course
 from brickyard.cli import main
 from brickyard.core import brick as bricks
 from brickyard.core.adapted import head_width, model_class, open_model, read_adapter

@@ -20,7 +20,7 @@ from brickyard.core.task import Task
 from brickyard.merge import _align
 from brickyard.merge._align_transformer import RESIDUAL, assert_same, transformer, untie
 from brickyard.merge.cca_merge import align, average, state_of
-from brickyard.merging import merge
+from brickyard.merging.merge import merge
 
 TOKENS = {"input_ids": torch.arange(4, 28).reshape(4, 6).remainder(23).add(4)}
 

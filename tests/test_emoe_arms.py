@@ -40,7 +40,7 @@ from brickyard.core.measure import saved_for_backward
 from brickyard.core.scale import scaled
 from brickyard.core.structure import PREFIX
 from brickyard.core.verify import verify
-from brickyard.merging_inputs import open_ground, open_inputs
+from brickyard.merging.inputs import open_ground, open_inputs
 from brickyard.tune import emoe
 from brickyard.tune.emoe import restructure, to_dense
 

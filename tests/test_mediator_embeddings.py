@@ -24,7 +24,7 @@ from brickyard.core.task import Task
 from brickyard.route._routed_model import network_of
 from brickyard.route._router import Router, fit_router, pooled, read_router, states_of
 from brickyard.route.mediator import load_routed
-from brickyard.routing import route
+from brickyard.routing.route import route
 
 TASK = Task("text-classification", "accuracy", ("bad", "good"), 2, "text")
 TEXTS = ["film", "good book was very bad", "room", "the meal is not good and the room is not good at all", "book"]

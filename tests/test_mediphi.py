@@ -21,9 +21,9 @@ from brickyard.core.files import write_json
 from brickyard.embedded import _specialities, data, python_source
 from brickyard.merge.mediphi import breadcrumbs, parts, products_with_change, ranks_kept, repair
 from brickyard.merge.slerp import cosine_of, products_of, slerp
-from brickyard.merging import merge, resolve
-from brickyard.recipe_steps import read
-from brickyard.recipe_verbs import tries
+from brickyard.merging.merge import merge, resolve
+from brickyard.recipe.steps import read
+from brickyard.recipe.verbs import tries
 
 
 def noise(seed: int, *shape: int) -> Tensor:

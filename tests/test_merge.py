@@ -24,9 +24,9 @@ from brickyard.core.errors import NoEffect, Refused, UnsafeFile, UsageError, Wro
 from brickyard.core.files import read_tensors
 from brickyard.core.fitted_head import fit_on
 from brickyard.core.task import Task
-from brickyard.merging import merge
-from brickyard.merging_inputs import open_ground, open_inputs
-from brickyard.merging_scores import overwrite
+from brickyard.merging.inputs import open_ground, open_inputs
+from brickyard.merging.merge import merge
+from brickyard.merging.scores import overwrite
 
 TASK = Task("text-classification", "accuracy", ("bad", "good"), 2, "text")
 LANGUAGE = Task("causal-lm", "bits_per_byte", None, 1, "text")

@@ -18,10 +18,10 @@ from brickyard.core.errors import Changed, UsageError
 from brickyard.core.progress import told_to
 from brickyard.core.stats import interval
 from brickyard.core.task import Task
-from brickyard.merge_command import _left_out
-from brickyard.merging import merge
-from brickyard.merging_compare import _judged, merge_all
-from brickyard.merging_scores import Answered
+from brickyard.merging.command import _left_out
+from brickyard.merging.compare import _judged, merge_all
+from brickyard.merging.merge import merge
+from brickyard.merging.scores import Answered
 
 ARMS = ["average", "ties:density=0.3", "slerp", "task-arithmetic:scale=0.0"]
 
@@ -185,7 +185,7 @@ def test_a_second_call_adds_arms_and_other_inputs_are_refused(
 ) -> None:
     given = inputs(experts, text_base)
     first = merge_all(["average", "slerp"], out=tmp_path / "all", **given)
-    import brickyard.merging_compare as module
+    import brickyard.merging.compare as module
 
     made: list[str] = []
     real = module.carry_out

@@ -13,7 +13,7 @@ from test_merge_engine import changed, make_base, write
 
 from brickyard.core.errors import NoEffect, NotFinite
 from brickyard.merge import dam
-from brickyard.merging import merge
+from brickyard.merging.merge import merge
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])

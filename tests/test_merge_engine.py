@@ -33,7 +33,7 @@ from brickyard.merge import _engine, _inputs
 from brickyard.merge.lines import closed_alpha
 from brickyard.merge.task_arithmetic import add_up
 from brickyard.merge.ties import Thresholds, ties
-from brickyard.merging import merge, resolve
+from brickyard.merging.merge import merge, resolve
 
 GOLDEN = Path(__file__).parent / "golden" / "mergekit.safetensors"
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "vocab_size": 20}
@@ -471,7 +471,7 @@ def test_the_engine_needs_no_transformers_and_no_more_memory_for_larger_models(t
 import json, resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from brickyard.merging import merge
+from brickyard.merging.merge import merge
 folder, sizes = Path(sys.argv[1]), []
 for layers in (1, 10):
     paths = []

@@ -17,12 +17,12 @@ from test_merge import TASK, make_brick, plain_adapter, weights
 from torch import Tensor
 
 import brickyard
-from brickyard import merging_files, merging_scores
 from brickyard.core.base import open_base
 from brickyard.core.errors import Changed, NoEffect, NotFinite, ParityBroken, Refused, UsageError, WrongBase
 from brickyard.core.files import read_tensors
-from brickyard.merging import merge
-from brickyard.merging_files import file_names
+from brickyard.merging import files, scores
+from brickyard.merging.files import file_names
+from brickyard.merging.merge import merge
 
 
 def loaded(adapter: Path, base: Path) -> dict[str, Tensor]:
@@ -64,13 +64,13 @@ def test_an_adapter_whose_products_differ_from_the_sum_is_not_kept(
     text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [plain_adapter(tmp_path / name, text_base) for name in ("a", "b")]
-    real = merging_files.write_tensors
+    real = files.write_tensors
 
     def damaged(path: Path, tensors: dict[str, Tensor]) -> None:
         worst = next(name for name in tensors if "layer.1." in name and name.endswith("value.lora_B.weight"))
         real(path, {**tensors, worst: tensors[worst] * 1.001})
 
-    monkeypatch.setattr(merging_files, "write_tensors", damaged)
+    monkeypatch.setattr(files, "write_tensors", damaged)
     with pytest.raises(ParityBroken, match=r"layer\.1\.attention\.self\.value.*differs by .*e-0"):
         merge("average", base=str(text_base), bricks=made, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -177,7 +177,7 @@ def test_a_killed_merge_goes_on_only_with_what_it_was_begun_with(
     made = [plain_adapter(tmp_path / "a", text_base), make_brick(tmp_path / "b", text_base, "lora:r=3", 1).folder]
     given: dict[str, Any] = {"base": str(text_base), "bricks": made, "out": tmp_path / "out", "max_length": 16}
     with monkeypatch.context() as patch:
-        patch.setattr(merging_files, "_link", cut)
+        patch.setattr(files, "_link", cut)
         with pytest.raises(KeyboardInterrupt):
             merge("ties", **given)
     assert (tmp_path / "out.merging" / "model.safetensors").is_file()
@@ -189,7 +189,7 @@ def test_a_killed_merge_goes_on_only_with_what_it_was_begun_with(
     if what == "reading":
         given["max_length"] = 8
     if what == "code":
-        monkeypatch.setattr(merging_files, "code_digest", lambda: "of another release")
+        monkeypatch.setattr(files, "code_digest", lambda: "of another release")
     if what == "nothing":
         merge("ties", **given)
         assert weights(tmp_path / "out")
@@ -207,7 +207,7 @@ def test_a_merge_that_was_killed_while_it_was_scored_is_scored_by_the_next_call(
     given |= {"device": "cpu", "out": tmp_path / "out"}
     wanted = merge("ties", **{**given, "out": tmp_path / "whole"})
     with monkeypatch.context() as patch:
-        patch.setattr(merging_scores, "answered", cut)
+        patch.setattr(scores, "answered", cut)
         with pytest.raises(KeyboardInterrupt):
             merge("ties", **given)
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns

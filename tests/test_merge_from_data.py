@@ -29,7 +29,7 @@ from brickyard.core.task import Task
 from brickyard.merge import fisher, regmean
 from brickyard.merge._engine import Piece
 from brickyard.merge._from_data import Expert, Made, Stage
-from brickyard.merging import merge
+from brickyard.merging.merge import merge
 
 PIECE = Piece("w", 0, 12)
 

@@ -10,7 +10,7 @@ from test_merge_engine import changed, make_base, write
 from brickyard.core.errors import NoEffect, Refused
 from brickyard.merge._engine import Norms
 from brickyard.merge.lines import Config, edit
-from brickyard.merging import merge
+from brickyard.merging.merge import merge
 
 SHAPES = {f"h.{i}.{name}": (2, 2) for i in range(3) for name in ("a", "b")}
 

@@ -16,8 +16,8 @@ from brickyard.cli import main
 from brickyard.core import registry
 from brickyard.core.brick import Brick
 from brickyard.core.errors import UsageError
-from brickyard.merging import merge
-from brickyard.merging_search import asked
+from brickyard.merging.merge import merge
+from brickyard.merging.search import asked
 
 Data = dict[str, dict[str, list]]
 
@@ -87,9 +87,9 @@ def test_no_test_row_moves_the_choice(bricks: list[Brick], text_base: Path, tmp_
 def test_points_are_rounded_as_they_will_be_stored(bricks: list[Brick], text_base: Path, tmp_path: Path) -> None:
     from brickyard.core.base import open_base
     from brickyard.merge._engine import Merge
-    from brickyard.merging import resolve
-    from brickyard.merging_inputs import open_ground, open_inputs
-    from brickyard.merging_search import Held, scales_of
+    from brickyard.merging.inputs import open_ground, open_inputs
+    from brickyard.merging.merge import resolve
+    from brickyard.merging.search import Held, scales_of
 
     ground = open_ground(str(text_base))
     given = open_inputs([str(brick.folder) for brick in bricks], ground, mixed=True, force=True)
@@ -150,7 +150,7 @@ def test_grids_are_those_of_the_record() -> None:
 def test_metrics_that_have_no_mean_are_refused(bricks: list[Brick], text_base: Path, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from brickyard.merging_search import search
+    from brickyard.merging.search import search
 
     columns: Any = [SimpleNamespace(task=SimpleNamespace(metric=name)) for name in ("accuracy", "matthews")]
     with pytest.raises(UsageError, match="scored by accuracy, matthews"):

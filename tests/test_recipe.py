@@ -12,14 +12,14 @@ from xml.etree import ElementTree
 import pytest
 from conftest import documents, write_data
 
-from brickyard import recipe_verbs
 from brickyard.cli import main
 from brickyard.core.errors import UsageError
 from brickyard.core.settings import read_placed
-from brickyard.recipe import run
-from brickyard.recipe_graph import HEIGHT, WIDTH, layout, rails
-from brickyard.recipe_report import headline
-from brickyard.recipe_steps import read
+from brickyard.recipe import verbs
+from brickyard.recipe.graph import HEIGHT, WIDTH, layout, rails
+from brickyard.recipe.report import headline
+from brickyard.recipe.run import run
+from brickyard.recipe.steps import read
 
 RECIPE = """\
 recipe: Two experts & one <merge>
@@ -140,7 +140,7 @@ def test_models_data_and_arms_are_opened_before_anything_runs(
     def never(*given: Any) -> None:
         raise AssertionError("a step ran")
 
-    monkeypatch.setattr("brickyard.recipe.perform", never)
+    monkeypatch.setattr("brickyard.recipe.run.perform", never)
     write_data(kitchen / "few", {"train": documents(20, 8)["train"]})
     path = written(kitchen, RECIPE.replace(old, new, 1))
     with pytest.raises(UsageError, match=said) as error:
@@ -191,7 +191,7 @@ def test_an_interrupt_keeps_what_is_finished_and_the_training_goes_on(
     out = kitchen / "out"
     path = written(kitchen, RECIPE.replace("    steps: 3", "    steps: 6\n    checkpoint-every: 2"))
     whole = run(path, out=kitchen / "whole")
-    real, calls = recipe_verbs.api.tune, []
+    real, calls = verbs.api.tune, []
 
     class Stop:
         def after_step(self, state: Any) -> None:
@@ -203,7 +203,7 @@ def test_an_interrupt_keeps_what_is_finished_and_the_training_goes_on(
         stop = (Stop(),) if len(calls) == 1 else ()
         return real(arm, **{**given, "callbacks": (*given["callbacks"], *stop)})
 
-    monkeypatch.setattr(recipe_verbs.api, "tune", tune)
+    monkeypatch.setattr(verbs.api, "tune", tune)
     with pytest.raises(KeyboardInterrupt):
         run(path, out=out)
     (begun,) = (out / "steps").iterdir()
@@ -219,14 +219,14 @@ def test_an_interrupt_keeps_what_is_finished_and_the_training_goes_on(
 def test_a_step_that_fails_stops_only_what_needs_it(
     kitchen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = recipe_verbs.api.tune
+    real = verbs.api.tune
 
     def tune(arm: str, **given: Any) -> Any:
         if arm.startswith("full"):
             raise RuntimeError("the disk is on fire")
         return real(arm, **given)
 
-    monkeypatch.setattr(recipe_verbs.api, "tune", tune)
+    monkeypatch.setattr(verbs.api, "tune", tune)
     path, out = kitchen / "r.yaml", kitchen / "out"
     assert main(["run", str(path), "--out", str(out)]) == 1
     shown = capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_a_step_that_fails_stops_only_what_needs_it(
     assert states(result) == {"a": "failed", "b": "done", "merged": "waiting", "report": "waiting"}
     (failed,) = (Path(s["folder"]) for s in result["steps"] if s["status"] == "failed")
     assert "Traceback" in (failed / "error.txt").read_text()
-    monkeypatch.setattr(recipe_verbs.api, "tune", real)
+    monkeypatch.setattr(verbs.api, "tune", real)
     assert states(run(path, out=out)) == {"a": "done", "b": "kept", "merged": "done", "report": "done"}
 
 
@@ -262,14 +262,14 @@ def test_a_search_goes_by_the_metric_of_its_scores(
     kitchen: Path, metric: str, best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without `metric:` the scores say what they are, and so which way is better."""
-    real, told = recipe_verbs._cell, iter([0.25, 0.75])
+    real, told = verbs._cell, iter([0.25, 0.75])
 
     def cell(work: Any, step: Any, model: Any, *rest: Any) -> dict[str, Any]:
         if model.label == "a candidate":
             return {"score": {"metric": metric, "mean": next(told)}, "examples": 4}
         return real(work, step, model, *rest)
 
-    monkeypatch.setattr(recipe_verbs, "_cell", cell)
+    monkeypatch.setattr(verbs, "_cell", cell)
     text = RECIPE.replace("merge: average", "merge: slerp\n    search: {t: [0.25, 0.75]}\n    validate: data")
     result = run(written(kitchen, text), out=kitchen / "out")
     search = next(s for s in result["steps"] if s["name"] == "merged")["result"]["search"]
@@ -279,7 +279,7 @@ def test_a_search_goes_by_the_metric_of_its_scores(
 def test_a_search_over_scores_of_two_metrics_is_refused() -> None:
     cells = [{"metric": "accuracy", "mean": 0.5}, {"metric": "bits_per_byte", "mean": 2.0}]
     with pytest.raises(UsageError, match="accuracy, bits_per_byte, whose mean says nothing"):
-        recipe_verbs._one_metric(cells)
+        verbs._one_metric(cells)
 
 
 def test_a_merge_of_data_can_be_searched(kitchen: Path) -> None:

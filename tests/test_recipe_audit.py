@@ -17,10 +17,10 @@ from brickyard.checks import secure_code as check_of_claims
 from brickyard.cli import main
 from brickyard.core import registry
 from brickyard.core.questions import row
-from brickyard.recipe import run
-from brickyard.recipe_audit import _spelled, _together
-from brickyard.recipe_findings import _names, tables
-from brickyard.recipe_steps import read
+from brickyard.recipe.audit import _spelled, _together
+from brickyard.recipe.findings import _names, tables
+from brickyard.recipe.run import run
+from brickyard.recipe.steps import read
 
 RECIPE = """\
 defaults: {base: base, device: cpu, threads: 1}
@@ -71,7 +71,7 @@ def test_an_audit_says_what_the_command_says_and_only_what_changed_runs_again(
         calls.append(method)
         return real(method, **given)
 
-    monkeypatch.setattr("brickyard.recipe_audit.auditing.audit", audit)
+    monkeypatch.setattr("brickyard.recipe.audit.auditing.audit", audit)
     out, path = kitchen / "out", kitchen / "r.yaml"
     first = run(path, out=out)
     assert set(states(first).values()) == {"done"} and first["exit_code"] == 0 and len(calls) == 2
@@ -107,7 +107,7 @@ def test_an_interrupted_audit_goes_on_behind_its_last_pair(kitchen: Path, monkey
             raise KeyboardInterrupt
         return real(method, **given)
 
-    monkeypatch.setattr("brickyard.recipe_audit.auditing.audit", audit)
+    monkeypatch.setattr("brickyard.recipe.audit.auditing.audit", audit)
     with pytest.raises(KeyboardInterrupt):
         run(kitchen / "r.yaml", out=kitchen / "out")
     found = run(kitchen / "r.yaml", out=kitchen / "out")
@@ -149,7 +149,7 @@ def test_an_audit_that_cannot_be_is_refused_before_anything_runs(
     def never(*given: Any) -> None:
         raise AssertionError("a step ran")
 
-    monkeypatch.setattr("brickyard.recipe.perform", never)
+    monkeypatch.setattr("brickyard.recipe.run.perform", never)
     assert old in RECIPE
     text = RECIPE.replace(old, new, 1)
     text = text.replace("[$fixed, $other]", "[$fixed, base]") if new == "membership" else text

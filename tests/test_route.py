@@ -15,7 +15,7 @@ from conftest import WORDS, make_text_base, text_data, write_data
 from test_merge import LANGUAGE, make_brick, weights
 from torch import Tensor
 
-from brickyard import api, routing
+from brickyard import api
 from brickyard.cli import main
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer
@@ -26,12 +26,13 @@ from brickyard.core.errors import BadBrick, BrickyardError, Changed, Refused, Un
 from brickyard.core.files import write_tensors
 from brickyard.core.generate import Decoding, continuations
 from brickyard.core.task import Task
-from brickyard.merging import merge
-from brickyard.merging_inputs import open_ground, open_inputs
+from brickyard.merging.inputs import open_ground, open_inputs
+from brickyard.merging.merge import merge
 from brickyard.route._residual_store import unpack
 from brickyard.route.mediator import RoutedModel, load_routed
-from brickyard.routed import judge
-from brickyard.routing import assert_same_language, build_routed, route
+from brickyard.routing import route as routing
+from brickyard.routing.route import assert_same_language, build_routed, route
+from brickyard.routing.routed import judge
 
 GIVEN: dict[str, Any] = {"device": "cpu", "threads": 1}
 FILMS, ROOMS = ["film", "book", "was", "very"], ["room", "meal", "is", "not"]

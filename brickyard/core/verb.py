@@ -15,9 +15,9 @@ from typing import Any
 # The others are in brickyard.api.
 _ELSEWHERE = {
     "grow": "brickyard.growing",
-    "merge": "brickyard.merging",
-    "route": "brickyard.routing",
-    "run": "brickyard.recipe",
+    "merge": "brickyard.merging.merge",
+    "route": "brickyard.routing.route",
+    "run": "brickyard.recipe.run",
 }
 
 

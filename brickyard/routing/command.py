@@ -42,7 +42,7 @@ def route(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     from brickyard.console import aside
     from brickyard.core.progress import told_to
-    from brickyard.routing import route as run_route
+    from brickyard.routing.route import route as run_route
 
     with told_to(aside):
         result = run_route(

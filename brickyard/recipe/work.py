@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brickyard.recipe_contents import Hashes
-from brickyard.recipe_steps import Recipe, Step
+from brickyard.recipe.contents import Hashes
+from brickyard.recipe.steps import Recipe, Step
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from brickyard.core.progress import tell
 from brickyard.core.registry import code_digest
 from brickyard.core.stats import holm, paired
 from brickyard.core.task import LOWER_IS_BETTER
-from brickyard.merging import Wanted, carry_out, prepare, want
-from brickyard.merging_files import files_of
-from brickyard.merging_inputs import MANIFEST
-from brickyard.merging_scores import Answered, Column, answered, in_words, source_of
+from brickyard.merging.files import files_of
+from brickyard.merging.inputs import MANIFEST
+from brickyard.merging.merge import Wanted, carry_out, prepare, want
+from brickyard.merging.scores import Answered, Column, answered, in_words, source_of
 
 TABLE = "merges.json"
 LEVEL = 0.05

@@ -78,8 +78,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run a recipe; show its graph with times, and its tables of scores."""
     from rich.console import Console
 
-    from brickyard.recipe import run as run_recipe
-    from brickyard.recipe_report import show
+    from brickyard.recipe.report import show
+    from brickyard.recipe.run import run as run_recipe
 
     console = Console(stderr=args.json)
     live = _Live(console, args.dry_run)

@@ -16,9 +16,9 @@ from brickyard.core.arm import Arm, Piece, parse
 from brickyard.core.errors import BrickyardError
 from brickyard.core.files import read_json, write_json
 from brickyard.core.registry import code_digest
-from brickyard.recipe_contents import digest_of
-from brickyard.recipe_steps import Step
-from brickyard.recipe_work import Thing, Work, read_as
+from brickyard.recipe.contents import digest_of
+from brickyard.recipe.steps import Step
+from brickyard.recipe.work import Thing, Work, read_as
 
 
 def check(work: Work, step: Step) -> None:

@@ -22,7 +22,7 @@ from brickyard.core import registry
 from brickyard.core.errors import BrickyardError, UnknownName, UsageError
 from brickyard.core.settings import read_placed
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent / "embedded"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*\Z")
 _LONGEST_NAME = 40
 _WORDS = {"model": "a model", "brick": "a brick", "adapter": "an adapter", "data": "data", "scores": "scores"}

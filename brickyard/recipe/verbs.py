@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brickyard import api, recipe_audit
+from brickyard import api
 from brickyard.core import readers
 from brickyard.core.arm import parse
 from brickyard.core.brick import MANIFEST
@@ -23,12 +23,13 @@ from brickyard.core.registry import code_digest
 from brickyard.core.task import LOWER_IS_BETTER
 from brickyard.growing import grow
 from brickyard.merge._from_data import OfData
-from brickyard.merge_command import straight_lines
-from brickyard.merging import merge, resolve
-from brickyard.recipe_checks import tries
-from brickyard.recipe_contents import digest_of, digest_of_rows
-from brickyard.recipe_steps import Step
-from brickyard.recipe_work import Thing, Work
+from brickyard.merging.command import straight_lines
+from brickyard.merging.merge import merge, resolve
+from brickyard.recipe import audit
+from brickyard.recipe.checks import tries
+from brickyard.recipe.contents import digest_of, digest_of_rows
+from brickyard.recipe.steps import Step
+from brickyard.recipe.work import Thing, Work
 
 MAIN = {"tune": "brick", "predict": "answers.parquet"}  # what a step leaves; elsewhere a folder of the step's name
 _SCORE = ("metric", "mean", "low", "high", "nats_per_token")
@@ -41,7 +42,7 @@ def settings(work: Work, step: Step) -> dict[str, Any]:
         found = [[thing.kind, thing.digest] for thing in work.things(step, name)] if step.option(name).takes else value
         said[name] = found
     if step.verb == "audit":
-        said["files"] = recipe_audit.files(work, step)
+        said["files"] = audit.files(work, step)
     return {"verb": step.verb, "options": said, "code": code_digest()}
 
 
@@ -353,5 +354,5 @@ _PERFORM = {
     "export": _export,
     "verify": _verify,
     "compare": _compare,
-    "audit": recipe_audit.perform,
+    "audit": audit.perform,
 }

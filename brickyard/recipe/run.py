@@ -22,11 +22,11 @@ from typing import Any
 from brickyard.core.errors import BrickyardError, UnsafeFile
 from brickyard.core.files import Lock, read_json, write_bytes, write_json
 from brickyard.core.measure import environment
-from brickyard.recipe_checks import check
-from brickyard.recipe_contents import Hashes, digest_of
-from brickyard.recipe_steps import Recipe, Step, read
-from brickyard.recipe_verbs import perform, place, settings
-from brickyard.recipe_work import Thing, Work
+from brickyard.recipe.checks import check
+from brickyard.recipe.contents import Hashes, digest_of
+from brickyard.recipe.steps import Recipe, Step, read
+from brickyard.recipe.verbs import perform, place, settings
+from brickyard.recipe.work import Thing, Work
 
 SCHEMA = 1
 FINISHED = "step.json"
@@ -119,7 +119,7 @@ def run(
             "environment": environment(),
         }
         if not dry:
-            from brickyard.recipe_report import render
+            from brickyard.recipe.report import render
 
             write_json(folder / "result.json", result)
             render(result, known.text, folder / "report.html")

@@ -34,7 +34,7 @@ from brickyard.core.measure import environment
 from brickyard.core.retention import fixed_inputs, inner
 from brickyard.core.task import Task
 from brickyard.merge._inputs import PIECE, Files, Source
-from brickyard.merging_inputs import Ground, open_ground, open_inputs
+from brickyard.merging.inputs import Ground, open_ground, open_inputs
 
 KIND, ARM = "neuron group", "neuron-group"
 _CAUSAL = Task("causal-lm", "bits_per_byte", None, 1, "text")

@@ -209,7 +209,7 @@ def _line(entry: dict[str, Any], widest: int) -> str:
 
 
 def _find(args: argparse.Namespace) -> int:
-    from brickyard.bricks_groups import find
+    from brickyard.bricks.groups import find
 
     rows = find(
         args.base,
@@ -234,7 +234,7 @@ def _find(args: argparse.Namespace) -> int:
 
 
 def _conflict(args: argparse.Namespace) -> int:
-    from brickyard.bricks_groups import conflict
+    from brickyard.bricks.groups import conflict
 
     found = conflict(
         args.base, *args.conflict, share=args.share, device=args.device, trust_remote_code=args.trust_remote_code
@@ -255,7 +255,7 @@ def _conflict(args: argparse.Namespace) -> int:
 
 
 def _update(args: argparse.Namespace) -> int:
-    from brickyard import bricks_updates as updates
+    from brickyard.bricks import updates
 
     if args.undo:
         record = updates.undo(args.folder)

@@ -1,7 +1,7 @@
 """The rows behind a merge that reads data: which input is at home on which task, and what it may read there.
 
 Every input gets the unlabelled train rows of one task and reads them through that task's head; which one belongs to
-which is found as for the table of scores (`merging_scores`). No test row and no label is handed on.
+which is found as for the table of scores (`merging.scores`). No test row and no label is handed on.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from brickyard.core.errors import Refused, UsageError
 from brickyard.merge._engine import Merge, Rule
 from brickyard.merge._from_data import Expert, OfData, Stage
 from brickyard.merge._inputs import PIECE, Files, whole
-from brickyard.merging_scores import Column, overwrite, shared
+from brickyard.merging.scores import Column, overwrite, shared
 
 if TYPE_CHECKING:
-    from brickyard.merging_inputs import Ground, Input
+    from brickyard.merging.inputs import Ground, Input
 
 
 def made_of_data(

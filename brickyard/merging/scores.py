@@ -36,7 +36,7 @@ from brickyard.core.split import Split
 from brickyard.core.stats import interval
 from brickyard.core.task import Task, task_of
 from brickyard.merge._inputs import FLOATS, PIECE, Files, Source, whole
-from brickyard.merging_inputs import Ground, Input, open_inputs
+from brickyard.merging.inputs import Ground, Input, open_inputs
 
 MERGE = "the merge"
 

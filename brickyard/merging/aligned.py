@@ -30,7 +30,7 @@ from brickyard.merge._align import average
 from brickyard.merge._align_transformer import Transformer, assert_same, transformer, untie
 from brickyard.merge._inputs import FLOATS, Held
 from brickyard.merge.cca_merge import Alignment, Config, align
-from brickyard.merging_inputs import Ground, Input, open_inputs
+from brickyard.merging.inputs import Ground, Input, open_inputs
 
 MERGE, PLAIN = "the merge", "average, not aligned"
 _POSITIONS = 4096  # tokens of a batch
@@ -298,7 +298,7 @@ def _column(base: Base, source: Any, reading: Mapping[str, Any]) -> _Column | No
 
 
 def _scores(aligned: Aligned, folder: Path, column: _Column) -> dict[str, Any]:
-    """Score the inputs, their plain average and the merge, in the form of `merging_scores.score`."""
+    """Score the inputs, their plain average and the merge, in the form of `merging.scores.score`."""
     place = next(next(iter(aligned.networks.values())).parameters()).device
     mean = _network(open_base(aligned.base.spec, trust_remote_code=aligned.base.trust_remote_code)).to(place)
     if aligned.about["unties"]:

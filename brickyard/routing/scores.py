@@ -14,10 +14,10 @@ from torch import Tensor
 from brickyard.core.data import Data
 from brickyard.core.progress import tell
 from brickyard.core.task import Task, task_of
-from brickyard.merging_inputs import Ground, Input, open_ground
-from brickyard.merging_scores import overwrite
+from brickyard.merging.inputs import Ground, Input, open_ground
+from brickyard.merging.scores import overwrite
 from brickyard.route._routed_model import load_routed
-from brickyard.routed import judge, texts_of
+from brickyard.routing.routed import judge, texts_of
 
 
 @dataclass

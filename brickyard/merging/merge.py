@@ -21,9 +21,9 @@ from brickyard.core.errors import Changed, Refused, UsageError
 from brickyard.core.files import write_json
 from brickyard.merge._engine import SHARD, Edit, Merge, Rule
 from brickyard.merge._from_data import OfData
-from brickyard.merging_files import REQUEST, request_of, unscored, write_adapter, write_model
-from brickyard.merging_inputs import MANIFEST, Ground, Input, open_ground, open_inputs
-from brickyard.merging_search import Asked, asked, search
+from brickyard.merging.files import REQUEST, request_of, unscored, write_adapter, write_model
+from brickyard.merging.inputs import MANIFEST, Ground, Input, open_ground, open_inputs
+from brickyard.merging.search import Asked, asked, search
 
 FORMS = ("auto", "model", "adapter")
 SCHEMA = 1
@@ -231,7 +231,7 @@ def prepare(
     ground = open_ground(base, trust_remote_code=trust_remote_code)
     alone = next((wanted for wanted in arms if wanted.recipe.alignment is not None), None)
     if alone is not None:
-        from brickyard.merging_aligned import open_aligned
+        from brickyard.merging.aligned import open_aligned
 
         if len(arms) > 1:
             raise UsageError(f"{alone.arm!r} aligns independent models, which no other arm takes; merge it by itself.")
@@ -251,8 +251,8 @@ def prepare(
     columns: list[Any] = []
     score: Callable[[Path], dict[str, Any]] | None = None
     if data:
-        from brickyard.merging_scores import columns_of
-        from brickyard.merging_scores import score as score_all
+        from brickyard.merging.scores import columns_of
+        from brickyard.merging.scores import score as score_all
 
         needed = {
             "validation": any(wanted.searched is not None for wanted in arms),
@@ -276,7 +276,7 @@ def carry_out(
 ) -> dict[str, Any]:
     """Write one merge of what was prepared to `folder`; return its merge.json, without scores.
 
-    `request` stands in it until the scores do: see `merging_files.request_of`.
+    `request` stands in it until the scores do: see `files.request_of`.
     """
     recipe, ground, inputs, aligned = wanted.recipe, prepared.ground, prepared.inputs, prepared.aligned
     plan = Merge(
@@ -290,7 +290,7 @@ def carry_out(
     as_adapter = aligned is None and _as_adapter(prepared.form, recipe, inputs)
     found: dict[str, Any] = {}
     if isinstance(recipe.rule, OfData):
-        from brickyard.merging_data import made_of_data
+        from brickyard.merging.data import made_of_data
 
         made, found["data"] = made_of_data(
             recipe.rule, plan, ground, inputs, prepared.columns, arm=wanted.arm, device=prepared.device

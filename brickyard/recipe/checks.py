@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from brickyard import auditing, recipe_audit
+from brickyard import auditing
 from brickyard.core import base_files, readers, registry
 from brickyard.core.arm import Arm, Piece, parse
 from brickyard.core.base_files import ADAPTER, CONFIG
@@ -14,10 +14,11 @@ from brickyard.core.build import resolve
 from brickyard.core.data import read_data
 from brickyard.core.errors import BadBrick, BrickyardError, UsageError
 from brickyard.core.files import read_json
-from brickyard.merging import resolve as resolve_merge
-from brickyard.recipe_contents import digest_of_rows
-from brickyard.recipe_steps import Step
-from brickyard.recipe_work import Thing, Work, read_as
+from brickyard.merging.merge import resolve as resolve_merge
+from brickyard.recipe import audit
+from brickyard.recipe.contents import digest_of_rows
+from brickyard.recipe.steps import Step
+from brickyard.recipe.work import Thing, Work, read_as
 
 
 def check(work: Work) -> None:
@@ -39,7 +40,7 @@ def check(work: Work) -> None:
         except BrickyardError as error:
             raise work.recipe.fault(step, step.verb, error) from None
         if step.verb == "audit":
-            recipe_audit.check(work, step)
+            audit.check(work, step)
 
 
 def _outside(work: Work, role: str, value: str) -> Thing:

@@ -27,8 +27,8 @@ from brickyard.merge._engine import Edit, Merge, Norms, Rule
 from brickyard.merge._inputs import FLOATS, PIECE, Files, Stored, whole
 
 if TYPE_CHECKING:
-    from brickyard.merging_inputs import Ground
-    from brickyard.merging_scores import Column
+    from brickyard.merging.inputs import Ground
+    from brickyard.merging.scores import Column
 
 SEARCH = "search"
 
@@ -182,7 +182,7 @@ class Held:
 
 def opened(column: Column, ground: Ground, place: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
     """Give a task's model the base's weights; return it and its tensors by the base's names."""
-    from brickyard.merging_scores import overwrite, shared
+    from brickyard.merging.scores import overwrite, shared
 
     overwrite(column.model, ground, None)
     model = column.model.to(place)

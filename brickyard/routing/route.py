@@ -25,17 +25,17 @@ from brickyard.core.fitted_head import fit_head
 from brickyard.core.progress import tell
 from brickyard.core.task import Task, task_of
 from brickyard.merge._inputs import PIECE, Files, Source, Stored, whole
-from brickyard.merging import MANIFEST as MERGED
-from brickyard.merging import merge
-from brickyard.merging import resolve as resolve_merge
-from brickyard.merging_files import REQUEST, file_names, request_of, unscored
-from brickyard.merging_inputs import Ground, Input, open_ground, open_inputs
+from brickyard.merging.files import REQUEST, file_names, request_of, unscored
+from brickyard.merging.inputs import Ground, Input, open_ground, open_inputs
+from brickyard.merging.merge import MANIFEST as MERGED
+from brickyard.merging.merge import merge
+from brickyard.merging.merge import resolve as resolve_merge
 from brickyard.route._conflict import block_tensors, conflict
 from brickyard.route._residual_store import Packed, write_expert
 from brickyard.route._routed_model import ENCODER, MANIFEST, SCHEMA, RoutedModel, load_routed, network_of
 from brickyard.route._router import Router, fit_router, states_of
-from brickyard.routed import kind_of, texts_of
-from brickyard.routing_scores import Course, score
+from brickyard.routing.routed import kind_of, texts_of
+from brickyard.routing.scores import Course, score
 
 BYTES_PER_KEPT = 1.5  # of a weight's own: what the method's card allows a kept value with its place
 

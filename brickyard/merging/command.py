@@ -59,7 +59,7 @@ def merge(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     from brickyard.console import aside
     from brickyard.core.progress import told_to
-    from brickyard.merging import merge as run_merge
+    from brickyard.merging.merge import merge as run_merge
 
     given: dict[str, Any] = {
         "base": args.base,
@@ -107,7 +107,7 @@ def _several(arms: Sequence[str], given: dict[str, Any], args: argparse.Namespac
 
     from brickyard.console import aside
     from brickyard.core.progress import told_to
-    from brickyard.merging_compare import merge_all
+    from brickyard.merging.compare import merge_all
 
     console = Console()
     with told_to(aside):

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from brickyard.bricks_adapters import PlainAdapter
-from brickyard.bricks_adapters import installed as plain_adapters
+from brickyard.bricks.adapters import PlainAdapter
+from brickyard.bricks.adapters import installed as plain_adapters
 from brickyard.compare.plan import key_of
 from brickyard.core import brick as bricks
 from brickyard.core.answers import answer

@@ -21,7 +21,7 @@ from brickyard.core.files import Lock, complete_folder, plain_file, read_json, w
 from brickyard.core.registry import code_digest
 from brickyard.merge._engine import Merge
 from brickyard.merge._inputs import Factors, LowRank
-from brickyard.merging_inputs import ADAPTER_WEIGHTS, MANIFEST, Ground, Input, open_inputs
+from brickyard.merging.inputs import ADAPTER_WEIGHTS, MANIFEST, Ground, Input, open_inputs
 
 REQUEST = "request"  # in a manifest until the scores stand there: the digest of what the folder is made from
 _PREFIX = "base_model.model."

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from brickyard import recipe_findings
 from brickyard.compare import details, shown
 from brickyard.compare.report import breakable
 from brickyard.compare.shown import duration, visible
 from brickyard.core.files import write_bytes
-from brickyard.recipe_graph import picture, rails
+from brickyard.recipe import findings
+from brickyard.recipe.graph import picture, rails
 
 _WORDS = {"done": "done", "kept": "kept", "failed": "failed", "waiting": "not run"}
 _STYLES = {"done": "green", "kept": "dim", "failed": "red", "waiting": "yellow"}
@@ -35,7 +35,7 @@ def render(result: Mapping[str, Any], text: str, path: str | Path) -> Path:
 @cache
 def _template() -> Template:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "compare" / "templates"),
+        loader=FileSystemLoader(Path(__file__).parents[1] / "compare" / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -138,7 +138,7 @@ def tables(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             rows = [(m["arm"], [m["score"]], None) for m in found["methods"] if m.get("score")]
             out.append(_marked(step["name"], found["verdict"], ["test"], rows))
         if step["verb"] == "audit" and found:
-            out.extend(recipe_findings.tables(step))
+            out.extend(findings.tables(step))
     return out
 
 

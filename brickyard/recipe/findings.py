@@ -22,7 +22,7 @@ _CENTRES = ("mean", "value", "difference")  # what the figure of an interval is 
 
 
 def tables(step: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tables of a finished audit, in the form of `recipe_report.tables`."""
+    """Return the tables of a finished audit, in the form of `report.tables`."""
     found, method = step["result"], step["options"]["audit"]
     base, every = found["base"], [one["findings"] for one in found["audited"]]
     names = _names(base, [one["model"] for one in found["audited"]])

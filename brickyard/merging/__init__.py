@@ -1,0 +1,1 @@
+"""Merges: inputs, the engine's call, the table of scores, and what stays on disk."""

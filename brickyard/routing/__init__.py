@@ -1,0 +1,1 @@
+"""Routed models: a dense part, experts beside it and a router, as one folder."""
