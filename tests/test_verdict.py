@@ -76,7 +76,7 @@ def test_a_clear_winner_is_recommended_although_it_costs_more() -> None:
 
 
 def test_among_arms_that_cannot_be_told_apart_the_cheapest_is_recommended() -> None:
-    labels, made = arms(full=0.9, lora=0.895, mos=0.897, linear_probe=0.6)
+    labels, made = arms(full=0.9, lora=0.898, mos=0.899, linear_probe=0.6)
     found = judged(labels, made)
     best = max(made, key=lambda name: interval(labels, made[name], "accuracy").mean)
     assert best != "lora"  # otherwise this shows nothing
@@ -92,6 +92,26 @@ def test_among_arms_that_cannot_be_told_apart_the_cheapest_is_recommended() -> N
     ):
         assert words in found["sentence"]
     assert "\u00a0" not in found["sentence"]
+
+
+def test_a_cheap_arm_far_below_the_best_is_not_recommended_because_its_seeds_scatter() -> None:
+    """With three noisy seeds no test can call 61 % worse than 87 %; that is no reason to take it."""
+    count = 600
+    labels = np.zeros(count, dtype=int)
+
+    def hits(*shares: float) -> np.ndarray:
+        return np.stack([(np.arange(count) >= round(share * count)).astype(int) for share in shares])
+
+    answers = {"full": hits(0.90, 0.84, 0.88), "lora": hits(0.60, 0.75, 0.48), "mos": hits(0.88, 0.85, 0.875)}
+    pairs = pairs_table(labels, answers, "accuracy")
+    rows = [row(name, labels, answers[name]) for name in answers]
+    found = verdict(rows, pairs)
+    assert found["recommended"] == "mos" and sorted(found["indistinguishable"]) == ["full", "lora"]
+    assert "cheapest of the 2 arms within two standard errors of the best score" in found["sentence"]
+    without = verdict(rows[:2], pairs[:1])
+    assert without["recommended"] == "full" and without["indistinguishable"] == ["lora"]
+    assert "the best score, although not beyond chance. The next, lora, is indistinguishable" in without["sentence"]
+    assert "scored lower by more than two standard errors" in without["sentence"]
 
 
 def test_an_arm_that_lost_to_another_close_one_is_neither_recommended_nor_called_alike() -> None:

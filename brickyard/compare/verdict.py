@@ -1,9 +1,10 @@
 """From the answers of all arms to pairs, and from pairs to one recommendation in plain English.
 
 The rule: every pair is tested (`core.stats.paired`) and corrected by Holm over all pairs. The arms that cannot be told
-apart from the one with the best score are candidates, and the cheapest candidate is recommended: what nobody can see is
-not worth paying for. Cheap means fewest trainable parameters; equals go by the brick's size, by what a step saves for
-its backward pass, by training time. Scores and differences are fractions.
+apart from the one with the best score are candidates. Where few seeds scatter, that is said of arms far below it, too;
+so the cheapest is recommended of those candidates whose observed loss is at most two standard errors of its difference:
+what nobody can see is not worth paying for. Cheap means fewest trainable parameters; equals go by the brick's size, by
+what a step saves for its backward pass, by training time. Scores and differences are fractions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from brickyard.compare import shown
 from brickyard.core.errors import UnknownName, UsageError
 from brickyard.core.stats import examples_needed, holm, paired
 
+NEAR = 2.0  # standard errors
 COSTS = {
     "trainable_parameters": "trainable parameters",
     "brick_bytes": "brick size",
@@ -42,9 +44,9 @@ def pairs_table(
         together: seed s of all arms saw the same few labelled rows; see `stats.paired`.
 
     Returns:
-        One {"a", "b", "difference", "low", "high", "p", "p_holm", "test", "note", "needed"} per pair in the arms'
-        order. `low` and `high` are the 95 % interval of this pair alone. `needed` (see `stats.examples_needed`) is what
-        it would take to see the observed difference despite the correction; None where it is seen already.
+        One {"a", "b", "difference", "low", "high", "error", "p", "p_holm", "test", "note", "needed"} per pair in the
+        arms' order. `low` and `high` are the 95 % interval of this pair alone. `needed` (see `stats.examples_needed`)
+        is what it would take to see the observed difference despite the correction; None where it is seen already.
 
     Raises:
         As `stats.paired`.
@@ -66,6 +68,7 @@ def pairs_table(
             "difference": pair.difference,
             "low": pair.low,
             "high": pair.high,
+            "error": pair.error,
             "p": pair.p,
             "p_holm": float(p_holm),
             "test": pair.test,
@@ -119,10 +122,10 @@ def verdict(
     # An arm that few seeds leave undecided against the best may still have lost to another of those that are close.
     beaten_by = {id(m): next((o for o in close if view.word(o, m) == "better"), None) for m in close}
     candidates = [m for m in close if beaten_by[id(m)] is None]
-    chosen = min(candidates, key=view.price)
-    sentences = [view.lead(chosen, candidates, ranked), *view.trivial(chosen, ranked), *view.by_chance(ranked, chance)]
-    sentences += _few_seeds(candidates)
-    sentences += _cut_short(ranked)
+    near = [m for m in candidates if view.near(m, best)]
+    chosen = min(near, key=view.price)
+    sentences = [view.lead(chosen, near, candidates, ranked), *view.trivial(chosen, ranked)]
+    sentences += [*view.by_chance(ranked, chance), *_few_seeds(candidates), *_cut_short(ranked)]
     return {
         "recommended": chosen["arm"],
         "sentence": " ".join(sentences),
@@ -162,6 +165,12 @@ class _View:
         """Return what the data say of `a` against `b`."""
         return shown.pair_word(self.pair(a, b), self.how.lower_is_better)
 
+    def near(self, method: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+        """Tell whether a method's loss against the best score is at most `NEAR` standard errors, or that is unknown."""
+        pair = self.pair(method, best)
+        error = pair.get("error")
+        return method is best or error is None or abs(pair["difference"]) <= NEAR * error
+
     def gap(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         """Write the difference a - b, its interval, and what decided or would decide."""
         pair = self.pair(a, b)
@@ -195,9 +204,13 @@ class _View:
         return f"{_name(method)}: {f'{value} {title}' if self.how.unit == '%' else f'{title} {value}'}{between}"
 
     def lead(
-        self, chosen: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], ranked: Sequence[Mapping[str, Any]]
+        self,
+        chosen: Mapping[str, Any],
+        near: Sequence[Mapping[str, Any]],
+        candidates: Sequence[Mapping[str, Any]],
+        ranked: Sequence[Mapping[str, Any]],
     ) -> str:
-        """Say which arm and why."""
+        """Say which arm and why; `near` are the candidates among which costs decided."""
         best = ranked[0]
         if len(ranked) == 1:
             return f"{self.figure(chosen)}. It is the only arm that finished, so it was compared with nothing."
@@ -205,12 +218,16 @@ class _View:
             following = f"{_name(ranked[1])} ({self.gap(best, ranked[1])})"
             return f"{self.figure(chosen)}, better than every other arm; the next is {following}."
         order = ", then ".join(COSTS[key] for key in self.costs)
-        by = f"the cheapest of the {len(candidates)} arms that cannot be told apart (by {order})"
+        alike = "that cannot be told apart" if near == candidates else "within two standard errors of the best score"
+        by = f"the cheapest of the {len(near)} arms {alike} (by {order})"
         if chosen is best:
             other, gap = _name(candidates[1]), self.gap(best, candidates[1])
+            lower = ""
+            if near == [best]:
+                by, lower = "although not beyond chance", ", but scored lower by more than two standard errors"
             return (
-                f"{self.figure(chosen)}, the best score and {by}. The next, {other}, is indistinguishable from it "
-                f"on your data ({gap})."
+                f"{self.figure(chosen)}, the best score{', ' if lower else ' and '}{by}. The next, {other}, is "
+                f"indistinguishable from it on your data ({gap}){lower}."
             )
         share = self.share(chosen, best)
         return (

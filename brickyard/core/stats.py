@@ -61,7 +61,8 @@ class Interval:
 class Paired:
     """The difference a - b of two arms, its interval, its two-sided p (below 1 - level exactly where 0 is outside).
 
-    `seed_share` is the share of the variance that more examples would not remove; `note` as in Interval.
+    `seed_share` is the share of the variance that more examples would not remove; `note` as in Interval; `error` is the
+    difference's standard error.
     """
 
     difference: float
@@ -71,6 +72,7 @@ class Paired:
     test: str
     seed_share: float = 0.0
     note: str = ""
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def paired(
     difference, v, seeds = found
     if _blind(v, metric):
         most = 1.0 - _floor(metric)
-        return Paired(difference, -most, most, 1.0, "none: the scores show no noise", 0.0, NO_NOISE)
+        return Paired(difference, -most, most, 1.0, "none: the scores show no noise", 0.0, NO_NOISE, most)
     reach = v.reach(level)
     test, note = "t over examples and seeds (Satterthwaite)", _note(min(seeds))
     if together and min(seeds) > 1:
@@ -284,7 +286,8 @@ def paired(
     elif 1 in seeds:
         note = "one arm has one seed and is taken to be as noisy as the other"
     share = v.beyond / v.total if v.total > 0 else 0.0
-    return Paired(difference, difference - reach, difference + reach, v.p(difference), test, share, note)
+    low, high, error = difference - reach, difference + reach, float(np.sqrt(v.total))
+    return Paired(difference, low, high, v.p(difference), test, share, note, error)
 
 
 def _compare(
