@@ -40,8 +40,15 @@ def test_the_first_setting_is_what_one_run_alone_would_train() -> None:
 def test_a_steps_grid_rules_over_the_tuners() -> None:
     tried = {point["lr"] for point in settings(parse("full + zo-sgd"), 9)}
     assert tried == set(registry.find("zo-sgd").record.search["lr"])
-    tried = {point["lr"] for point in settings(parse("lora + dp"), 9)}
-    assert tried == set(registry.find("lora").record.search["lr"])
+
+
+def test_a_private_step_takes_ten_times_a_tuners_rates_and_a_heads_as_they_are() -> None:
+    """A sixteenth of the steps, each of them noisy: at the tuner's own rate nothing is learned in three epochs."""
+    assert resolve(parse("lora + dp")).training["lr"] == 1e-2
+    assert {point["lr"] for point in settings(parse("lora + dp"), 9)} == {3e-3, 1e-2, 3e-2}
+    assert resolve(parse("full + ew-tune")).training["lr"] == 1e-3
+    assert resolve(parse("lora:lr=2e-3 + dp")).training["lr"] == 2e-3
+    assert resolve(parse("linear-probe + dp")).training["lr"] == resolve(parse("linear-probe")).training["lr"]
 
 
 def test_a_tuners_grid_rules_over_the_heads() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from brickyard.core import registry
 from brickyard.core.arm import Arm, Piece, parse
-from brickyard.core.build import RULING
+from brickyard.core.build import RULING, multiplied, times_lr
 from brickyard.core.errors import UsageError
 from brickyard.core.method import Record
 from brickyard.core.trial import Setting
@@ -151,7 +151,7 @@ def settings(arm: Arm, trials: int) -> list[dict[str, Any]]:
     # One learning rate serves the arm: the default and the grid of one piece, for what a rate means differs.
     rates = next((record.search.get("lr") for record in _ruling(arm) if "lr" in record.search | record.training), None)
     if rates and "lr" not in arm.training:
-        axes.insert(0, ("", "lr", rates))
+        axes.insert(0, ("", "lr", tuple(multiplied(rate, _times(arm)) for rate in rates)))
     grid = [
         dict(zip([(n, k) for n, k, _ in axes], point, strict=True))
         for point in itertools.product(*(v for _, _, v in axes))
@@ -169,13 +169,22 @@ def default_point(arm: Arm, axes: list[tuple[str, str]]) -> dict[tuple[str, str]
     """Return the point of the search space at which the methods' own defaults stand."""
     records = {piece.name: registry.find(piece.name) for piece in arm.pieces}
     lr = next((record.training["lr"] for record in _ruling(arm) if "lr" in record.training), 1e-3)
+    lr = multiplied(lr, _times(arm))
     return {(n, k): lr if not n else records[n].options[k].default for n, k in axes}
 
 
 def _ruling(arm: Arm) -> list[Record]:
     """Return the records of an arm's pieces that may say how it trains, the one that has the last word first."""
-    found = {record.slot: record for record in (registry.find(piece.name).record for piece in arm.pieces)}
+    found = _by_slot(arm)
     return [found[slot] for slot in reversed(RULING) if slot in found]
+
+
+def _by_slot(arm: Arm) -> dict[str, Record]:
+    return {str(record.slot): record for record in (registry.find(piece.name).record for piece in arm.pieces)}
+
+
+def _times(arm: Arm) -> float:
+    return times_lr(_by_slot(arm))
 
 
 def with_setting(arm: str, point: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -124,9 +124,22 @@ def resolve(arm: Arm, task: Task | None = None) -> Plan:
     for slot in RULING:
         if slot in slots:
             training.update(registry.find(slots[slot]).record.training)
+    if (times := times_lr({slot: registry.find(name).record for slot, name in slots.items()})) != 1:
+        training["lr"] = multiplied(training.get("lr", Training().lr), times)
     training.update(arm.training)
     found = {slot: slots.get(slot) for slot in SLOTS}
     return Plan(arm=arm, configs=configs, training=training, **found)
+
+
+def times_lr(records: Mapping[str, Record]) -> float:
+    """Return what the step multiplies the tuner's learning rates by; 1 where another piece says them. By slot."""
+    step = records.get("step")
+    return step.times_lr if step is not None and "tuner" in records and "lr" not in step.training else 1.0
+
+
+def multiplied(lr: float, times: float) -> float:
+    """Return lr * times as a person would write it, without the last binary digits."""
+    return float(f"{lr * times:.6g}")
 
 
 def _because(record: Record, task: Task) -> str:

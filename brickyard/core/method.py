@@ -72,7 +72,9 @@ class Record:
     part of them runs, in training and at serving; `start` what the tuner begins with); `search` maps an option (or lr)
     to the values that a search tries; `presets` maps a preset to the options that it sets. `head` names the head that a
     tuner stands on where an arm names none, if not the base's own. `fixed` sets options by which the records of one
-    file differ, and which are no options of this record. `part_of` names the record whose claims cover this one too.
+    file differ, and which are no options of this record. `part_of` names the record whose claims cover this one too. A
+    step that wants other learning rates than backpropagation in small batches, but whose rates are still the tuner's in
+    kind, multiplies those by `times_lr`.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Record:
     search: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # defaults of lr, wd, epochs, batch for this method
     claims: tuple[Claim, ...] = ()
+    times_lr: float = 1.0
     head: str = ""
     part_of: str = ""
     ancestry: Literal["same base", "independent"] = "same base"

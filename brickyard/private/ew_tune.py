@@ -61,6 +61,7 @@ RECORD = Record(
     because="a row of a language model's data is a block packed from several documents, which is not what to protect",
     slot="step",
     training={"batch": 256},
+    times_lr=10.0,
     presets={"certified": {"accountant": "pld"}},
     claims=(
         Claim(
