@@ -14,8 +14,8 @@ epsilon near 6. Gradients of rows without making them: `_per_sample.py`; batches
 `_step.py`. Noise and batches come from the operating system's entropy, not from --seed.
 
 Much of every step is noise and steps are few (batches of 256), so a tuner's learning rates are taken ten times, in a
-search too; a rate that the arm names is taken as it is. With LoRA's own 1e-3 and three epochs of SST-2, as with 3e-3, the
-majority class is left; with 1e-2 it comes within a few points of training without privacy.
+search too; a rate that the arm names is taken as it is. With LoRA's own 1e-3 and three epochs of SST-2, as with 3e-3,
+the majority class is left; with 1e-2 it comes within a few points of training without privacy.
 
 The unit that is protected is one row of train (added or removed). Validation rows decide nothing by default, for the
 weights of the last step are kept. Left out: user-level privacy, noise safe against floating-point attacks, and language
