@@ -167,6 +167,13 @@ def test_it_is_said_when_nothing_beats_a_trivial_baseline() -> None:
     assert "Only trivial" in judged(labels, made, trivial=("linear-probe", "lora"))["sentence"]
 
 
+def test_arms_that_learned_nothing_are_named() -> None:
+    labels, made = arms(lora=0.9, linear_probe=0.8, full=0.3, mos=0.29, majority=0.3)
+    found = judged(labels, made, trivial=("linear-probe", "majority"))
+    assert found["recommended"] == "lora"
+    assert "Nothing was learned by full, mos: not above majority." in found["sentence"]
+
+
 def test_a_trivial_arm_that_is_best_but_dear_still_shames_the_others() -> None:
     labels, made = arms(full=0.9, lora=0.7)
     found = judged(labels, made, trivial=("full",))

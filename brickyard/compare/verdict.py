@@ -245,7 +245,7 @@ class _View:
         return f"at {' and '.join(parts)}" if parts else ""
 
     def trivial(self, chosen: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Say so where no method beats the strongest trivial baseline."""
+        """Say so where no method beats the strongest trivial baseline, or some do not even beat the weakest."""
         plain = [m for m in ranked if m.get("trivial")]
         real = [m for m in ranked if not m.get("trivial")]
         if not plain:
@@ -253,7 +253,9 @@ class _View:
         if not real:
             return ["Only trivial baselines finished."]
         if any(self.word(m, plain[0]) == "better" for m in real):
-            return []
+            idle = [m for m in real if self.word(m, plain[-1]) != "better"]
+            names = ", ".join(map(_name, idle))
+            return [f"Nothing was learned by {names}: not above {_name(plain[-1])}."] if idle else []
         told = f"No method here beats the trivial baseline {_name(plain[0])}"
         return [f"{told}." if chosen is plain[0] else f"{told} ({self.figure(plain[0]).split(': ', 1)[1]})."]
 

@@ -22,7 +22,8 @@ random mask, which compares a normal draw with the sparsity, and their several q
 update without it, are faults and are left out.
 
 Gradient clipping does not apply: ||g|| grows with sqrt(d), and a bound would be another method. A learning rate that
-suits full tuning is 10 to 100 times too small for adapters, for it scales like 1 / d: search it.
+suits full tuning is 10 to 100 times too small for adapters, for it scales like 1 / d: search it. A few thousand queries
+do not teach a new head; fit it first: `lora + linear-probe:fitted=true + zo-adam`.
 
 Source: Zhang et al., "Revisiting Zeroth-Order Optimization for Memory-Efficient LLM Fine-Tuning: A Benchmark", ICML
 2024, arXiv 2402.11592; the replayed seed is Malladi et al., "Fine-Tuning Language Models with Just Forward Passes",
