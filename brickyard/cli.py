@@ -76,10 +76,10 @@ def _common(p: Parser) -> None:
 
 def _training(p: Parser) -> None:
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=positive(float))
+    g.add_argument("--epochs", type=positive(float), help="default: the method's, and of few rows at least 100 steps")
     g.add_argument("--steps", type=positive(int), help="optimiser steps, in place of --epochs")
     g.add_argument("--train-rows", type=positive(int), help="train on a fixed random subset of this many rows")
-    g.add_argument("--shots", type=positive(int), help="rows of each class, others for every seed; >= 100 steps")
+    g.add_argument("--shots", type=positive(int), help="train on this many rows of each class, others for every seed")
     g.add_argument("--allow-change", nargs="+", default=[], metavar="KEY", help="resume with these settings changed")
 
 

@@ -52,10 +52,13 @@ def test_arms_of_one_seed_see_the_same_examples_and_seeds_others(text_base: Path
 def test_few_rows_train_for_enough_steps_unless_the_command_says_how_long(text_base: Path) -> None:
     def steps(**more: Any) -> int:
         ready = prepare(asked(text_base, **more))
+        if not ready.setting.shots:
+            assert ready.training.evaluate_every == (10 if ready.training.steps else 0)
         return ready.training.total_steps(len(ready.encoded["train"]))
 
     assert steps() == FEW_STEPS and steps(training={"steps": 7}) == 7 and steps(arm="lora:epochs=2") == 2
-    assert steps(training={"epochs": 5}) == 5 and steps(shots=0, train_rows=12) == 3
+    assert steps(training={"epochs": 5}) == 5 and steps(shots=0, train_rows=12) == FEW_STEPS
+    assert steps(shots=0, train_rows=12, training={"epochs": 5}) == 5
 
 
 def test_only_rows_that_train_are_encoded_and_counted(text_base: Path) -> None:

@@ -49,7 +49,7 @@ from brickyard.core.split import drawn, places
 from brickyard.core.states import States
 from brickyard.core.task import Task, task_of
 
-FEW_STEPS = 100  # with --shots: three epochs of a few rows are a handful of steps, after which nothing is learned
+FEW_STEPS = 100  # three epochs of a few rows are a handful of steps, after which nothing is learned
 _PROBE_ROWS = 16
 _SLOW = 0.3  # seconds of a step
 _CHARGED = ("states_seconds", "prepare_seconds", "curriculum_seconds", "structure_seconds")
@@ -132,10 +132,17 @@ def prepare(setting: Setting, splits: Sequence[str] = ("train", "validation", "t
         encoded["train"].shuffle(setting.seed)
     ready = with_unlabelled(Prepared(setting, base, data, task, plan, training, encoded, index), **options)
     said = {**given, **plan.arm.training}
-    if setting.shots and "train" in encoded and not (said.get("epochs") or said.get("steps")):
-        steps = max(FEW_STEPS, training.total_steps(len(ready.encoded["train"])))
-        ready = replace(ready, training=replace(training, steps=steps))
+    if not task.generative and "train" in encoded and not (said.get("epochs") or said.get("steps")):
+        ready = replace(ready, training=_long_enough(training, len(ready.encoded["train"]), setting.shots > 0))
     return ready
+
+
+def _long_enough(training: Training, rows: int, shots: bool) -> Training:
+    """Return it with at least `FEW_STEPS` steps, and evaluations a tenth of these apart, not an epoch of few rows."""
+    total = training.total_steps(rows)
+    if shots or total >= FEW_STEPS:  # of shots validation is as small as train
+        return replace(training, steps=max(FEW_STEPS, total)) if shots else training
+    return replace(training, steps=FEW_STEPS, evaluate_every=training.evaluate_every or FEW_STEPS // 10)
 
 
 def examples(ready: Prepared, attached: Attached) -> tuple[Mapping[str, Examples], dict[str, Any]]:
